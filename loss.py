@@ -1,0 +1,104 @@
+"""The loss: L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section).
+
+    spatial_loss   the painted pixels against the true ones, over hidden pixels only
+    fourier_loss   move 3: the same error seen as frequencies, where the middle ones are weighted up
+    a2mim_loss     both, with their parts for the log
+
+Images are normalised, (B, 3, H, W); masks (B, gh, gw), True = hidden. Everything runs in float32, whatever autocast says.
+"""
+
+import torch
+from torch import Tensor
+
+from masking import resize_mask
+
+STAND_INS = ("mixed", "prediction", "target", "mean")
+SPECTRA = ("batch", "image")
+
+
+# ---- over pixels ----
+
+def focal_l1(d: Tensor, alpha: float = 0.2) -> Tensor:
+    """|d| (2 sigmoid(alpha |d|) - 1), elementwise, >= 0: small errors count less than in plain |d|.
+
+    Source: Yang et al. 2021 (gamma 1), as in the released CNN configs; the ViT configs use plain L1."""
+    size = d.abs()
+    return size * torch.tanh(size * (alpha / 2))             # 2 sigmoid(a) - 1 = tanh(a / 2)
+
+
+def spatial_loss(pred: Tensor, image: Tensor, mask: Tensor, focal: bool = True) -> Tensor:
+    """sum(|pred - image| m) / (sum(m) + 1e-5) / 3 over hidden pixels m; `focal` puts focal_l1 for |.|. A scalar."""
+    m = resize_mask(mask, image.shape[-2:]).float()          # (B, 1, H, W)
+    d = (pred.float() - image.float()) * m                   # focal_l1(0) = 0: the mask may go inside
+    error = focal_l1(d) if focal else d.abs()
+    return error.sum() / (m.sum() + 1e-5) / image.shape[1]
+
+
+# ---- move 3: over frequencies ----
+
+def residual(pred: Tensor, image: Tensor, mask: Tensor, stand_in: str, u: float) -> Tensor:
+    """p - image, where p = pred w + stand_in (1 - w) and w = m + (1 - m) u: what the Fourier loss looks at. (B, 3, H, W)
+
+    At visible pixels the prediction is swapped for a stand-in, so they pull on it by `u` at most."""
+    if stand_in not in STAND_INS:
+        raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
+    w = torch.where(resize_mask(mask, image.shape[-2:]), 1.0, u)            # (B, 1, H, W)
+    d = pred - image
+    if stand_in == "mean":                                   # the true image's mean colour
+        return w * d + (1 - w) * (image.mean((2, 3), keepdim=True) - image)
+    share = {"prediction": 1.0, "mixed": 0.5, "target": 0.0}[stand_in]      # how much of d the stand-in keeps
+    return w * d + (share * (1 - w)) * d.detach()
+
+
+def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "mixed", u: float = 1e-3,
+                 spectrum: str = "batch", focal: bool = True, alpha: float = 1.0, log_weight: bool = True) -> Tensor:
+    """Focal frequency loss (Jiang et al., ICCV 2021) with A2MIM's stand-in for visible pixels. A scalar.
+
+    D = F(p) - F(image), F = orthonormal 2-D FFT per channel; weight = log(1 + |D|^alpha) (log_weight=False: |D|^alpha)
+    over its maximum, in [0, 1], detached; loss = mean(weight |D|^2). focal=False: mean |D|, as released for ResNet-101.
+
+    stand_in  'mixed' (released): half prediction, half image; 'prediction': the paper; 'target'; 'mean' colour
+    u         share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (ViT, ConvNeXt, Swin)
+    spectrum  'batch' (released): the spectra are averaged over the local batch before D is formed, one maximum over all.
+              Errors of different images then cancel: the term sees the batch's mean residual only, and depends on the
+              batch per process and on accumulation. 'image' (the paper): one D and one maximum per image and channel.
+    Raises ValueError for another stand-in or spectrum."""
+    if spectrum not in SPECTRA:
+        raise ValueError(f"spectrum {spectrum!r}: must be one of {', '.join(SPECTRA)}")
+    with torch.autocast(image.device.type, enabled=False):
+        r = residual(pred.float(), image.float(), mask, stand_in, u)        # F is linear: F(p) - F(image) = F(p - image)
+        if spectrum == "batch":
+            r = r.mean(0, keepdim=True)                      # mean of spectra = spectrum of the mean: one FFT, not B
+        D = torch.fft.rfft2(r, norm="ortho")                 # (B or 1, 3, H, W//2 + 1): a real image's other half mirrors it
+        if focal:
+            size = torch.view_as_real(D).square().sum(-1)    # |D|^2
+            weight = size.detach().sqrt() ** alpha
+            weight = torch.log1p(weight) if log_weight else weight
+            peak = weight.amax() if spectrum == "batch" else weight.amax((2, 3), keepdim=True)
+            size = (weight / peak).nan_to_num(0).clamp(0, 1) * size         # 0/0 where nothing is wrong: no loss
+        else:
+            size = D.abs()
+        twice = torch.full((D.shape[-1],), 2.0, device=D.device)            # each inner column stands for its mirror too
+        twice[0] = 1
+        if image.shape[-1] % 2 == 0:
+            twice[-1] = 1
+        return (size * twice).sum() / r.numel()
+
+
+# ---- together ----
+
+def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: float = 0.5, focal_pixels: bool = True,
+               focal_fourier: bool = True, stand_in: str = "mixed", u: float = 1e-3, spectrum: str = "batch",
+               alpha: float = 1.0, log_weight: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_spatial + fourier_weight * L_fourier, and {'spatial', 'fourier'}, the detached parts (unweighted).
+
+    The target is the true image, hidden pixels included. The defaults are the released ResNet-50 configuration.
+    With fourier_weight 0 (ConvNeXt, SimMIM) the transform is not computed and its part is absent."""
+    total = spatial_loss(pred, image, mask, focal_pixels)
+    parts = {"spatial": total.detach()}
+    if fourier_weight:
+        fourier = fourier_loss(pred, image, mask, stand_in=stand_in, u=u, spectrum=spectrum,
+                               focal=focal_fourier, alpha=alpha, log_weight=log_weight)
+        total = total + fourier_weight * fourier
+        parts["fourier"] = fourier.detach()
+    return total, parts
