@@ -1,0 +1,341 @@
+"""Data: images in, from a folder, a torchvision dataset or the built-in `shapes`, as uint8 batches in a reproducible order;
+and pictures out.
+
+Two rules keep a run the same for any number of workers, and let it stop and go on anywhere:
+the order of samples depends on (seed, epoch) alone, the augmentation of a sample on (seed, epoch, index) alone.
+Images stay uint8 until `normalise`, on the device: a quarter of the bytes to move.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.datasets as tvd
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import make_grid
+
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenette")
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 64-bit seed from several small numbers, such as (seed, epoch, index)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 on `device`, with the ImageNet mean and std."""
+    images = images.to(device, non_blocking=True).float()
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return images.sub_(mean).div_(std)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The way back, for pictures: normalised (B, 3, H, W) -> [0, 1], clamped."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+# ---- folders ----
+
+def read_image(path: str) -> Tensor:
+    """A JPEG, PNG, WebP or BMP file as RGB, uint8 (3, H, W), upright. Gray, palette, CMYK and alpha are converted.
+
+    Raises OSError, RuntimeError or ValueError for a file that holds no image."""
+    try:
+        image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:                                     # BMP and rarer variants: Pillow knows more, and is slower
+        with Image.open(path) as file:
+            image = tvf.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    return tvf.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)      # 16-bit PNG, animations
+
+
+def list_images(root: Path) -> list[str]:
+    """Every image file below `root`, sorted, relative to it. Links are followed, a loop of links is entered once."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [os.path.relpath(os.path.join(folder, f), root) for f in files
+                  if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+    return sorted(found)
+
+
+class Folder:
+    """Images below `root`, which is cut as ImageNet is (train/, val/), or holds class folders, or just images.
+
+    For `split` 'train' and 'val', root/split is read where root/train exists, else all of root. `labels` are the indices of
+    the first-level folders in sorted order; a flat folder is one class. Raises ValueError where there is nothing to read."""
+
+    def __init__(self, root: Path, split: str):
+        if not root.is_dir():
+            raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
+        if (root / "train").is_dir():
+            root = root / split
+            if not root.is_dir():
+                raise ValueError(f"--data {root.parent}: has train/ but no {split}/; expected {root}/<class>/*.jpg")
+        names = list_images(root)
+        if not names:
+            raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
+        folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        self.classes = sorted(set(folders))
+        self.root = root
+        # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.searchsorted(self.classes, folders)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Tensor:
+        return read_image(os.path.join(self.root, os.fsdecode(self.names[index])))
+
+
+# ---- torchvision's datasets ----
+
+class Library:
+    """A dataset of torchvision by name. 'stl10' trains on its 100,000 unlabelled images and the 5,000 labelled ones."""
+
+    def __init__(self, name: str, split: str, root: Path, download: bool):
+        train = split == "train"
+        try:
+            if name in ("cifar10", "cifar100"):
+                self.data = getattr(tvd, name.upper())(root, train=train, download=download)
+            elif name == "stl10":
+                self.data = tvd.STL10(root, split="train+unlabeled" if train else "test", download=download)
+            else:
+                ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
+                self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
+        except RuntimeError:
+            raise ValueError(f"--data {name}: not found in {root}; add --download to fetch it") from None
+        self.classes = list(self.data.classes)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> Tensor:
+        return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
+
+
+# ---- shapes: the built-in set, drawn on the fly ----
+
+def _star(u, v):
+    angle = np.abs((np.arctan2(v, u) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)          # folded onto half a point
+    r = np.hypot(u, v)
+    return 0.83 * (r * np.cos(angle) - 1) + 1.19 * r * np.sin(angle)       # the line from a tip (1, 0) to the next notch
+
+
+SHAPES = {  # name -> f(u, v), negative inside, about one unit of distance per unit outside; radius about 1
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.24,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,
+    "triangle": lambda u, v: np.maximum(-v, np.abs(u) * 0.866 + v * 0.5) - 0.52,
+    "cross": lambda u, v: np.minimum(np.maximum(np.abs(u) - 0.95, np.abs(v) - 0.3), np.maximum(np.abs(u) - 0.3, np.abs(v) - 0.95)),
+    "star": _star,
+    "heart": lambda u, v: 0.45 * ((1.2 * u) ** 2 + (1.2 * v) ** 2 - 1 - np.abs(1.2 * u) ** 0.667 * 1.2 * v),
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v)),
+    "half": lambda u, v: np.maximum(np.hypot(u, v + 0.4) - 1.0, -v - 0.4),
+    "arrow": lambda u, v: np.minimum(np.maximum(np.abs(v) - 0.2, np.abs(u + 0.3) - 0.65),
+                                     np.maximum(0.1 - u, 0.707 * (np.abs(v) + u) - 0.67)),
+}
+
+
+def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Stripes, checks, dots or a soft shade, around `colour`; x, y in image sides. (3, h, w)"""
+    a, f, p, q = rng.uniform(0, np.pi), rng.uniform(25, 60), rng.uniform(0, 6.3), rng.uniform(0, 6.3)
+    s, t = np.sin(f * (x * np.cos(a) + y * np.sin(a)) + p), np.sin(f * (y * np.cos(a) - x * np.sin(a)) + q)
+    kind = rng.integers(4)
+    if kind == 0:
+        wave = np.tanh(3 * s)
+    elif kind == 1:
+        wave = np.tanh(5 * s * t)
+    elif kind == 2:
+        wave = np.tanh(4 * (s + t - 0.8))
+    else:
+        wave = np.sin(f / 10 * (x * np.cos(a) + y * np.sin(a)) + p)
+    return colour[:, None, None] + 0.5 * rng.uniform(-0.35, 0.35, (3, 1, 1)) * wave
+
+
+class Shapes:
+    """Textured objects on textured ground, drawn from (seed, split, index) alone; nothing is stored.
+
+    The label is the outline of the largest object, one of ten; smaller objects with outlines of their own lie behind it
+    and across it. Colour, texture, place, size and turn are drawn without regard to the label, so neither a colour
+    nor a local texture gives it away: the outline has to be followed."""
+
+    def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
+        self.key = (seed, 0 if split == "train" else 1)
+        self.size, self.count = size, 10_000 if split == "train" else 2_000
+        self.classes = list(SHAPES)
+        self.labels = np.arange(self.count) % len(SHAPES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Tensor:
+        rng = np.random.default_rng((*self.key, index))
+        H, W = self.size
+        side = min(H, W)
+        y, x = np.mgrid[:H, :W].astype(np.float32) / side
+        ground = rng.uniform(0.1, 0.9, 3)
+        canvas = _texture(rng, x, y, ground)
+        behind, before = rng.integers(1, 3), rng.integers(0, 3)
+        for layer in range(behind + 1 + before):
+            main = layer == behind
+            kind = self.labels[index] if main else rng.integers(len(SHAPES))
+            radius = rng.uniform(0.26, 0.38) if main else rng.uniform(0.09, 0.16)
+            margin = 0.8 * radius if main else 0.0
+            cx, cy = rng.uniform(margin, W / side - margin), rng.uniform(margin, H / side - margin)
+            turn = rng.uniform(0, 2 * np.pi)
+            colour = rng.uniform(0.05, 0.95, 3)
+            while np.abs(colour - ground).sum() < 0.6:       # an object must stand out from its ground
+                colour = rng.uniform(0.05, 0.95, 3)
+            reach = 1.3 * radius                             # draw within the object's own square only
+            rows = slice(max(0, int((cy - reach) * side)), max(0, int((cy + reach) * side) + 1))
+            cols = slice(max(0, int((cx - reach) * side)), max(0, int((cx + reach) * side) + 1))
+            dx, dy = (x[rows, cols] - cx) / radius, (y[rows, cols] - cy) / radius
+            outline = list(SHAPES.values())[kind](dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn))
+            alpha = np.clip(0.5 - outline * radius * side, 0, 1)             # one pixel of soft edge
+            paint = _texture(rng, x[rows, cols], y[rows, cols], colour)
+            canvas[:, rows, cols] += alpha * (paint - canvas[:, rows, cols])
+        return torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+# ---- one door to all of them ----
+
+def open_source(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets", download: bool = False):
+    """`--data` -> a source with len(), .read(index) -> uint8 (3, H, W), and .classes. split: 'train' or 'val'.
+
+    data: a folder (see Folder) or one of NAMED. Raises ValueError where it is neither, or not there."""
+    if data == "shapes":
+        return Shapes(split, image_size)
+    if data in NAMED:
+        return Library(data, split, Path(root), download)
+    return Folder(Path(data), split)
+
+
+def train_transform(image_size: tuple[int, int], scale: float) -> v2.Transform:
+    """Pre-training augmentation: a random crop of at least `scale` of the area, resized, and a flip. uint8 in and out."""
+    return v2.Compose([v2.RandomResizedCrop(image_size, (scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True),
+                       v2.RandomHorizontalFlip()])
+
+
+def eval_transform(image_size: tuple[int, int], crop: float = 0.875) -> v2.Transform:
+    """The centre, `crop` of the shorter side once resized. uint8 in and out."""
+    short = round(max(image_size) / crop)
+    return v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(image_size)])
+
+
+class Samples(Dataset):
+    """source + transform, indexed by (epoch, index): the transform draws from (seed, epoch, index) and nothing else."""
+
+    def __init__(self, source, transform: v2.Transform, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        epoch, index = key
+        image = self.source.read(index)
+        with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
+            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+            return self.transform(image)
+
+
+class Batches(Sampler):
+    """This process's part of every optimiser step from `start` to `stop`, as lists of (epoch, index), `accum` lists a step.
+
+    The permutation of an epoch is the same everywhere; step i of it takes the next accum * world * batch samples, cut
+    into `accum` parts of `world` batches: two processes, or two accumulated halves, see the images one process sees.
+    The last incomplete step of an epoch is left out. Raises ValueError where the data set is smaller than one step."""
+
+    def __init__(self, count: int, batch: int, accum: int, world: int, rank: int, seed: int, start: int, stop: int):
+        self.count, self.batch, self.accum, self.world, self.rank, self.seed = count, batch, accum, world, rank, seed
+        self.start, self.stop = start, stop
+        self.per_epoch = steps_per_epoch(count, batch * accum * world)
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accum
+
+    def __iter__(self):
+        shuffled = -1
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, self.per_epoch)
+            if epoch != shuffled:
+                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+                shuffled = epoch
+            for part in range(self.accum):
+                first = ((i * self.accum + part) * self.world + self.rank) * self.batch
+                yield [(epoch, index) for index in order[first:first + self.batch].tolist()]
+
+
+def steps_per_epoch(count: int, global_batch: int) -> int:
+    if count < global_batch:
+        raise ValueError(f"the data set has {count} images, one step takes {global_batch} "
+                         f"(--batch-size x --accum x processes); use a smaller --batch-size")
+    return count // global_batch
+
+
+def make_loader(samples: Samples, batches: Batches, workers: int, on_gpu: bool) -> DataLoader:
+    """One loader for the whole run: no pause between epochs, and workers that start once."""
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=on_gpu,
+                      prefetch_factor=4 if workers else None)
+
+
+# ---- pictures ----
+
+def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
+    """A PNG with one row per image and one titled column per entry, each (N, 3, H, W), normalised."""
+    images = torch.stack([denormalise(x) for x in columns.values()], 1).flatten(0, 1).cpu()         # (N * columns, 3, H, W)
+    sheet = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
+    zoom = max(1, round(160 * len(columns) / sheet.width))
+    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.NEAREST)
+    page = Image.new("RGB", (sheet.width, sheet.height + 22), "white")
+    page.paste(sheet, (0, 22))
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(page).text(((i + 0.5) * sheet.width / len(columns), 11), title, "black", ImageFont.load_default(13), anchor="mm")
+    page.save(path)
+
+
+def save_curve(path: Path, log: Path) -> None:
+    """The loss over steps, from log.jsonl: every line in gray, their running mean in blue."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps, losses = [r["step"] for r in lines], [r["loss"] for r in lines]
+    if len(steps) < 2:
+        return
+    W, H, left, right, top, bottom = 720, 400, 60, 20, 30, 40
+    low, high = min(losses), max(max(losses), min(losses) + 1e-9)
+    page = Image.new("RGB", (W, H), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+
+    def at(step, loss):
+        return (left + (step - steps[0]) / (steps[-1] - steps[0]) * (W - left - right),
+                H - bottom - (loss - low) / (high - low) * (H - top - bottom))
+
+    for i in range(5):
+        step, loss = steps[0] + i / 4 * (steps[-1] - steps[0]), low + i / 4 * (high - low)
+        draw.line([at(steps[0], loss), at(steps[-1], loss)], "#dddddd")
+        draw.text((left - 6, at(step, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
+        draw.text((at(step, loss)[0], H - bottom + 12), f"{step:.0f}", "black", font, anchor="mm")
+    half = max(1, len(losses) // 40)
+    smooth = [sum(part) / len(part) for part in (losses[max(0, i - half):i + half + 1] for i in range(len(losses)))]
+    draw.line([at(*p) for p in zip(steps, losses)], "#bbbbbb", 1)
+    draw.line([at(*p) for p in zip(steps, smooth)], "#1f5fbf", 3)
+    draw.text((W / 2, 14), "loss over optimiser steps", "black", font, anchor="mm")
+    page.save(path)
