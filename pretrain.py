@@ -1,0 +1,473 @@
+"""Pre-training: A2MIM on any backbone, on a CPU, one GPU, or many.
+
+    python pretrain.py                                                      the built-in demo, minutes on a CPU
+    torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet        the paper's run (ResNet-50, 300 epochs)
+
+Recipes as released by the authors (Li et al., ICML 2023): RECIPES below. Leaves in --out: args.json, log.jsonl,
+checkpoint.pt, backbone.pt (the encoder alone, under torchvision's names), loss.png, reconstruction-*.png.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import masking
+from data import (NAMED, Batches, Samples, eval_transform, make_loader, mix, normalise, open_source, save_curve, save_sheet,
+                  steps_per_epoch, train_transform)
+from loss import SPECTRA, STAND_INS, a2mim_loss
+from masking import hidden_count, mask_grid, random_mask
+from model import A2MIM, ARCHS, build_encoder, family
+
+# ---- recipes: every value has a flag of the same name; lr is per 512 images of the global batch ----
+
+CNN = dict(image_size=224, crop_min=0.8, epochs=300, lr=3e-4, schedule="cosine", clip_grad=0.0, token_lr=0.1,
+           token="gamma", focal_pixels=True)
+TRANSFORMER = dict(image_size=224, crop_min=0.67, epochs=800, lr=1e-4, schedule="step", clip_grad=5.0, token_lr=1.0,
+                   token="add", focal_pixels=False, visible_weight=0.0)
+RECIPES = {
+    "resnet":   dict(CNN, fourier_weight=0.5, visible_weight=1e-3),
+    "convnext": dict(CNN, fourier_weight=0.0, visible_weight=0.0),
+    "vit":      dict(TRANSFORMER, fourier_weight=0.1),
+    "swin":     dict(TRANSFORMER, fourier_weight=0.5, image_size=192),
+}
+EXCEPTIONS = {  # as released
+    "resnet101": dict(fourier_weight=0.1, fourier_focal=False, spectrum="image"),
+    "resnet152": dict(fourier_weight=0.0),
+    "resnet200": dict(fourier_weight=0.0),
+}
+COMMON = dict(arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fill="mean", drop_path=None, patch_size=16, window=7,
+              fourier_focal=True, stand_in="mixed", spectrum="batch", alpha=1.0, log_weight=True,
+              weight_decay=0.05, warmup_epochs=None, min_lr=1e-5, accum=1, batch_size=None, global_batch=None, seed=0, amp=None, compile=False,
+              channels_last=True, data_root="datasets", download=False, workers=None, out=None, resume=False, baseline=None,
+              log_every=10, save_every=10.0, sheets=5)
+SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0)        # the paper's comparison, any backbone
+DEMO = dict(data="shapes", arch="resnet18", image_size=96, mask_cell=8, mask_stage=3, epochs=1, global_batch=16, lr=0.096,
+            spectrum="image", log_every=5)               # small cells, a high lr and the paper's spectrum: it has two minutes
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, said by rank 0 alone (see `main`)."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} " + (f"from {low} to {high}" if high < math.inf else f"of at least {low}"))
+        return value
+    return read
+
+
+def parse(argv: list[str] | None) -> SimpleNamespace:
+    """Flags over the recipe of the backbone; `given` holds what was typed. Raises ValueError for a value that is off."""
+    table = "\n".join(f"  {name:9} " + "  ".join(f"{k}={v}" for k, v in row.items()) for name, row in RECIPES.items())
+    parser = Parser(
+        prog="pretrain.py", usage="%(prog)s [--data DIR] [--arch NAME] [options]", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        epilog=f"recipes (a flag overrides; resnet101, 152 and 200 differ in the Fourier loss, as released):\n{table}")
+    yes_no, whole, real = argparse.BooleanOptionalAction, number(int, 1), number(float, 0)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", metavar="DIR", help=f"folder of images (ImageNet's train/, class folders, or any), or {', '.join(NAMED)}; none: the demo")
+    g.add_argument("--data-root", metavar="DIR", help="where torchvision's datasets are kept (datasets)")
+    g.add_argument("--download", action="store_true", help="fetch a torchvision dataset that is not there yet")
+    g.add_argument("--image-size", type=whole, metavar="PX", help="side of the square crop (by recipe)")
+    g.add_argument("--crop-min", type=number(float, 0.01, 1), metavar="S", help="smallest area of the random crop, 0.01 to 1 (by recipe)")
+    g.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
+    g = parser.add_argument_group("masking")
+    g.add_argument("--mask-ratio", type=float, metavar="R", help="share of cells hidden per image, 0 < R < 1 (0.6)")
+    g.add_argument("--mask-cell", type=whole, metavar="PX", help="side of a hidden square, at least the stride at the token (32)")
+    g.add_argument("--mask-stage", type=number(int, 0), metavar="K", help="token enters before stage K: 1 = after stem or patch embedding "
+                   "(ViT: block K), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)")
+    g.add_argument("--token", choices=masking.TOKENS, help="how the token joins the features (by recipe)")
+    g.add_argument("--fill", choices=masking.FILLS, help="colour of hidden pixels at the input (mean)")
+    g.add_argument("--baseline", choices=["simmim"], help="run SimMIM instead: token replaces after the stem, zero fill, no Fourier loss")
+    g = parser.add_argument_group("model")
+    g.add_argument("--arch", choices=ARCHS, metavar="NAME", help=f"one of {', '.join(ARCHS)} (resnet50)")
+    g.add_argument("--drop-path", type=number(float, 0, 0.99), metavar="P", help="stochastic depth of the deepest block (ViT 0.1, else 0)")
+    g.add_argument("--patch-size", type=whole, metavar="PX", help="ViT only (16)")
+    g.add_argument("--window", type=whole, metavar="N", help="Swin only (7, as torchvision's weights; the authors use 6 at 192 px)")
+    g = parser.add_argument_group("loss")
+    g.add_argument("--fourier-weight", type=real, metavar="W", help="lambda, 0 = pixels only (by recipe)")
+    g.add_argument("--stand-in", choices=STAND_INS, help="what visible pixels show the Fourier loss: mixed as released, prediction as in the paper (mixed)")
+    g.add_argument("--visible-weight", type=number(float, 0, 1), metavar="U", help="share of gradient that visible pixels keep in it, 0 to 1 (by recipe)")
+    g.add_argument("--spectrum", choices=SPECTRA, help="one spectrum of the batch's mean as released, or one per image as in the paper (batch)")
+    g.add_argument("--fourier-focal", action=yes_no, help="focal frequency loss, or plain mean |D| (yes)")
+    g.add_argument("--alpha", type=real, metavar="A", help="exponent of the frequency weight (1)")
+    g.add_argument("--log-weight", action=yes_no, help="log(1 + |D|^alpha) as frequency weight (yes)")
+    g.add_argument("--focal-pixels", action=yes_no, help="focal L1 over pixels, or plain L1 (by recipe)")
+    g = parser.add_argument_group("optimiser")
+    g.add_argument("--epochs", type=whole, metavar="N", help="(by recipe)")
+    g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (GPU 256, CPU 32)")
+    g.add_argument("--accum", type=whole, metavar="N", help="forward passes per optimiser step (1)")
+    g.add_argument("--lr", type=real, metavar="LR", help="AdamW's, per 512 images of the global batch (by recipe)")
+    g.add_argument("--token-lr", type=real, metavar="X", help="lr of mask token and gamma, times the lr (by recipe)")
+    g.add_argument("--min-lr", type=real, metavar="LR", help="floor of the cosine, absolute (1e-5)")
+    g.add_argument("--schedule", choices=["cosine", "step"], help="after warm-up: cosine, or constant and x0.1 for the last eighth (by recipe)")
+    g.add_argument("--warmup-epochs", type=real, metavar="N", help="(10, or a tenth of a run shorter than 100)")
+    g.add_argument("--weight-decay", type=real, metavar="WD", help="(0.05)")
+    g.add_argument("--clip-grad", type=real, metavar="G", help="largest gradient norm, 0 = none (by recipe)")
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>)")
+    g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out; its flags are remembered")
+    g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes weights, order, crops and masks (0)")
+    g.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (bf16 where the device has it; else GPU fp16, CPU off)")
+    g.add_argument("--compile", action=yes_no, help="torch.compile the model (no)")
+    g.add_argument("--channels-last", action=yes_no, help="memory format of CNNs (yes)")
+    g.add_argument("--log-every", type=whole, metavar="N", help="steps between lines of log.jsonl (10)")
+    g.add_argument("--save-every", type=real, metavar="MIN", help="minutes between checkpoints; also after each epoch (10)")
+    g.add_argument("--sheets", type=number(int, 0), metavar="N", help="pictures over the run, first and last included (5)")
+    given = vars(parser.parse_args(argv))
+
+    demo = "data" not in given
+    arch = given.get("arch", (DEMO if demo else COMMON)["arch"])
+    baseline = SIMMIM if given.get("baseline") == "simmim" else {}
+    recipe = {**COMMON, **RECIPES[family(arch)], **EXCEPTIONS.get(arch, {}), **(DEMO if demo else {}), **baseline}
+    return SimpleNamespace(**{**recipe, **given}, given=given, demo=demo)
+
+
+# ---- processes: one, or as many as torchrun started ----
+
+@dataclass
+class Processes:
+    """Who we are among the processes of torchrun: rank of world, on `device`. Without torchrun: rank 0 of 1."""
+    world: int = int(os.environ.get("WORLD_SIZE", 1))
+    rank: int = int(os.environ.get("RANK", 0))
+    local: int = int(os.environ.get("LOCAL_RANK", 0))
+    local_world: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def __post_init__(self):
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local) if self.on_gpu else torch.device("cpu")
+
+    def start(self) -> None:
+        """Joins the process group. Raises ValueError where there are more processes than GPUs."""
+        if self.on_gpu:
+            if self.local_world > torch.cuda.device_count():
+                raise ValueError(f"--nproc_per_node={self.local_world}: this machine has {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.on_gpu else "gloo")
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def agree(self, decide):
+        """Rank 0 decides; every rank gets its answer, or its ValueError."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = decide()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0, device=self.device if self.on_gpu else None)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over the processes; all take part."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+
+# ---- output folder, checkpoints, log ----
+
+def open_out(args: SimpleNamespace) -> Path:
+    """Makes the output folder. By default runs/<data>-<arch>, numbered if taken; --resume takes the newest of them."""
+    if args.out is None:
+        name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
+        taken = [n for n in range(1, 10_000) if numbered(name, n).exists()]
+        args.out = str(numbered(name, max(taken, default=1) if args.resume else len(taken) + 1))
+    out = Path(args.out)
+    if not args.resume and (out / "log.jsonl").exists():
+        raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def numbered(name: str, n: int) -> Path:
+    return Path("runs") / (name if n == 1 else f"{name}-{n}")
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one, never half."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_checkpoint(out: Path) -> dict | None:
+    """checkpoint.pt of a run, or None where it has none yet. Raises ValueError for a file that cannot be read."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                        # torch.load has no one type for a broken file
+        raise ValueError(f"{path}: cannot be read; is it whole, and a checkpoint of pretrain.py?") from None
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drops the lines after `step`: they are about to be lived again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource                                      # not on Windows
+    except ImportError:
+        return 0.0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+# ---- optimiser ----
+
+def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
+    """AdamW's groups, each with its `scale` of the lr: no weight decay on norms, biases, mask token, gamma, position embedding,
+    class token and LayerScale. (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
+    groups = {}
+    for name, p in model.named_parameters():
+        plain = p.ndim <= 1 or name.endswith(("layer_scale", "pos_embed", "cls_token"))
+        key = (token_lr if name.startswith("mask_token.") else 1.0, 0.0 if plain else weight_decay)
+        groups.setdefault(key, []).append(p)
+    return [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+
+
+def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str) -> float:
+    """lr of one parameter group at iteration `step` of `total`, linear warm-up over `warmup` iterations from 0.
+
+    cosine: c = floor + (base - floor)/2 (1 + cos(pi (t - W)/(T - W))), times t/W in warm-up, as released (mmcv);
+    step: base, a tenth of it for the last eighth (epochs 700 to 800 of the ViT recipe)."""
+    ramp = min(1.0, step / warmup) if warmup else 1.0
+    if schedule == "step":
+        return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
+    floor = min(floor, base)                                 # with a small batch the token's lr may lie below the floor
+    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+
+
+# ---- the run ----
+
+def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleNamespace:
+    """Data, model and optimiser, checked against each other before anything long starts. Raises ValueError."""
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
+    run, size = SimpleNamespace(), (args.image_size, args.image_size)
+    run.hidden = hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)
+
+    if args.download:                                        # one process fetches for all
+        me.agree(lambda: len(open_source(args.data, "train", size, args.data_root, download=True)))
+    source = open_source(args.data, "train", size, args.data_root)
+    run.batch = args.batch_size or (max(1, args.global_batch // me.world) if args.global_batch else 256 if me.on_gpu else 32)
+    run.global_batch = run.batch * args.accum * me.world
+    run.images, run.per_epoch = len(source), steps_per_epoch(len(source), run.global_batch)
+    run.total, run.start = run.per_epoch * args.epochs, saved["step"] if saved else 0
+    run.workers = min(8, max(1, (os.cpu_count() or 1) // me.local_world - 1)) if args.workers is None else args.workers
+    batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
+    run.loader = make_loader(Samples(source, train_transform(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
+    preview = Samples(source, eval_transform(size), args.seed)
+    run.preview = torch.stack([preview[0, i * len(source) // 6] for i in range(6)])      # the same images in every picture
+
+    torch.manual_seed(mix(args.seed))                        # every process starts from the same weights
+    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    model = A2MIM(encoder, size, args.mask_cell, args.mask_stage, args.token, args.fill).to(me.device)
+    args.channels_last = args.channels_last and family(args.arch) in ("resnet", "convnext")
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if me.world > 1 and me.on_gpu:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    run.model, run.net = model, model                        # `model` keeps the plain names, `net` is what a step calls
+    if me.world > 1:
+        run.net = DDP(model, device_ids=[me.local] if me.on_gpu else None, gradient_as_bucket_view=True)
+
+    run.peak = args.lr * run.global_batch / 512
+    run.warmup = round(run.per_epoch * (min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs))
+    run.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.token_lr), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    run.amp = args.amp or default_amp(me)
+    run.dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    run.scaler = torch.amp.GradScaler(me.device.type, enabled=run.amp == "fp16")         # otherwise it does nothing
+    return run
+
+
+def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: SimpleNamespace) -> dict[str, Tensor]:
+    """One optimiser step; returns this process's mean loss and its parts, still on the device.
+
+    All randomness comes from (seed, step), so a run that stops and goes on is the run that never stopped."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(step, run.total, run.warmup, run.peak * group["scale"], args.min_lr, args.schedule)
+    torch.manual_seed(mix(args.seed, step, me.rank))         # stochastic depth, and the random fill
+    draw = torch.Generator(me.device).manual_seed(mix(args.seed, step))
+    masks = random_mask(run.global_batch, run.model.grid, args.mask_ratio, me.device, draw)
+    masks = masks.view(args.accum, me.world, run.batch, *run.model.grid)[:, me.rank]     # every process draws all, takes its own
+    record = {}
+    for part, mask in enumerate(masks):
+        images = normalise(next(stream), me.device)          # (B, 3, H, W)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
+        with contextlib.nullcontext() if meet else run.net.no_sync():
+            with torch.autocast(me.device.type, run.dtype, enabled=run.amp != "off"):
+                painted = run.net(images, mask)              # (B, 3, H, W)
+            loss, parts = a2mim_loss(painted, images, mask, fourier_weight=args.fourier_weight, stand_in=args.stand_in,
+                                     u=args.visible_weight, spectrum=args.spectrum, alpha=args.alpha, log_weight=args.log_weight,
+                                     focal_pixels=args.focal_pixels, focal_fourier=args.fourier_focal)
+            run.scaler.scale(loss / args.accum).backward()
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            record[name] = record.get(name, 0) + value / args.accum
+    if args.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return record
+
+
+def train(args: SimpleNamespace, me: Processes) -> None:
+    """The whole run. Raises ValueError before it starts, FloatingPointError where the loss is no longer finite."""
+    me.start()
+    out = Path(me.agree(lambda: str(open_out(args))))
+    saved = read_checkpoint(out) if args.resume else None
+    if saved:                                                # the run's own settings, then what was typed now
+        args = SimpleNamespace(**{**COMMON, **saved["args"], **args.given}, given=args.given, demo=False)
+    elif args.resume:
+        me.say(f"{out}: no checkpoint yet, starting from the beginning")
+    if args.demo:
+        me.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
+               "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
+    args.out = str(out)
+    run = prepare(args, me, saved)
+    if saved:
+        load_run(saved, run, out)
+    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
+    me.say(f"{args.arch}: {sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M parameters, token before stage "
+           f"{run.model.mask_stage}\n{args.data}: {run.images} images at {args.image_size} px, {run.hidden} of {math.prod(run.model.grid)} cells "
+           f"hidden\n{me.world} x {me.device.type}, amp {run.amp}, {run.workers} workers each; global batch {run.global_batch}, peak lr "
+           f"{run.peak:.2e}, {args.epochs} epochs of {run.per_epoch} steps" + (f", from step {run.start}" if saved else "") + f"\nwriting {out}/")
+
+    log, preview = out / "log.jsonl", normalise(run.preview, me.device)
+    look = random_mask(len(preview), run.model.grid, args.mask_ratio, generator=torch.Generator().manual_seed(mix(args.seed))).to(me.device)
+    sheets = {round(i / max(1, args.sheets - 1) * run.total) for i in range(args.sheets)}
+
+    def picture(step: int) -> None:
+        titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
+        save_sheet(out / f"reconstruction-{step:06d}.png", dict(zip(titles, (preview, *run.model.reconstruct(preview, look)))))
+
+    if me.rank == 0:
+        trim_log(log, run.start)
+        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type, amp_used=run.amp)
+        (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
+        if run.start == 0 and sheets:
+            picture(0)
+
+    run.model.train()
+    stream, saved_at, logged_at, logged = iter(run.loader), time.time(), time.time(), run.start
+    bar = tqdm(total=run.total, initial=run.start, unit="step", disable=me.rank != 0)
+    for step in range(run.start, run.total):
+        record, done = train_step(step, stream, args, me, run), step + 1
+        bar.update()
+        epoch_ends = done % run.per_epoch == 0
+        if done % args.log_every == 0 or epoch_ends or done == 1:
+            values = dict(zip(record, me.mean(torch.stack(list(record.values()))).tolist()))         # the only wait for the device
+            if not all(map(math.isfinite, values.values())):
+                kept = f"{out}/checkpoint.pt is kept" if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"
+                raise FloatingPointError(f"loss is {values['loss']} at step {done} (peak lr {run.peak:.1e}, amp {run.amp}); {kept}; "
+                                         f"try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
+            if me.rank == 0:
+                speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
+                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=run.optimizer.param_groups[0]["lr"],
+                            **{k: round(v, 6) for k, v in values.items()}, images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
+                logged_at, logged = time.time(), done
+        if me.rank == 0 and done in sheets:
+            picture(done)
+        if me.rank == 0 and (epoch_ends or time.time() - saved_at > 60 * args.save_every):
+            save_atomically(dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                                 step=done, args=settings, world=me.world), out / "checkpoint.pt")
+            save_atomically(run.model.encoder.backbone.state_dict(), out / "backbone.pt")
+            save_curve(out / "loss.png", log)
+            saved_at = time.time()
+    bar.close()
+    me.say(f"done: {out}/backbone.pt holds the encoder, {out}/reconstruction-*.png show what it paints")
+
+
+def load_run(saved: dict, run: SimpleNamespace, out: Path) -> None:
+    """Puts a checkpoint back. Raises ValueError where it belongs to another model."""
+    try:
+        run.model.load_state_dict(saved["model"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.scaler.load_state_dict(saved["scaler"])
+    except (RuntimeError, ValueError, KeyError):
+        raise ValueError(f"{out}/checkpoint.pt: of another model ({saved['args'].get('arch')} at {saved['args'].get('image_size')} px); "
+                         f"resume with the run's own flags, or choose another --out") from None
+
+
+def default_amp(me: Processes) -> str:
+    """bf16 where the device computes in it natively; else fp16 on a GPU, off on a CPU."""
+    if me.on_gpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
+
+
+def main(argv: list[str] | None = None) -> None:
+    me = Processes()
+    try:
+        train(parse(argv), me)
+    except ValueError as error:
+        fail(f"error: {error}", 2, me)
+    except FloatingPointError as error:
+        fail(str(error), 1, me)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fail(message: str, code: int, me: Processes) -> None:
+    """One line on stderr from rank 0, and out; the others give it time to speak before the launcher ends them all."""
+    if me.rank == 0:
+        print(f"pretrain.py: {message}", file=sys.stderr)
+    else:
+        time.sleep(2)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
