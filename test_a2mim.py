@@ -1,0 +1,828 @@
+"""What A2MIM claims, checked: each test is a fact about the method or this code, against an independent derivation.
+
+    pytest test_a2mim.py        under 5 minutes on 2 CPU cores
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as tv
+from PIL import Image
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+import data
+import loss
+import masking
+import model
+import pretrain
+from model import A2MIM, build_encoder
+
+HERE = Path(__file__).parent
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def checkerboard(batch=1, gh=2, gw=2):
+    """A mask that hides every other cell."""
+    return (torch.arange(gh)[:, None] + torch.arange(gw)[None]).remainder(2).eq(0).expand(batch, gh, gw)
+
+
+# ---- masking: which cells ----
+
+def test_224_px_have_49_cells_of_which_30_are_hidden():
+    mask = masking.random_mask(500, masking.mask_grid((224, 224), 32), 0.6)
+    assert mask.shape == (500, 7, 7) and mask.dtype == torch.bool
+    assert mask.sum((1, 2)).unique().tolist() == [30]        # ceil(0.6 * 49) = ceil(29.4)
+
+
+@pytest.mark.parametrize("cells, ratio, hidden", [(16, 0.6, 10), (36, 0.75, 27), (100, 0.55, 55), (10, 0.7, 7), (2, 0.01, 1), (49, 0.5, 25)])
+def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(cells, ratio, hidden):
+    assert masking.hidden_count(cells, ratio) == hidden      # 0.55 * 100 = 55.000000000000007 must not become 56
+
+
+def test_every_subset_of_cells_is_equally_likely():
+    mask = masking.random_mask(40_000, (2, 3), 0.5).flatten(1)               # 3 of 6 hidden: 20 possible subsets
+    subsets = (mask.long() * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
+    subsets = subsets[subsets > 0].double()
+    assert len(subsets) == 20
+    chi2 = ((subsets - 2000) ** 2 / 2000).sum()              # 19 degrees of freedom: above 43.8 once in 1,000
+    assert chi2 < 43.8
+
+
+def test_masks_come_from_the_generator_alone():
+    draw = lambda seed: masking.random_mask(8, (4, 6), generator=torch.Generator().manual_seed(seed))
+    first = draw(1)
+    torch.manual_seed(99)
+    assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
+    assert len(first.flatten(1).unique(dim=0)) == 8          # each image has its own
+
+
+def test_a_pixel_is_hidden_when_its_cell_is():
+    mask = masking.random_mask(2, (2, 3), 0.5)
+    big = masking.resize_mask(mask, (64, 96))
+    for b, y, x in product(range(2), (0, 31, 32, 63), (0, 31, 32, 63, 64, 95)):
+        assert big[b, 0, y, x] == mask[b, y // 32, x // 32]
+
+
+def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
+    mask = masking.random_mask(2, (7, 7), 0.6)
+    odd = masking.resize_mask(mask, (10, 12))
+    for y, x in product(range(10), range(12)):
+        assert torch.equal(odd[:, 0, y, x], mask[:, y * 7 // 10, x * 7 // 12])
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: masking.mask_grid((100, 128), 32), "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
+    (lambda: masking.mask_grid((16, 16), 32), "image side 16: not a multiple of the 32-pixel mask cell; use 32"),
+    (lambda: masking.random_mask(1, (2, 2), 0.0), "mask ratio 0.0: must lie between 0 and 1"),
+    (lambda: masking.random_mask(1, (2, 2), 1.0), "mask ratio 1.0: must lie between 0 and 1"),
+    (lambda: masking.resize_mask(checkerboard(1, 4, 4), (2, 2)), "smaller than the stride"),
+    (lambda: masking.fill_hidden(torch.zeros(1, 3, 4, 4), checkerboard(), "grey"), "fill 'grey': must be one of mean, zero, random"),
+    (lambda: masking.MaskToken(3, "swap"), "mask token 'swap': must be one of gamma, add, replace"),
+    (lambda: masking.spread_mask(checkerboard(), torch.zeros(1, 7, 3)), "7 tokens does not fit a mask of 2x2 cells"),
+    (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), stand_in="none"), "stand-in 'none': must be one of"),
+    (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), spectrum="all"), "spectrum 'all': must be one of batch, image"),
+    (lambda: build_encoder("resnet51"), "arch 'resnet51': must be one of resnet18"),
+    (lambda: build_encoder("vit_base", 100), "image size 100x100: not a multiple of the 16-pixel patch"),
+    (lambda: A2MIM(build_encoder("resnet18"), 64, mask_stage=5), "mask stage 5: this encoder has stages 0 to 4"),
+    (lambda: A2MIM(build_encoder("resnet18"), 64, mask_cell=8), "mask of 8x8 cells on a 4x4 feature grid"),
+    (lambda: A2MIM(build_encoder("resnet18"), 80, mask_cell=16), "image size 80x80: the encoder turns it into features"),
+])
+def test_impossible_sizes_and_options_give_one_clear_line(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- masking: what is painted over them ----
+
+def test_the_fill_is_the_mean_of_the_whole_image_and_visible_pixels_stay_bit_equal():
+    x, mask = torch.randn(2, 3, 64, 96), masking.random_mask(2, (2, 3), 0.5)
+    seen = masking.fill_hidden(x, mask)
+    for b, r, c in product(range(2), range(2), range(3)):
+        cell = np.s_[b, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
+        if mask[b, r, c]:
+            mean = x[b].double().reshape(3, -1).mean(1).float()              # hidden pixels included
+            close(seen[cell], mean[:, None, None].expand(3, 32, 32))
+        else:
+            assert torch.equal(seen[cell], x[cell])
+
+
+def test_the_other_fills_are_zero_and_one_random_colour_per_image():
+    x, mask = torch.randn(2, 3, 4, 4), checkerboard(2)
+    hidden = masking.resize_mask(mask, (4, 4)).expand_as(x)
+    assert masking.fill_hidden(x, mask, "zero")[hidden].unique().tolist() == [0]
+    painted = masking.fill_hidden(x, mask, "random", torch.Generator().manual_seed(3))
+    assert len(painted[hidden].unique()) == 6                # 2 images x 3 channels
+    assert torch.equal(painted[~hidden], x[~hidden])
+
+
+def test_hidden_pixels_reach_the_network_only_through_the_mean_colour():
+    net = A2MIM(build_encoder("resnet18"), 64).eval()
+    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])              # top left is hidden
+    y = x.clone()
+    y[..., :32, :32] = x[..., :32, :32].flip(-1)             # the same colours, elsewhere
+    close(net(x, mask), net(y, mask))
+    assert not torch.allclose(net(x, ~mask), net(y, ~mask))  # visible there: it must show
+
+
+# ---- masking: the token ----
+
+def test_token_forms_by_hand():
+    z, mask = torch.tensor([[[[2.0, 3.0]]]]), torch.tensor([[[True, False]]])                # (1, 1, 1, 2), left hidden
+    for form, left in (("gamma", 0.25 * 2 + 7), ("add", 2 + 7), ("replace", 7)):
+        token = masking.MaskToken(1, form)
+        nn.init.constant_(token.token, 7)
+        if form == "gamma":
+            nn.init.constant_(token.gamma, 0.25)
+        assert token(z, mask).flatten().tolist() == [left, 3]
+
+
+def test_gamma_starts_at_a_millionth_so_a_hidden_feature_starts_as_the_token():
+    token = masking.MaskToken(512)
+    assert token.gamma.unique().tolist() == [pytest.approx(1e-6)]
+    assert 0.015 < token.token.std() < 0.025 and token.token.abs().max() < 2     # truncated normal, std 0.02
+    hidden = token(torch.randn(1, 512, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
+    close(hidden, token.token.view(1, -1, 1, 1).expand(1, 512, 2, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", masking.TOKENS)
+def test_maps_channels_last_maps_and_sequences_get_the_same_token(form):
+    z, mask = torch.randn(2, 5, 4, 6), masking.random_mask(2, (2, 3), 0.5)
+    token, swin = masking.MaskToken(5, form), masking.MaskToken(5, form, layout="nhwc")
+    swin.load_state_dict(token.state_dict())
+    expected = token(z, mask)                                # (B, C, h, w)
+    close(swin(z.permute(0, 2, 3, 1), mask), expected.permute(0, 2, 3, 1))
+    sequence = z.flatten(2).transpose(1, 2)                  # (B, N, C)
+    close(token(sequence, mask), expected.flatten(2).transpose(1, 2))
+    cls = torch.randn(2, 1, 5)
+    with_class = token(torch.cat([cls, sequence], 1), mask)
+    assert torch.equal(with_class[:, :1], cls)               # the class row is never hidden
+    close(with_class[:, 1:], expected.flatten(2).transpose(1, 2))
+
+
+# ---- loss: pixels ----
+
+def test_focal_l1_is_its_formula():
+    d = torch.linspace(-4, 4, 33)
+    by_hand = [abs(v) * (2 / (1 + math.exp(-0.2 * abs(v))) - 1) for v in d.tolist()]
+    close(loss.focal_l1(d), torch.tensor(by_hand))
+
+
+@pytest.mark.parametrize("focal", [True, False])
+def test_the_spatial_loss_is_the_mean_error_of_hidden_pixels(focal):
+    pred, image, mask = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12), masking.random_mask(2, (2, 3), 0.6)
+    error = 0.0
+    for b, r, c in mask.nonzero().tolist():
+        d = (pred - image)[b, :, 4 * r:4 * r + 4, 4 * c:4 * c + 4].double().abs()
+        error += (d * (2 * torch.sigmoid(0.2 * d) - 1) if focal else d).sum().item()
+    assert loss.spatial_loss(pred, image, mask, focal).item() == pytest.approx(error / (mask.sum().item() * 16) / 3, rel=1e-5)
+
+
+def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequencies():
+    image, mask = torch.randn(2, 3, 8, 8), checkerboard(2)
+    visible = ~masking.resize_mask(mask, (8, 8)).expand_as(image)
+
+    def gradient(fn, **options):
+        pred = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        return torch.autograd.grad(fn(pred, image, mask, **options), pred)[0]
+    assert gradient(loss.spatial_loss)[visible].abs().max() == 0
+    assert gradient(loss.spatial_loss)[~visible].abs().min() > 0
+    assert gradient(loss.fourier_loss, u=0.0)[visible].abs().max() == 0
+    full, share = gradient(loss.fourier_loss, u=1.0), gradient(loss.fourier_loss, u=0.25, stand_in="prediction")
+    close(share[visible], 0.25 * full[visible])              # the value is the same, as the stand-in is the prediction
+
+
+# ---- loss: frequencies ----
+
+def dft(x):
+    """Orthonormal 2-D Fourier transform of a real (H, W) array as the sum that defines it: (cosine part, sine part)."""
+    H, W = x.shape
+    real, imag = np.zeros((H, W)), np.zeros((H, W))
+    for u, v, y, z in product(range(H), range(W), range(H), range(W)):
+        angle = 2 * math.pi * (u * y / H + v * z / W)
+        real[u, v] += x[y, z] * math.cos(angle)
+        imag[u, v] -= x[y, z] * math.sin(angle)
+    return real / math.sqrt(H * W), imag / math.sqrt(H * W)
+
+
+@pytest.mark.parametrize("spectrum, stand_in, focal, alpha, log_weight, width", [
+    ("batch", "mixed", True, 1.0, True, 6), ("image", "prediction", True, 1.0, True, 6), ("image", "mixed", True, 0.5, False, 5),
+    ("batch", "target", True, 2.0, True, 5), ("batch", "mean", True, 1.0, False, 6), ("image", "mixed", False, 1.0, True, 5),
+    ("batch", "prediction", False, 1.0, True, 6)])
+def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectrum, stand_in, focal, alpha, log_weight, width):
+    pred, image = torch.randn(2, 2, 4, width), torch.randn(2, 2, 4, width)
+    mask, u = torch.tensor([[[True], [False]], [[False], [True]]]), 0.125
+    P, X = pred.double().numpy(), image.double().numpy()
+    hidden = np.zeros_like(P)
+    hidden[0, :, :2], hidden[1, :, 2:] = 1, 1
+    stand = {"prediction": P, "mixed": (P + X) / 2, "target": X, "mean": np.broadcast_to(X.mean((2, 3), keepdims=True), X.shape)}[stand_in]
+    w = hidden + (1 - hidden) * u
+    p = P * w + stand * (1 - w)
+    spectra = np.array([[dft(p[b, c]) for c in range(2)] for b in range(2)]) - np.array([[dft(X[b, c]) for c in range(2)] for b in range(2)])
+    if spectrum == "batch":
+        spectra = spectra.mean(0, keepdims=True)             # the spectra are averaged, as released
+    modulus = np.sqrt(spectra[:, :, 0] ** 2 + spectra[:, :, 1] ** 2)         # (B or 1, C, H, W)
+    if focal:
+        weight = np.log(1 + modulus**alpha) if log_weight else modulus**alpha
+        weight = weight / weight.max(axis=None if spectrum == "batch" else (2, 3), keepdims=True)
+        expected = (weight * modulus**2).mean()
+    else:
+        expected = modulus.mean()
+    got = loss.fourier_loss(pred, image, mask, stand_in=stand_in, u=u, spectrum=spectrum, focal=focal, alpha=alpha, log_weight=log_weight)
+    assert got.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 21), (8, 13)])
+def test_half_a_spectrum_is_enough_and_one_transform_of_the_mean_does_for_the_batch(size):
+    """rfft2 of the mean image = the mean of complex fft2 of every image, in value and in gradient."""
+    pred, image, mask = torch.randn(5, 3, *size, requires_grad=True), torch.randn(5, 3, *size), torch.ones(5, 1, 1, dtype=torch.bool)
+    D = (torch.fft.fft2(pred, norm="ortho") - torch.fft.fft2(image, norm="ortho")).mean(0)
+    weight = torch.log(1 + D.abs()).detach()
+    expected = (weight / weight.max() * D.abs() ** 2).mean()
+    got = loss.fourier_loss(pred, image, mask)
+    close(got, expected)
+    close(torch.autograd.grad(got, pred)[0], torch.autograd.grad(expected, pred)[0])
+
+
+@pytest.mark.parametrize("spectrum", loss.SPECTRA)
+def test_parseval_with_weight_one_the_fourier_loss_is_the_pixel_mse(spectrum):
+    pred, image, mask = torch.randn(3, 3, 14, 9), torch.randn(3, 3, 14, 9), torch.ones(3, 1, 1, dtype=torch.bool)
+    d = pred - image if spectrum == "image" else (pred - image).mean(0)
+    close(loss.fourier_loss(pred, image, mask, alpha=0.0, log_weight=False, spectrum=spectrum), d.square().mean())
+
+
+def test_the_batch_spectrum_sees_only_the_mean_residual():
+    """The released code's least known trait: errors of different images cancel, and what is left falls as 1/B."""
+    image, error = torch.randn(2, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    mask = torch.ones(2, 1, 1, dtype=torch.bool)
+    pred = image + torch.cat([error, -error])                # both are wrong, in opposite ways
+    assert loss.fourier_loss(pred, image, mask, spectrum="batch") < 1e-10
+    assert loss.fourier_loss(pred, image, mask, spectrum="image") > 0.1
+    noise = torch.randn(64, 3, 16, 16)
+    parseval = dict(alpha=0.0, log_weight=False)             # weight 1, so that the law is exact in the mean
+    one = loss.fourier_loss(noise, 0 * noise, torch.ones(64, 1, 1), spectrum="image", **parseval)
+    all64 = loss.fourier_loss(noise, 0 * noise, torch.ones(64, 1, 1), **parseval)
+    assert one / all64 == pytest.approx(64, rel=0.2)
+
+
+@pytest.mark.parametrize("spectrum, focal", [*product(loss.SPECTRA, (True, False))])
+def test_a_perfect_prediction_costs_nothing_and_its_gradient_is_zero_not_nan(spectrum, focal):
+    image = torch.randn(2, 3, 8, 8)
+    pred = image.clone().requires_grad_()
+    total, parts = loss.a2mim_loss(pred, image, checkerboard(2), spectrum=spectrum, focal_fourier=focal)
+    total.backward()
+    assert total == 0 and parts["fourier"] == 0 and pred.grad.abs().max() == 0
+
+
+def test_the_total_is_spatial_plus_lambda_fourier_and_lambda_zero_leaves_the_transform_out():
+    pred, image, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), checkerboard(2)
+    total, parts = loss.a2mim_loss(pred, image, mask, fourier_weight=0.5)
+    close(total, parts["spatial"] + 0.5 * parts["fourier"])
+    total, parts = loss.a2mim_loss(pred, image, mask, fourier_weight=0)
+    assert list(parts) == ["spatial"] and total == parts["spatial"]
+
+
+def test_the_loss_is_float32_inside_autocast():
+    pred, image, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), checkerboard(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = loss.a2mim_loss(pred, image, mask)
+    assert inside.dtype == torch.float32
+    close(inside, loss.a2mim_loss(pred, image, mask)[0])
+
+
+# ---- model ----
+
+FAMILIES = ["resnet18", "resnet50", "convnext_tiny", "swin_tiny", "vit_small", "deit_tiny"]
+
+
+@pytest.mark.parametrize("arch, size", [*product(FAMILIES, [(64, 64), (64, 128)])])
+def test_every_family_paints_the_whole_image_and_the_token_enters_where_it_should(arch, size):
+    net = A2MIM(build_encoder(arch, size), size).eval()
+    entered = []
+    net.mask_token.register_forward_hook(lambda module, inputs, output: entered.append(tuple(output.shape)))
+    painted = net(torch.randn(2, 3, *size), masking.random_mask(2, net.grid))
+    assert painted.shape == (2, 3, *size) and net.grid == (size[0] // 32, size[1] // 32)
+    H, W = size                                              # the injection points of the released configs
+    assert entered == [{"resnet18": (2, 256, H // 16, W // 16), "resnet50": (2, 1024, H // 16, W // 16),
+                        "convnext_tiny": (2, 768, H // 32, W // 32), "swin_tiny": (2, H // 4, W // 4, 96),
+                        "vit_small": (2, H * W // 256, 768), "deit_tiny": (2, H * W // 256, 192)}[arch]]
+
+
+def test_the_token_can_enter_before_any_stage():
+    x = torch.randn(1, 3, 64, 64)
+    for arch, stages in (("resnet18", 5), ("deit_tiny", 13), ("swin_tiny", 5)):
+        for stage in range(stages):
+            net = A2MIM(build_encoder(arch, 64), 64, mask_stage=stage, token="add").eval()
+            mask = masking.random_mask(1, net.grid, 0.5)
+            before = net(x, mask)
+            nn.init.constant_(net.mask_token.token, 1.0)
+            assert not torch.allclose(before, net(x, mask)), (arch, stage)
+
+
+def test_each_feature_paints_its_own_square():
+    """PixelShuffle lays the 3 s^2 outputs of feature (i, j) over the pixels of square (i, j)."""
+    net = A2MIM(build_encoder("resnet18"), (64, 96))
+    z = torch.zeros(1, 512, 2, 3)
+    z[0, :, 1, 2] = 1.0
+    nn.init.constant_(net.decoder[0].weight, 0.5)
+    painted = net.decoder(z)
+    assert painted[..., 32:, 64:].unique().tolist() == [256] and painted.sum() == 256 * 3 * 32 * 32
+
+
+def test_parameter_counts_are_the_published_ones():
+    """Millions, classification head included. Source: the authors' table; torchvision's for the names it shares."""
+    for arch, head, published in (("vit_small", 768, 48.8), ("vit_base", 768, 86.7), ("resnet50", 2048, 25.6), ("resnet200", 2048, 64.7),
+                                  ("convnext_small", 768, 50.2), ("deit_small", 384, 22.1)):
+        count = sum(p.numel() for p in build_encoder(arch).parameters()) + 1000 * (head + 1)
+        assert count / 1e6 == pytest.approx(published, abs=0.06 if arch != "deit_small" else 0.2), arch
+
+
+def test_initial_values_that_the_recipes_rely_on():
+    resnet = build_encoder("resnet50").backbone
+    assert all(block.bn3.weight.abs().max() == 0 for block in resnet.layer2)     # each block starts as its shortcut
+    vit = build_encoder("deit_tiny", 224).backbone
+    block = vit.blocks[3]
+    assert block.gamma_1.unique().tolist() == block.gamma_2.unique().tolist() == [pytest.approx(0.1)]
+    assert block.attn.relative_position_bias_table.shape == (732, 3) and block.attn.relative_position_bias_table.abs().max() == 0
+    assert [round(b.drop_path.p, 4) for b in vit.blocks] == [round(0.1 * i / 11, 4) for i in range(12)]
+
+
+def test_relative_position_rows_pair_by_pair():
+    h, w = 3, 4
+    index, n = model.relative_position_index(h, w), (2 * h - 1) * (2 * w - 1)
+    for query, key in product(range(h * w), repeat=2):
+        dr, dc = query // w - key // w, query % w - key % w
+        assert index[1 + query, 1 + key] == (dr + h - 1) * (2 * w - 1) + dc + w - 1
+    assert (index[0, 1:] == n).all() and (index[1:, 0] == n + 1).all() and index[0, 0] == n + 2
+
+
+def test_attention_is_softmax_of_scaled_products_plus_position_bias():
+    attention = model.Attention(12, 3, (2, 2)).double()
+    for p in attention.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(1, 5, 12, dtype=torch.double)
+    weight = attention.qkv.weight.view(3, 3, 4, 12)          # (qkv, head, channel, in)
+    out = []
+    for head in range(3):
+        q = x[0] @ weight[0, head].T + attention.q_bias.view(3, 4)[head]
+        k = x[0] @ weight[1, head].T                         # no bias
+        v = x[0] @ weight[2, head].T + attention.v_bias.view(3, 4)[head]
+        bias = torch.stack([torch.stack([attention.relative_position_bias_table[attention.relative_position_index[i, j], head]
+                                         for j in range(5)]) for i in range(5)])
+        out.append(torch.softmax(q @ k.T / math.sqrt(4) + bias, -1) @ v)
+    close(attention(x)[0], attention.proj(torch.cat(out, 1)))
+
+
+def test_any_list_of_modules_is_an_encoder():
+    for stages, stage in ((list(tv.efficientnet_b0().features), 6), (list(tv.mobilenet_v3_small().features), 9)):
+        net = A2MIM(stages, image_size=128, mask_stage=stage)
+        x, mask = torch.randn(2, 3, 128, 128), masking.random_mask(2, net.grid)
+        total, _ = loss.a2mim_loss(net(x, mask), x, mask)
+        total.backward()
+        assert net.grid == (4, 4) and all(p.grad is not None for p in net.parameters())
+    tokens = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2)), nn.Module()
+    tokens[1].forward = lambda z: z.transpose(1, 2)          # ends in a sequence (B, 64, 8), not a map
+    assert A2MIM(list(tokens), 64, mask_stage=0).stride == 8
+
+
+def test_reconstruct_pastes_into_hidden_cells_only_and_leaves_the_model_as_it_was():
+    net = A2MIM(build_encoder("resnet18"), 64).train()
+    statistics = net.encoder.backbone.bn1.running_mean.clone()
+    x, mask = torch.randn(2, 3, 64, 64), checkerboard(2)
+    seen, painted, pasted = net.reconstruct(x, mask)
+    hidden = masking.resize_mask(mask, (64, 64)).expand_as(x)
+    assert torch.equal(pasted[hidden], painted[hidden]) and torch.equal(pasted[~hidden], x[~hidden])
+    assert torch.equal(seen, masking.fill_hidden(x, mask))
+    assert net.training and torch.equal(net.encoder.backbone.bn1.running_mean, statistics)
+
+
+# ---- weights in and out ----
+
+@pytest.mark.parametrize("arch, plain, head", [
+    ("resnet18", tv.resnet18, "fc"), ("resnet50", tv.resnet50, "fc"), ("convnext_tiny", tv.convnext_tiny, "classifier.2"),
+    ("swin_tiny", tv.swin_t, "head")])
+def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing(arch, plain, head, tmp_path):
+    encoder = build_encoder(arch).eval()
+    for p in encoder.parameters():
+        nn.init.normal_(p, std=0.05)
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
+    net = plain().eval()
+    report = net.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+    assert report.missing_keys == [f"{head}.weight", f"{head}.bias"] and not report.unexpected_keys
+    x = torch.randn(1, 3, 64, 64)
+    z = encoder(x)
+    z = z.mean((1, 2)) if encoder.layout == "nhwc" else z.mean((2, 3))
+    pooled = []                                              # what torchvision's own head is given
+    net.get_submodule(head).register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
+    net(x)
+    if arch == "convnext_tiny":                              # torchvision averages before the final norm, we paint from a map: compare there
+        z, pooled = encoder.backbone.features(x).flatten(1), [net.features(x).flatten(1)]
+    close(z, pooled[0])
+
+
+AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixup's MIMConvNeXt and SimMIMViT)
+    "convnext_tiny": {"features.0.0.weight": "downsample_layers.0.0.weight", "features.4.1.bias": "downsample_layers.2.1.bias",
+                      "features.5.8.block.0.weight": "stages.2.8.depthwise_conv.weight", "features.1.0.block.2.bias": "stages.0.0.norm.bias",
+                      "features.3.1.block.3.weight": "stages.1.1.pointwise_conv1.weight", "features.7.2.block.5.bias": "stages.3.2.pointwise_conv2.bias",
+                      "features.7.0.layer_scale": "stages.3.0.gamma", "classifier.0.weight": "norm3.weight"},
+    "deit_tiny": {"patch_embed.proj.weight": "patch_embed.projection.weight", "blocks.4.gamma_1": "layers.4.gamma_1", "blocks.0.norm1.weight": "layers.0.ln1.weight",
+                  "blocks.11.norm2.bias": "layers.11.ln2.bias", "blocks.3.attn.q_bias": "layers.3.attn.q_bias", "blocks.3.attn.qkv.weight": "layers.3.attn.qkv.weight",
+                  "blocks.3.attn.relative_position_bias_table": "layers.3.attn.relative_position_bias_table", "blocks.7.mlp.fc1.weight": "layers.7.ffn.layers.0.0.weight",
+                  "blocks.7.mlp.fc2.bias": "layers.7.ffn.layers.1.bias", "norm.weight": "ln1.weight", "cls_token": "cls_token", "pos_embed": "pos_embed"},
+    "resnet18": {"conv1.weight": "conv1.weight", "layer4.1.bn2.running_var": "layer4.1.bn2.running_var", "layer2.0.downsample.0.weight": "layer2.0.downsample.0.weight"},
+}
+
+
+@pytest.mark.parametrize("arch", AUTHORS)
+def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
+    encoder, names = build_encoder(arch), AUTHORS[arch]
+    state = {f"module.backbone.{theirs}": torch.randn_like(encoder.backbone.state_dict()[ours]) for ours, theirs in names.items()}
+    if arch == "convnext_tiny":                              # the authors keep LayerScale as (C,)
+        state["module.backbone.stages.3.0.gamma"] = state["module.backbone.stages.3.0.gamma"].flatten()
+    state["module.neck.decoder_pred.0.weight"] = torch.randn(4, 4)
+    if arch == "deit_tiny":
+        state["module.backbone.layers.3.attn.relative_position_index"] = torch.zeros(197, 197, dtype=torch.long)
+    torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
+    report = model.load_backbone(encoder, tmp_path / "released.pth")
+    assert report["used"] == sorted(names)
+    assert "neck.decoder_pred.0.weight" in report["skipped"] and set(report["missing"]) == set(encoder.backbone.state_dict()) - set(names)
+    own = encoder.backbone.state_dict()
+    for ours, theirs in names.items():
+        assert torch.equal(own[ours].flatten(), state[f"module.backbone.{theirs}"].flatten()), ours
+
+
+# ---- data ----
+
+def paint(path, mode="RGB", colour=(200, 40, 90), size=(40, 30), **options):
+    """Writes a one-colour image; returns its path as text."""
+    image = Image.new("RGB", size, colour)
+    if mode == "P":
+        image = image.quantize(4)
+    elif mode == "I;16":
+        image = Image.fromarray(np.full((size[1], size[0]), 120 * 257, np.uint16))
+    else:
+        image = image.convert(mode)
+    image.save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("name, mode, colour", [
+    ("a.jpg", "RGB", (200, 40, 90)), ("a.png", "RGB", (200, 40, 90)), ("a.webp", "RGB", (200, 40, 90)), ("a.bmp", "RGB", (200, 40, 90)),
+    ("gray.png", "L", (93, 93, 93)), ("gray.jpg", "L", (93, 93, 93)), ("palette.png", "P", (200, 40, 90)), ("cmyk.jpg", "CMYK", (200, 40, 90)),
+    ("alpha.png", "RGBA", (200, 40, 90)), ("gray_alpha.png", "LA", (93, 93, 93)), ("deep.png", "I;16", (120, 120, 120)), ("one_bit.png", "1", None)])
+def test_every_kind_of_image_becomes_rgb(name, mode, colour, tmp_path):
+    image = data.read_image(paint(tmp_path / name, mode))
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+    if colour:                                               # luma of (200, 40, 90): 0.299 R + 0.587 G + 0.114 B = 93.5
+        close(image.float().mean((1, 2)), torch.tensor(colour).float(), atol=3.0, rtol=0)
+
+
+def test_a_photograph_taken_sideways_is_read_upright(tmp_path):
+    image, exif = Image.new("RGB", (40, 30)), Image.Exif()
+    exif[0x0112] = 6                                         # the camera was turned by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert data.read_image(str(tmp_path / "a.jpg")).shape == (3, 40, 30)
+
+
+def test_folders_of_every_layout(tmp_path):
+    layouts = {"imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"], "classes": ["cat/1.jpg", "dog/deep/er/2.png"],
+               "flat": ["1.jpg", "2.bmp", "notes.txt", ".hidden.jpg"]}
+    for layout, files in layouts.items():
+        for file in files:
+            path = tmp_path / layout / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("") if path.suffix == ".txt" else paint(path)
+    imagenet, val = (data.Folder(tmp_path / "imagenet", split) for split in ("train", "val"))
+    assert len(imagenet) == 2 and imagenet.classes == ["cat", "dog"] and imagenet.labels.tolist() == [0, 1] and len(val) == 1
+    classes = data.Folder(tmp_path / "classes", "train")
+    assert len(classes) == 2 and classes.classes == ["cat", "dog"] and classes.read(1).shape == (3, 30, 40)
+    assert len(data.Folder(tmp_path / "flat", "train")) == 2
+    os.symlink(tmp_path / "flat", tmp_path / "flat" / "loop")
+    assert len(data.Folder(tmp_path / "flat", "train")) == 2     # a loop of links is entered once
+
+
+def test_torchvision_datasets_open_by_name(tmp_path):
+    """CIFAR-10 in its own file format, written here: five pickled batches of one image each, and a test batch."""
+    import hashlib, pickle
+    from torchvision.datasets import CIFAR10
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.arange(3072, dtype=np.uint8)[None]
+    sums = {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        content = {"label_names": [str(i) for i in range(10)]} if name == "batches.meta" else {"data": pixels, "labels": [3]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:              # the real files' checksums are the only thing replaced
+        patch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
+        patch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+        patch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+        train = data.open_source("cifar10", "train", (32, 32), tmp_path)
+        assert len(train) == 5 and len(data.open_source("cifar10", "val", (32, 32), tmp_path)) == 1
+    assert torch.equal(train.read(2), torch.from_numpy(pixels).view(3, 32, 32))
+
+
+def test_shapes_come_from_seed_and_index_and_every_class_is_equally_common():
+    train, again, val = data.Shapes("train", (64, 64)), data.Shapes("train", (64, 64)), data.Shapes("val", (64, 64))
+    assert torch.equal(train.read(17), again.read(17)) and not torch.equal(train.read(17), val.read(17))
+    assert not torch.equal(train.read(17), data.Shapes("train", (64, 64), seed=1).read(17))
+    assert np.bincount(train.labels).tolist() == [1000] * 10 and np.bincount(val.labels).tolist() == [200] * 10
+    assert train.read(3).shape == (3, 64, 64) and data.Shapes("val", (48, 80)).read(0).shape == (3, 48, 80)
+
+
+def test_shapes_are_not_told_apart_by_colour():
+    """A nearest-centroid classifier on each image's colour mean and spread stays near chance, 10 %."""
+    source = data.Shapes("train", (48, 48))
+    features = torch.stack([torch.cat([x.mean((1, 2)), x.std((1, 2))]) for x in (source.read(i).float() for i in range(1200))])
+    labels = torch.from_numpy(source.labels[:1200])
+    centroids = torch.stack([features[:800][labels[:800] == c].mean(0) for c in range(10)])
+    accuracy = (torch.cdist(features[800:], centroids).argmin(1) == labels[800:]).float().mean()
+    assert accuracy < 0.2
+
+
+def test_normalise_is_to_tensor_then_normalize():
+    from torchvision.transforms import v2
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    close(data.normalise(images), reference(images))
+    close(data.denormalise(data.normalise(images)) * 255, images.float())
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    source = data.Shapes("train", (48, 48))
+    crop = data.train_transform((48, 48), 0.2)
+    samples = data.Samples(source, crop, seed=0)
+    first, state = samples[0, 5], torch.get_rng_state()
+    torch.rand(7)
+    assert torch.equal(first, samples[0, 5]) and not torch.equal(first, samples[1, 5])
+    assert not torch.equal(first, data.Samples(source, crop, seed=1)[0, 5])
+    torch.set_rng_state(state)
+    samples[2, 2]
+    assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
+
+
+def flat(batches):
+    return [list(b) for b in batches]
+
+
+def test_processes_and_accumulation_cut_the_same_steps():
+    make = lambda batch, accum, world, rank, start=0: flat(data.Batches(50, batch, accum, world, rank, seed=3, start=start, stop=9))
+    whole = make(12, 1, 1, 0)
+    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12       # 4 steps an epoch
+    assert len({i for b in whole[:4] for _, i in b}) == 48   # no image twice in an epoch
+    assert [a + b for a, b in zip(make(6, 1, 2, 0), make(6, 1, 2, 1))] == whole
+    halves = make(6, 2, 1, 0)
+    assert [halves[i] + halves[i + 1] for i in range(0, 18, 2)] == whole
+    assert make(12, 1, 1, 0, start=5) == whole[5:]           # resuming is starting later
+    with pytest.raises(ValueError, match="the data set has 50 images, one step takes 64"):
+        flat(data.Batches(50, 32, 1, 2, 0, 0, 0, 1))
+
+
+# ---- pre-training: optimiser ----
+
+def test_cosine_schedule_at_the_recipes_numbers():
+    """ResNet, 300 epochs, 10 of warm-up, base 1.2e-3, floor 1e-5; epochs stand for iterations."""
+    lr = lambda t, base=1.2e-3: pretrain.lr_at(t, 300, 10, base, 1e-5, "cosine")
+    assert lr(0) == 0 and lr(10) == pytest.approx(1.2e-3) and lr(300) == pytest.approx(1e-5) and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
+    assert lr(5) == pytest.approx(0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2))         # the ramp times the cosine
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)   # a second route, after warm-up
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 290, eta_min=1e-5)
+    for t in range(10, 300):
+        assert lr(t) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert lr(300, 1.2e-4) == pytest.approx(1e-5)            # the floor is absolute for the mask token's group too
+    assert all(lr(t, 4e-6) <= 4e-6 for t in range(301))      # and never lifts a small lr
+
+
+def test_step_schedule_of_the_vit_recipe():
+    lr = lambda t: pretrain.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
+    assert [lr(t) for t in (0, 5, 10, 699, 700, 799)] == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+
+
+def test_published_recipes_come_out_of_eight_gpus_with_256_images():
+    for arch, lr, epochs, weight, clip in (("resnet50", 1.2e-3, 300, 0.5, 0), ("vit_base", 4e-4, 800, 0.1, 5.0), ("convnext_tiny", 1.2e-3, 300, 0, 0),
+                                           ("resnet101", 1.2e-3, 300, 0.1, 0), ("swin_tiny", 4e-4, 800, 0.5, 5.0), ("resnet200", 1.2e-3, 300, 0, 0)):
+        args = pretrain.parse(["--data", "x", "--arch", arch])
+        assert (args.lr * 2048 / 512, args.epochs, args.fourier_weight, args.clip_grad) == (pytest.approx(lr), epochs, weight, clip)
+        assert (args.mask_ratio, args.mask_cell, args.weight_decay, args.min_lr) == (0.6, 32, 0.05, 1e-5)
+    simmim = pretrain.parse(["--data", "x", "--baseline", "simmim", "--lr", "1"])
+    assert (simmim.token, simmim.mask_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == ("replace", 1, "zero", 0, 1)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny"])
+def test_what_decays_and_what_does_not(arch):
+    net = A2MIM(build_encoder(arch, 64), 64)
+    names = {p: n for n, p in net.named_parameters()}
+    norms = {p for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)) for p in m.parameters()}
+    seen = set()
+    for group in pretrain.parameter_groups(net, 0.05, 0.1):
+        for p in group["params"]:
+            name = names[p]
+            seen.add(p)
+            free = p in norms or name.endswith((".bias", "_bias", "mask_token.token", "mask_token.gamma", "layer_scale", "gamma_1", "gamma_2", "pos_embed", "cls_token"))
+            assert group["weight_decay"] == (0 if free else 0.05), name
+            assert group["scale"] == (0.1 if name in ("mask_token.token", "mask_token.gamma") else 1.0), name
+    assert seen == set(names)
+
+
+# ---- pre-training: whole runs ----
+
+TINY = ["--data", "shapes", "--arch", "deit_tiny", "--image-size", "64", "--mask-cell", "16", "--batch-size", "8", "--workers", "0", "--amp", "off",
+        "--log-every", "1", "--sheets", "0", "--drop-path", "0", "--lr", "0.03"]
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """`shapes` with 32 images: an epoch of four steps."""
+    init = data.Shapes.__init__
+    def small(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.count = 32
+    monkeypatch.setattr(data.Shapes, "__init__", small)
+
+
+def run(out, *flags, base=TINY):
+    """Pre-trains in this process; returns (log lines without the clock, checkpoint)."""
+    pretrain.main([*base, "--out", str(out), *flags])
+    return read_log(out), torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def read_log(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "peak_memory_mb")} for line in lines]
+
+
+def same_weights(a, b, **tolerance):
+    for name, value in a["model"].items():
+        close(value, b["model"][name], **(tolerance or dict(atol=0, rtol=0)), msg=lambda text: f"{name}: {text}")
+
+
+def test_the_same_run_twice_and_with_workers_gives_the_same_log_and_weights(few_images, tmp_path):
+    log, final = run(tmp_path / "a", "--epochs", "2", "--drop-path", "0.2")
+    for name, workers in (("b", "0"), ("c", "2")):
+        again, weights = run(tmp_path / name, "--epochs", "2", "--drop-path", "0.2", "--workers", workers)
+        assert again == log
+        same_weights(final, weights)
+    other, _ = run(tmp_path / "d", "--epochs", "2", "--drop-path", "0.2", "--seed", "1")
+    assert other != log
+    assert [line["step"] for line in log] == list(range(1, 9)) and log[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny", "resnet18"])
+def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images, tmp_path, monkeypatch):
+    flags = ["--epochs", "2", "--arch", arch, "--drop-path", "0.1", "--save-every", "0"]
+    log, final = run(tmp_path / "whole", *flags)
+    step, cut = pretrain.train_step, RuntimeError("the power fails")
+
+    def until_six(number, *rest):                            # in the middle of the second epoch
+        if number == 6:
+            raise cut
+        return step(number, *rest)
+    monkeypatch.setattr(pretrain, "train_step", until_six)
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path / "cut", *flags)
+    monkeypatch.setattr(pretrain, "train_step", step)
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])      # the other flags are remembered
+    assert read_log(tmp_path / "cut") == log
+    same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
+
+
+def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(few_images, tmp_path):
+    for spectrum in loss.SPECTRA:
+        flags = ["--epochs", "1", "--fourier-weight", "1", "--spectrum", spectrum]
+        log, whole = run(tmp_path / f"{spectrum}1", *flags)
+        halves_log, halves = run(tmp_path / f"{spectrum}2", *flags, "--batch-size", "4", "--accum", "2")
+        fourier, fourier_halves = log[0]["fourier"], halves_log[0]["fourier"]
+        if spectrum == "image":
+            assert fourier_halves == pytest.approx(fourier, rel=1e-4)
+            same_weights(whole, halves, atol=2e-5, rtol=1e-3)
+        else:
+            assert fourier_halves > 1.05 * fourier           # half the images, less cancelling
+
+
+def torchrun(*arguments, processes=2, **options):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, arguments)],
+                          cwd=HERE, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_two_processes_train_the_same_weights_as_one(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        paint(tmp_path / "images" / f"{i}.png", colour=(16 * i, 255 - 16 * i, 40), size=(64, 64))
+    flags = [*TINY, "--data", tmp_path / "images", "--epochs", "2", "--fourier-weight", "1", "--spectrum", "image"]
+    _, one = run(tmp_path / "one", base=[*map(str, flags)])
+    done = torchrun("pretrain.py", *flags, "--batch-size", 4, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert read_log(tmp_path / "two")[0]["loss"] == pytest.approx(read_log(tmp_path / "one")[0]["loss"], rel=1e-5)
+    same_weights(one, torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True), atol=2e-5, rtol=1e-3)
+
+
+def test_bf16_stays_close_to_fp32(few_images, tmp_path):
+    exact, _ = run(tmp_path / "off", "--epochs", "1")
+    rough, _ = run(tmp_path / "bf16", "--epochs", "1", "--amp", "bf16")
+    for a, b in zip(exact, rough):
+        assert a != b and b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
+def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
+    log, checkpoint = run(tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16")
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "loss.png",
+            "reconstruction-000000.png", "reconstruction-000015.png", "reconstruction-000030.png"}
+    sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
+    first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
+    quarter = sheet.shape[1] // 4
+    assert np.array_equal(sheet[:, :2 * quarter], first[:, :2 * quarter])    # the same images and masks in every picture
+    assert not np.array_equal(sheet[:, 2 * quarter:], first[:, 2 * quarter:])
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
+    assert tv.resnet18().load_state_dict(torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), strict=False).missing_keys == ["fc.weight", "fc.bias"]
+
+
+# ---- pre-training: the command line ----
+
+def complaint(capsys, *flags):
+    """Runs main with flags that must be refused; returns (exit code, what stderr said)."""
+    with pytest.raises(SystemExit) as exit:
+        pretrain.main([*map(str, flags)])
+    return exit.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--arch", "resnet51"], "argument --arch: invalid choice: 'resnet51'"),
+    (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
+    (["--lr", "nan"], "argument --lr: nan: must be a number"),
+    (["--epochs", "0"], "argument --epochs: 0: must be an integer of at least 1"),
+    (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
+    (["--crop-min", "2"], "argument --crop-min: 2: must be a number from 0.01 to 1"),
+    (["--wings", "2"], "unrecognized arguments: --wings 2"),
+    (["--mask-ratio", "1.5"], "mask ratio 1.5: must lie between 0 and 1"),
+    (["--image-size", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
+    (["--mask-stage", "9", "--image-size", "64"], "mask stage 9: this encoder has stages 0 to 4"),
+    (["--mask-cell", "8", "--image-size", "64"], "the mask cell is smaller than the stride"),
+    (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
+    (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
+    (["--data", "no/such/folder"], "--data no/such/folder: no such folder; give a folder of images or one of shapes, cifar10"),
+    (["--data", "cifar10"], "--data cifar10: not found in datasets; add --download to fetch it"),
+])
+def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = complaint(capsys, "--data", "shapes", "--arch", "resnet18", *flags)
+    assert code == 2 and words in said and said.startswith("pretrain.py: error: ") and said.count("\n") == 1
+
+
+def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no images below it; expected files ending in .jpg" in complaint(capsys, "--data", tmp_path / "empty", "--out", tmp_path / "o")[1]
+    run(tmp_path / "run", "--epochs", "1")
+    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run")
+    assert code == 2 and "already holds a run; add --resume to continue it" in said
+    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run", "--resume", "--arch", "deit_small")
+    assert code == 2 and "checkpoint.pt: of another model (deit_tiny at 64 px)" in said
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run", "--resume")
+    assert code == 2 and "checkpoint.pt: cannot be read" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(few_images, capsys, tmp_path):
+    run(tmp_path / "run", "--epochs", "1")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    code, said = complaint(capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "2", "--lr", "1e30")
+    assert code == 1 and "loss is nan at step" in said and "checkpoint.pt is kept" in said
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_weights_that_cannot_be_used_get_one_line(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("this must never run",)
+    encoder = build_encoder("resnet18")
+    whole = tmp_path / "whole.pt"
+    torch.save(encoder.backbone.state_dict(), whole)
+    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:10_000])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save(Evil(), tmp_path / "evil.pt")
+    torch.save({"a": 1}, tmp_path / "empty.pt")
+    torch.save(build_encoder("deit_tiny").backbone.state_dict(), tmp_path / "vit.pt")
+    for name, words in (("gone.pt", "no such file"), ("cut.pt", "not a file of weights"), ("text.pt", "not a file of weights"), ("evil.pt", "code to run"),
+                        ("empty.pt", "holds no weights"), ("vit.pt", "fits this backbone; is it another architecture?")):
+        with pytest.raises(ValueError) as error:
+            model.load_backbone(encoder, tmp_path / name)
+        assert words in str(error.value) and "\n" not in str(error.value), name
+    assert len(model.load_backbone(encoder, whole)["missing"]) == 0
