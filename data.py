@@ -7,6 +7,7 @@ Images stay uint8 until `normalise`, on the device: a quarter of the bytes to mo
 """
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -109,21 +110,23 @@ class Folder:
 # ---- torchvision's datasets ----
 
 class Library:
-    """A dataset of torchvision by name. 'stl10' trains on its 100,000 unlabelled images and the 5,000 labelled ones."""
+    """A dataset of torchvision by name. Without need of labels, 'stl10' trains on its 100,000 unlabelled images too."""
 
-    def __init__(self, name: str, split: str, root: Path, download: bool):
+    def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
         train = split == "train"
         try:
             if name in ("cifar10", "cifar100"):
                 self.data = getattr(tvd, name.upper())(root, train=train, download=download)
             elif name == "stl10":
-                self.data = tvd.STL10(root, split="train+unlabeled" if train else "test", download=download)
+                self.data = tvd.STL10(root, split="test" if not train else "train" if labelled else "train+unlabeled", download=download)
             else:
                 ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
                 self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
         except RuntimeError:
             raise ValueError(f"--data {name}: not found in {root}; add --download to fetch it") from None
-        self.classes = list(self.data.classes)
+        self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
+        labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
+        self.labels = np.array([label for _, label in self.data._samples] if labels is None else labels)     # Imagenette
 
     def __len__(self) -> int:
         return len(self.data)
@@ -218,15 +221,38 @@ class Shapes:
 
 # ---- one door to all of them ----
 
-def open_source(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets", download: bool = False):
-    """`--data` -> a source with len(), .read(index) -> uint8 (3, H, W), and .classes. split: 'train' or 'val'.
+def open_source(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets", download: bool = False,
+                labelled: bool = False):
+    """`--data` -> a source with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: 'train' or 'val'.
 
-    data: a folder (see Folder) or one of NAMED. Raises ValueError where it is neither, or not there."""
+    data: a folder (see Folder) or one of NAMED. With `labelled`, a folder needs two classes, and one without train/ and
+    val/ is split: of each class every fifth image is held out. Raises ValueError where it is not there, or not labelled."""
     if data == "shapes":
         return Shapes(split, image_size)
     if data in NAMED:
-        return Library(data, split, Path(root), download)
-    return Folder(Path(data), split)
+        return Library(data, split, Path(root), download, labelled)
+    source = Folder(Path(data), split)
+    if labelled and (len(source.classes) < 2 or "" in source.classes):
+        raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected {data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
+    if labelled and not (Path(data) / "train").is_dir():
+        held_out = np.zeros(len(source), bool)
+        for label in range(len(source.classes)):
+            held_out[np.flatnonzero(source.labels == label)[4::5]] = True
+        return Part(source, np.flatnonzero(held_out if split == "val" else ~held_out))
+    return source
+
+
+class Part:
+    """Some images of a source: those at `indices`."""
+
+    def __init__(self, source, indices: np.ndarray):
+        self.source, self.indices, self.classes, self.labels = source, indices, source.classes, source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.indices[index]))
 
 
 def train_transform(image_size: tuple[int, int], scale: float) -> v2.Transform:
@@ -242,7 +268,9 @@ def eval_transform(image_size: tuple[int, int], crop: float = 0.875) -> v2.Trans
 
 
 class Samples(Dataset):
-    """source + transform, indexed by (epoch, index): the transform draws from (seed, epoch, index) and nothing else."""
+    """source + transform, indexed by (draw, index), where draw is the epoch: gives (image, index).
+
+    The transform draws from (seed, draw, index) and nothing else."""
 
     def __init__(self, source, transform: v2.Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -250,24 +278,26 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        draw, index = key
         image = self.source.read(index)
         with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
-            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
-            return self.transform(image)
+            torch.default_generator.manual_seed(mix(self.seed, draw, index))
+            return self.transform(image), index
 
 
 class Batches(Sampler):
-    """This process's part of every optimiser step from `start` to `stop`, as lists of (epoch, index), `accum` lists a step.
+    """This process's part of every optimiser step from `start` to `stop`, as lists of (draw, index), `accum` lists a step.
 
     The permutation of an epoch is the same everywhere; step i of it takes the next accum * world * batch samples, cut
     into `accum` parts of `world` batches: two processes, or two accumulated halves, see the images one process sees.
-    The last incomplete step of an epoch is left out. Raises ValueError where the data set is smaller than one step."""
+    The last incomplete step of an epoch is left out. With `repeats` R a step holds R augmentations of each of its images
+    (Hoffer et al. 2020), far apart, and an epoch passes over 1/R of the images.
+    Raises ValueError where the data set is smaller than one step."""
 
-    def __init__(self, count: int, batch: int, accum: int, world: int, rank: int, seed: int, start: int, stop: int):
+    def __init__(self, count: int, batch: int, accum: int, world: int, rank: int, seed: int, start: int, stop: int, repeats: int = 1):
         self.count, self.batch, self.accum, self.world, self.rank, self.seed = count, batch, accum, world, rank, seed
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.repeats = start, stop, repeats
         self.per_epoch = steps_per_epoch(count, batch * accum * world)
 
     def __len__(self) -> int:
@@ -278,11 +308,13 @@ class Batches(Sampler):
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, self.per_epoch)
             if epoch != shuffled:
-                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch))).tolist()
                 shuffled = epoch
+            together = self.batch * self.accum * self.world
+            unique = math.ceil(together / self.repeats)      # images of this step
             for part in range(self.accum):
-                first = ((i * self.accum + part) * self.world + self.rank) * self.batch
-                yield [(epoch, index) for index in order[first:first + self.batch].tolist()]
+                first = (part * self.world + self.rank) * self.batch
+                yield [(epoch * self.repeats + p // unique, order[i * unique + p % unique]) for p in range(first, first + self.batch)]
 
 
 def steps_per_epoch(count: int, global_batch: int) -> int:
@@ -292,7 +324,7 @@ def steps_per_epoch(count: int, global_batch: int) -> int:
     return count // global_batch
 
 
-def make_loader(samples: Samples, batches: Batches, workers: int, on_gpu: bool) -> DataLoader:
+def make_loader(samples: Samples, batches: Sampler, workers: int, on_gpu: bool) -> DataLoader:
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=on_gpu,
                       prefetch_factor=4 if workers else None)
@@ -338,4 +370,19 @@ def save_curve(path: Path, log: Path) -> None:
     draw.line([at(*p) for p in zip(steps, losses)], "#bbbbbb", 1)
     draw.line([at(*p) for p in zip(steps, smooth)], "#1f5fbf", 3)
     draw.text((W / 2, 14), "loss over optimiser steps", "black", font, anchor="mm")
+    page.save(path)
+
+
+def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
+    """(C, C), rows sum to 1: the share of each true class (row) that was taken for each class (column), darker = more."""
+    C = len(shares)
+    cell = max(1, min(28, 560 // C))
+    left, top = (90, 24) if C <= 20 else (10, 24)
+    page = Image.new("RGB", (left + C * cell + 10, top + C * cell + 10), "white")
+    shade = (255 * (1 - shares.clamp(0, 1).sqrt())).round().byte().numpy()
+    page.paste(Image.fromarray(shade).resize((C * cell, C * cell), Image.NEAREST), (left, top))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    draw.text((left, 12), "true class (row) taken for (column, same order)", "black", font, anchor="lm")
+    for i, name in enumerate(classes if C <= 20 else ()):
+        draw.text((left - 6, top + (i + 0.5) * cell), str(name)[:12], "black", font, anchor="rm")
     page.save(path)

@@ -100,7 +100,7 @@ class ViT(nn.Module):
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             raise ValueError(f"image size {image_size[0]}x{image_size[1]}: not a multiple of the {patch}-pixel patch")
-        grid = (image_size[0] // patch, image_size[1] // patch)
+        self.grid = grid = (image_size[0] // patch, image_size[1] // patch)
         self.patch_embed = PatchEmbed(dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
@@ -337,16 +337,45 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_backbone(encoder: Encoder, path: str | Path) -> dict[str, list[str]]:
-    """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'skipped', 'missing'}.
+    """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'resized', 'skipped', 'missing'}.
 
-    skipped: in the file, not in the backbone (heads, decoder, token) or of another shape; missing: in the backbone, not
-    in the file. Raises ValueError as `read_weights` does, or where not one parameter fits."""
+    resized: position tables of another image size (bicubic), used too; skipped: in the file, not in the backbone (heads,
+    decoder, token) or of another shape; missing: in the backbone, not in the file. Raises ValueError as `read_weights`
+    does, or where less than nine tenths of the backbone's parameters are found."""
     state, own = read_weights(path), encoder.backbone.state_dict()
-    used = {}
+    used, resized = {}, []
     for name, tensor in state.items():
-        if name in own and isinstance(tensor, Tensor) and tensor.squeeze().shape == own[name].squeeze().shape:
+        if name not in own or not isinstance(tensor, Tensor):
+            continue
+        if tensor.squeeze().shape != own[name].squeeze().shape and name.endswith(("pos_embed", "relative_position_bias_table")):
+            tensor = resize_positions(name, tensor, encoder.backbone)
+            resized.append(name)
+        if tensor is not None and tensor.squeeze().shape == own[name].squeeze().shape:
             used[name] = tensor.reshape(own[name].shape)     # (C) for (C, 1, 1), 1x1 convolution for linear
-    if not any(name in used for name, _ in encoder.backbone.named_parameters()):
-        raise ValueError(f"{path}: none of its {len(state)} tensors fits this backbone; is it another architecture?")
+    parameters = [name for name, _ in encoder.backbone.named_parameters()]
+    found = sum(name in used for name in parameters)
+    if found < 0.9 * len(parameters):
+        raise ValueError(f"{path}: fits {found} of this backbone's {len(parameters)} parameters; is it another architecture?")
     encoder.backbone.load_state_dict(used, strict=False)
-    return {"used": sorted(used), "skipped": sorted(set(state) - set(used)), "missing": sorted(set(own) - set(used))}
+    return {"used": sorted(used), "resized": [n for n in resized if n in used], "skipped": sorted(set(state) - set(used)),
+            "missing": sorted(set(own) - set(used))}
+
+
+def resize_positions(name: str, table: Tensor, backbone: nn.Module) -> Tensor | None:
+    """A position table of one image size, bicubically resized to the backbone's; None where the old grid was not square.
+
+    pos_embed (1, 1 + hw, C), class token first; ViT's bias table ((2h-1)(2w-1) + 3, heads), class pairs last; Swin's has no extras."""
+    if not isinstance(backbone, ViT):
+        new, first, last = (math.isqrt(len(backbone.state_dict()[name])),) * 2, 0, 0
+    elif name.endswith("pos_embed"):
+        table, new, first, last = table[0], backbone.grid, 1, 0
+    else:
+        new, first, last = (2 * backbone.grid[0] - 1, 2 * backbone.grid[1] - 1), 0, 3
+    middle = table[first:len(table) - last]
+    side = math.isqrt(len(middle))
+    if side * side != len(middle):
+        return None
+    middle = middle.T.reshape(1, -1, side, side).float()     # (1, C, side, side)
+    middle = F.interpolate(middle, new, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
+    table = torch.cat([table[:first], middle, table[len(table) - last:]])
+    return table[None] if name.endswith("pos_embed") else table

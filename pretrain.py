@@ -80,6 +80,31 @@ def number(kind: type, low: float, high: float = math.inf):
     return read
 
 
+def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._ArgumentGroup:
+    """The flags about data that both stages have."""
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", metavar="DIR", help=data)
+    g.add_argument("--data-root", metavar="DIR", help="where torchvision's datasets are kept (datasets)")
+    g.add_argument("--download", action="store_true", help="fetch a torchvision dataset that is not there yet")
+    g.add_argument("--image-size", type=number(int, 1), metavar="PX", help="side of the square crop (by recipe)")
+    g.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
+    return g
+
+
+def run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags about the run that both stages have."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>)")
+    g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out; its flags are remembered")
+    g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes weights, order, augmentation and masks (0)")
+    g.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (bf16 where the device has it; else GPU fp16, CPU off)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (no)")
+    g.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of CNNs (yes)")
+    g.add_argument("--log-every", type=number(int, 1), metavar="N", help="steps between lines of log.jsonl (10)")
+    g.add_argument("--save-every", type=number(float, 0), metavar="MIN", help="minutes between checkpoints; also after each epoch (10)")
+    return g
+
+
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags over the recipe of the backbone; `given` holds what was typed. Raises ValueError for a value that is off."""
     table = "\n".join(f"  {name:9} " + "  ".join(f"{k}={v}" for k, v in row.items()) for name, row in RECIPES.items())
@@ -88,13 +113,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog=f"recipes (a flag overrides; resnet101, 152 and 200 differ in the Fourier loss, as released):\n{table}")
     yes_no, whole, real = argparse.BooleanOptionalAction, number(int, 1), number(float, 0)
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help=f"folder of images (ImageNet's train/, class folders, or any), or {', '.join(NAMED)}; none: the demo")
-    g.add_argument("--data-root", metavar="DIR", help="where torchvision's datasets are kept (datasets)")
-    g.add_argument("--download", action="store_true", help="fetch a torchvision dataset that is not there yet")
-    g.add_argument("--image-size", type=whole, metavar="PX", help="side of the square crop (by recipe)")
+    g = data_flags(parser, f"folder of images (ImageNet's train/, class folders, or any), or {', '.join(NAMED)}; none: the demo")
     g.add_argument("--crop-min", type=number(float, 0.01, 1), metavar="S", help="smallest area of the random crop, 0.01 to 1 (by recipe)")
-    g.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
     g = parser.add_argument_group("masking")
     g.add_argument("--mask-ratio", type=float, metavar="R", help="share of cells hidden per image, 0 < R < 1 (0.6)")
     g.add_argument("--mask-cell", type=whole, metavar="PX", help="side of a hidden square, at least the stride at the token (32)")
@@ -128,15 +148,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--warmup-epochs", type=real, metavar="N", help="(10, or a tenth of a run shorter than 100)")
     g.add_argument("--weight-decay", type=real, metavar="WD", help="(0.05)")
     g.add_argument("--clip-grad", type=real, metavar="G", help="largest gradient norm, 0 = none (by recipe)")
-    g = parser.add_argument_group("run")
-    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>)")
-    g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out; its flags are remembered")
-    g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes weights, order, crops and masks (0)")
-    g.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (bf16 where the device has it; else GPU fp16, CPU off)")
-    g.add_argument("--compile", action=yes_no, help="torch.compile the model (no)")
-    g.add_argument("--channels-last", action=yes_no, help="memory format of CNNs (yes)")
-    g.add_argument("--log-every", type=whole, metavar="N", help="steps between lines of log.jsonl (10)")
-    g.add_argument("--save-every", type=real, metavar="MIN", help="minutes between checkpoints; also after each epoch (10)")
+    g = run_flags(parser)
     g.add_argument("--sheets", type=number(int, 0), metavar="N", help="pictures over the run, first and last included (5)")
     given = vars(parser.parse_args(argv))
 
@@ -189,6 +201,14 @@ class Processes:
             raise ValueError(answer[1])
         return answer[0]
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Concatenation over the processes, whose shares may differ in length."""
+        if self.world == 1:
+            return values
+        parts = [None] * self.world
+        dist.all_gather_object(parts, values.cpu())
+        return torch.cat(parts).to(values.device)
+
     def mean(self, values: Tensor) -> Tensor:
         """Average over the processes; all take part."""
         if self.world > 1:
@@ -198,12 +218,11 @@ class Processes:
 
 # ---- output folder, checkpoints, log ----
 
-def open_out(args: SimpleNamespace) -> Path:
-    """Makes the output folder. By default runs/<data>-<arch>, numbered if taken; --resume takes the newest of them."""
+def open_out(args: SimpleNamespace, name: str) -> Path:
+    """Makes the output folder. By default runs/<name>, numbered if taken; --resume takes the newest of them."""
     if args.out is None:
-        name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
-        taken = [n for n in range(1, 10_000) if numbered(name, n).exists()]
-        args.out = str(numbered(name, max(taken, default=1) if args.resume else len(taken) + 1))
+        taken = [n for n in range(1, 1000) if numbered(name, n).exists()]
+        args.out = str(numbered(name, max(taken, default=1) if args.resume else max(taken, default=0) + 1))
     out = Path(args.out)
     if not args.resume and (out / "log.jsonl").exists():
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
@@ -256,13 +275,18 @@ def peak_memory_mb(device: torch.device) -> float:
 
 # ---- optimiser ----
 
+def decays(name: str, p: Tensor) -> bool:
+    """Weight decay is not for norms, biases, mask token, gamma, position embedding, class token and LayerScale.
+
+    (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
+    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "cls_token"))
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
-    """AdamW's groups, each with its `scale` of the lr: no weight decay on norms, biases, mask token, gamma, position embedding,
-    class token and LayerScale. (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
+    """AdamW's groups, each with its `scale` of the lr."""
     groups = {}
     for name, p in model.named_parameters():
-        plain = p.ndim <= 1 or name.endswith(("layer_scale", "pos_embed", "cls_token"))
-        key = (token_lr if name.startswith("mask_token.") else 1.0, 0.0 if plain else weight_decay)
+        key = (token_lr if name.startswith("mask_token.") else 1.0, weight_decay if decays(name, p) else 0.0)
         groups.setdefault(key, []).append(p)
     return [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
 
@@ -279,48 +303,156 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
 
 
-# ---- the run ----
+# ---- what both stages share ----
+
+def begin(args: SimpleNamespace, me: Processes, defaults: dict, name: str) -> tuple[SimpleNamespace, Path, dict | None]:
+    """Joins the processes, opens the output folder, and with --resume brings back the run's own flags: (args, out, saved)."""
+    me.start()
+    out = Path(me.agree(lambda: str(open_out(args, name))))
+    saved = read_checkpoint(out) if args.resume else None
+    if saved:                                                # the run's own settings, then what was typed now
+        args = SimpleNamespace(**{**defaults, **saved["args"], **args.given}, given=args.given, demo=False)
+    elif args.resume:
+        me.say(f"{out}: no checkpoint yet, starting from the beginning")
+    args.out = str(out)
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
+    return args, out, saved
+
+
+def plan(run: SimpleNamespace, args: SimpleNamespace, me: Processes, images: int, saved: dict | None) -> None:
+    """Batch, steps and workers of this run, into `run`. Raises ValueError where the data set is smaller than one step."""
+    run.batch = args.batch_size or (max(1, args.global_batch // me.world) if args.global_batch else 256 if me.on_gpu else 32)
+    run.global_batch = run.batch * args.accum * me.world
+    run.images, run.per_epoch = images, steps_per_epoch(images, run.global_batch)
+    run.total, run.start = run.per_epoch * args.epochs, saved["step"] if saved else 0
+    run.warmup = round(run.per_epoch * (min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs))
+    run.workers = min(8, max(1, (os.cpu_count() or 1) // me.local_world - 1)) if args.workers is None else args.workers
+
+
+def place(run: SimpleNamespace, model: nn.Module, args: SimpleNamespace, me: Processes) -> None:
+    """The model onto its device, in its memory format and precision: run.model keeps the plain names, run.net is what a step calls."""
+    model = model.to(me.device)
+    run.memory_format = torch.channels_last if args.channels_last and family(args.arch) in ("resnet", "convnext") else torch.contiguous_format
+    model = model.to(memory_format=run.memory_format)
+    if me.world > 1 and me.on_gpu:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    run.model, run.net = model, model
+    if me.world > 1:
+        run.net = DDP(model, device_ids=[me.local] if me.on_gpu else None, gradient_as_bucket_view=True)
+    run.amp = args.amp or default_amp(me)
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    run.autocast = lambda: torch.autocast(me.device.type, dtype, enabled=run.amp != "off")
+    run.scaler = torch.amp.GradScaler(me.device.type, enabled=run.amp == "fp16")         # otherwise it does nothing
+
+
+def default_amp(me: Processes) -> str:
+    """bf16 where the device computes in it natively; else fp16 on a GPU, off on a CPU."""
+    if me.on_gpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
+
+
+def load_run(saved: dict, run: SimpleNamespace, out: Path) -> None:
+    """Puts a checkpoint back into run.keeps. Raises ValueError where it belongs to another model."""
+    try:
+        for name, keeper in run.keeps.items():
+            keeper.load_state_dict(saved[name])
+    except (RuntimeError, ValueError, KeyError):
+        raise ValueError(f"{out}/checkpoint.pt: of another model ({saved['args'].get('arch')} at {saved['args'].get('image_size')} px); "
+                         f"resume with the run's own flags, or choose another --out") from None
+
+
+def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, one_step, after_step, on_save) -> None:
+    """The loop: optimiser steps, lines of log.jsonl, checkpoints. Raises FloatingPointError where the loss is no longer finite.
+
+    one_step(step, stream, args, me, run) -> {'loss': ..., its parts}; after_step(done) runs on every rank, on_save() on rank 0."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
+    log = out / "log.jsonl"
+    if me.rank == 0:
+        trim_log(log, run.start)
+        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type, amp_used=run.amp)
+        (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
+    stream, saved_at, logged_at, logged = iter(run.loader), time.time(), time.time(), run.start
+    bar = tqdm(total=run.total, initial=run.start, unit="step", disable=me.rank != 0)
+    for step in range(run.start, run.total):
+        record, done = one_step(step, stream, args, me, run), step + 1
+        bar.update()
+        epoch_ends = done % run.per_epoch == 0
+        if done % args.log_every == 0 or epoch_ends or done == 1:
+            values = dict(zip(record, me.mean(torch.stack(list(record.values()))).tolist()))         # the only wait for the device
+            if not all(map(math.isfinite, values.values())):
+                kept = f"{out}/checkpoint.pt is kept" if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"
+                raise FloatingPointError(f"loss is {values['loss']} at step {done} (peak lr {run.peak:.1e}, amp {run.amp}); {kept}; "
+                                         f"try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
+            if me.rank == 0:
+                speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
+                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=run.optimizer.param_groups[-1]["lr"],
+                            **{k: round(v, 6) for k, v in values.items()}, images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
+                logged_at, logged = time.time(), done
+        after_step(done)
+        if me.rank == 0 and (epoch_ends or time.time() - saved_at > 60 * args.save_every):
+            state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
+            save_atomically(dict(state, step=done, args=settings, world=me.world), out / "checkpoint.pt")
+            on_save()
+            save_curve(out / "loss.png", log)
+            saved_at = time.time()
+    bar.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("pretrain.py", parse, train, argv)
+
+
+def command_line(program: str, parse, train, argv: list[str] | None) -> None:
+    """Runs train(parse(argv), processes). A mistake is one line on stderr and exit code 2, a failed run exit code 1."""
+    me, code = Processes(), 0
+    try:
+        train(parse(argv), me)
+    except ValueError as error:
+        message, code = f"error: {error}", 2
+    except FloatingPointError as error:
+        message, code = str(error), 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code and me.rank == 0:
+        print(f"{program}: {message}", file=sys.stderr)
+    elif code:
+        time.sleep(2)                                        # rank 0 alone speaks, before the launcher ends it
+    if code:
+        sys.exit(code)
+
+
+# ---- pre-training ----
 
 def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleNamespace:
     """Data, model and optimiser, checked against each other before anything long starts. Raises ValueError."""
-    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     run, size = SimpleNamespace(), (args.image_size, args.image_size)
     run.hidden = hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)
 
     if args.download:                                        # one process fetches for all
         me.agree(lambda: len(open_source(args.data, "train", size, args.data_root, download=True)))
     source = open_source(args.data, "train", size, args.data_root)
-    run.batch = args.batch_size or (max(1, args.global_batch // me.world) if args.global_batch else 256 if me.on_gpu else 32)
-    run.global_batch = run.batch * args.accum * me.world
-    run.images, run.per_epoch = len(source), steps_per_epoch(len(source), run.global_batch)
-    run.total, run.start = run.per_epoch * args.epochs, saved["step"] if saved else 0
-    run.workers = min(8, max(1, (os.cpu_count() or 1) // me.local_world - 1)) if args.workers is None else args.workers
+    plan(run, args, me, len(source), saved)
     batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
     run.loader = make_loader(Samples(source, train_transform(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
     preview = Samples(source, eval_transform(size), args.seed)
-    run.preview = torch.stack([preview[0, i * len(source) // 6] for i in range(6)])      # the same images in every picture
+    run.preview = torch.stack([preview[0, i * len(source) // 6][0] for i in range(6)])   # the same images in every picture
 
     torch.manual_seed(mix(args.seed))                        # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
-    model = A2MIM(encoder, size, args.mask_cell, args.mask_stage, args.token, args.fill).to(me.device)
-    args.channels_last = args.channels_last and family(args.arch) in ("resnet", "convnext")
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if me.world > 1 and me.on_gpu:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
-        model.compile()
-    run.model, run.net = model, model                        # `model` keeps the plain names, `net` is what a step calls
-    if me.world > 1:
-        run.net = DDP(model, device_ids=[me.local] if me.on_gpu else None, gradient_as_bucket_view=True)
-
+    place(run, A2MIM(encoder, size, args.mask_cell, args.mask_stage, args.token, args.fill), args, me)
     run.peak = args.lr * run.global_batch / 512
-    run.warmup = round(run.per_epoch * (min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs))
-    run.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.token_lr), betas=(0.9, 0.999), eps=1e-8, fused=True)
-    run.amp = args.amp or default_amp(me)
-    run.dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
-    run.scaler = torch.amp.GradScaler(me.device.type, enabled=run.amp == "fp16")         # otherwise it does nothing
+    groups = parameter_groups(run.model, args.weight_decay, args.token_lr)
+    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler)
     return run
 
 
@@ -336,12 +468,10 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
     masks = masks.view(args.accum, me.world, run.batch, *run.model.grid)[:, me.rank]     # every process draws all, takes its own
     record = {}
     for part, mask in enumerate(masks):
-        images = normalise(next(stream), me.device)          # (B, 3, H, W)
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = normalise(next(stream)[0], me.device).contiguous(memory_format=run.memory_format)      # (B, 3, H, W)
         meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
         with contextlib.nullcontext() if meet else run.net.no_sync():
-            with torch.autocast(me.device.type, run.dtype, enabled=run.amp != "off"):
+            with run.autocast():
                 painted = run.net(images, mask)              # (B, 3, H, W)
             loss, parts = a2mim_loss(painted, images, mask, fourier_weight=args.fourier_weight, stand_in=args.stand_in,
                                      u=args.visible_weight, spectrum=args.spectrum, alpha=args.alpha, log_weight=args.log_weight,
@@ -349,124 +479,49 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
             run.scaler.scale(loss / args.accum).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
             record[name] = record.get(name, 0) + value / args.accum
-    if args.clip_grad:
+    update(run, args.clip_grad)
+    return record
+
+
+def update(run: SimpleNamespace, clip_grad: float) -> None:
+    """The optimiser's part of a step: clip, step, forget the gradients."""
+    if clip_grad:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
+        nn.utils.clip_grad_norm_(run.model.parameters(), clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return record
 
 
 def train(args: SimpleNamespace, me: Processes) -> None:
     """The whole run. Raises ValueError before it starts, FloatingPointError where the loss is no longer finite."""
-    me.start()
-    out = Path(me.agree(lambda: str(open_out(args))))
-    saved = read_checkpoint(out) if args.resume else None
-    if saved:                                                # the run's own settings, then what was typed now
-        args = SimpleNamespace(**{**COMMON, **saved["args"], **args.given}, given=args.given, demo=False)
-    elif args.resume:
-        me.say(f"{out}: no checkpoint yet, starting from the beginning")
+    name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
+    args, out, saved = begin(args, me, COMMON, name)
     if args.demo:
         me.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
                "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
-    args.out = str(out)
     run = prepare(args, me, saved)
     if saved:
         load_run(saved, run, out)
-    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
     me.say(f"{args.arch}: {sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M parameters, token before stage "
            f"{run.model.mask_stage}\n{args.data}: {run.images} images at {args.image_size} px, {run.hidden} of {math.prod(run.model.grid)} cells "
            f"hidden\n{me.world} x {me.device.type}, amp {run.amp}, {run.workers} workers each; global batch {run.global_batch}, peak lr "
            f"{run.peak:.2e}, {args.epochs} epochs of {run.per_epoch} steps" + (f", from step {run.start}" if saved else "") + f"\nwriting {out}/")
 
-    log, preview = out / "log.jsonl", normalise(run.preview, me.device)
+    preview = normalise(run.preview, me.device)
     look = random_mask(len(preview), run.model.grid, args.mask_ratio, generator=torch.Generator().manual_seed(mix(args.seed))).to(me.device)
     sheets = {round(i / max(1, args.sheets - 1) * run.total) for i in range(args.sheets)}
 
-    def picture(step: int) -> None:
-        titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
-        save_sheet(out / f"reconstruction-{step:06d}.png", dict(zip(titles, (preview, *run.model.reconstruct(preview, look)))))
-
-    if me.rank == 0:
-        trim_log(log, run.start)
-        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type, amp_used=run.amp)
-        (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
-        if run.start == 0 and sheets:
-            picture(0)
-
-    run.model.train()
-    stream, saved_at, logged_at, logged = iter(run.loader), time.time(), time.time(), run.start
-    bar = tqdm(total=run.total, initial=run.start, unit="step", disable=me.rank != 0)
-    for step in range(run.start, run.total):
-        record, done = train_step(step, stream, args, me, run), step + 1
-        bar.update()
-        epoch_ends = done % run.per_epoch == 0
-        if done % args.log_every == 0 or epoch_ends or done == 1:
-            values = dict(zip(record, me.mean(torch.stack(list(record.values()))).tolist()))         # the only wait for the device
-            if not all(map(math.isfinite, values.values())):
-                kept = f"{out}/checkpoint.pt is kept" if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"
-                raise FloatingPointError(f"loss is {values['loss']} at step {done} (peak lr {run.peak:.1e}, amp {run.amp}); {kept}; "
-                                         f"try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
-            if me.rank == 0:
-                speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
-                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=run.optimizer.param_groups[0]["lr"],
-                            **{k: round(v, 6) for k, v in values.items()}, images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
-                logged_at, logged = time.time(), done
+    def picture(done: int) -> None:
         if me.rank == 0 and done in sheets:
-            picture(done)
-        if me.rank == 0 and (epoch_ends or time.time() - saved_at > 60 * args.save_every):
-            save_atomically(dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-                                 step=done, args=settings, world=me.world), out / "checkpoint.pt")
-            save_atomically(run.model.encoder.backbone.state_dict(), out / "backbone.pt")
-            save_curve(out / "loss.png", log)
-            saved_at = time.time()
-    bar.close()
+            titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
+            save_sheet(out / f"reconstruction-{done:06d}.png", dict(zip(titles, (preview, *run.model.reconstruct(preview, look)))))
+
+    if not saved:
+        picture(0)
+    run.model.train()
+    fit(args, me, run, out, train_step, picture, lambda: save_atomically(run.model.encoder.backbone.state_dict(), out / "backbone.pt"))
     me.say(f"done: {out}/backbone.pt holds the encoder, {out}/reconstruction-*.png show what it paints")
-
-
-def load_run(saved: dict, run: SimpleNamespace, out: Path) -> None:
-    """Puts a checkpoint back. Raises ValueError where it belongs to another model."""
-    try:
-        run.model.load_state_dict(saved["model"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.scaler.load_state_dict(saved["scaler"])
-    except (RuntimeError, ValueError, KeyError):
-        raise ValueError(f"{out}/checkpoint.pt: of another model ({saved['args'].get('arch')} at {saved['args'].get('image_size')} px); "
-                         f"resume with the run's own flags, or choose another --out") from None
-
-
-def default_amp(me: Processes) -> str:
-    """bf16 where the device computes in it natively; else fp16 on a GPU, off on a CPU."""
-    if me.on_gpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
-
-
-def main(argv: list[str] | None = None) -> None:
-    me = Processes()
-    try:
-        train(parse(argv), me)
-    except ValueError as error:
-        fail(f"error: {error}", 2, me)
-    except FloatingPointError as error:
-        fail(str(error), 1, me)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def fail(message: str, code: int, me: Processes) -> None:
-    """One line on stderr from rank 0, and out; the others give it time to speak before the launcher ends them all."""
-    if me.rank == 0:
-        print(f"pretrain.py: {message}", file=sys.stderr)
-    else:
-        time.sleep(2)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

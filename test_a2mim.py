@@ -453,6 +453,7 @@ AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixu
 def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     encoder, names = build_encoder(arch), AUTHORS[arch]
     state = {f"module.backbone.{theirs}": torch.randn_like(encoder.backbone.state_dict()[ours]) for ours, theirs in names.items()}
+    state |= {f"module.backbone.{name}": value for name, value in encoder.backbone.state_dict().items() if name not in names}
     if arch == "convnext_tiny":                              # the authors keep LayerScale as (C,)
         state["module.backbone.stages.3.0.gamma"] = state["module.backbone.stages.3.0.gamma"].flatten()
     state["module.neck.decoder_pred.0.weight"] = torch.randn(4, 4)
@@ -460,8 +461,8 @@ def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
         state["module.backbone.layers.3.attn.relative_position_index"] = torch.zeros(197, 197, dtype=torch.long)
     torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
     report = model.load_backbone(encoder, tmp_path / "released.pth")
-    assert report["used"] == sorted(names)
-    assert "neck.decoder_pred.0.weight" in report["skipped"] and set(report["missing"]) == set(encoder.backbone.state_dict()) - set(names)
+    assert set(names) <= set(report["used"]) and not report["missing"]
+    assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (2 if arch == "deit_tiny" else 1)
     own = encoder.backbone.state_dict()
     for ours, theirs in names.items():
         assert torch.equal(own[ours].flatten(), state[f"module.backbone.{theirs}"].flatten()), ours
@@ -568,10 +569,10 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     source = data.Shapes("train", (48, 48))
     crop = data.train_transform((48, 48), 0.2)
     samples = data.Samples(source, crop, seed=0)
-    first, state = samples[0, 5], torch.get_rng_state()
+    first, state = samples[0, 5][0], torch.get_rng_state()
     torch.rand(7)
-    assert torch.equal(first, samples[0, 5]) and not torch.equal(first, samples[1, 5])
-    assert not torch.equal(first, data.Samples(source, crop, seed=1)[0, 5])
+    assert torch.equal(first, samples[0, 5][0]) and not torch.equal(first, samples[1, 5][0])
+    assert not torch.equal(first, data.Samples(source, crop, seed=1)[0, 5][0])
     torch.set_rng_state(state)
     samples[2, 2]
     assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
@@ -821,7 +822,7 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
     torch.save({"a": 1}, tmp_path / "empty.pt")
     torch.save(build_encoder("deit_tiny").backbone.state_dict(), tmp_path / "vit.pt")
     for name, words in (("gone.pt", "no such file"), ("cut.pt", "not a file of weights"), ("text.pt", "not a file of weights"), ("evil.pt", "code to run"),
-                        ("empty.pt", "holds no weights"), ("vit.pt", "fits this backbone; is it another architecture?")):
+                        ("empty.pt", "holds no weights"), ("vit.pt", "of this backbone's 60 parameters; is it another architecture?")):
         with pytest.raises(ValueError) as error:
             model.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
