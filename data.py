@@ -1,5 +1,5 @@
 """Data: images in, from a folder, a torchvision dataset or the built-in `shapes`, as uint8 batches in a reproducible order;
-and pictures out.
+pictures, checkpoints and log lines out.
 
 Two rules keep a run the same for any number of workers, and let it stop and go on anywhere:
 the order of samples depends on (seed, epoch) alone, the augmentation of a sample on (seed, epoch, index) alone.
@@ -9,6 +9,7 @@ Images stay uint8 until `normalise`, on the device: a quarter of the bytes to mo
 import json
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -386,3 +387,44 @@ def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
     for i, name in enumerate(classes if C <= 20 else ()):
         draw.text((left - 6, top + (i + 0.5) * cell), str(name)[:12], "black", font, anchor="rm")
     page.save(path)
+
+
+# ---- checkpoints and logs ----
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one, never half."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_checkpoint(out: Path) -> dict | None:
+    """checkpoint.pt of a run, or None where it has none yet. Raises ValueError for a file that cannot be read."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                        # torch.load has no one type for a broken file
+        raise ValueError(f"{path}: cannot be read; is it whole, and a checkpoint of pretrain.py?") from None
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drops the lines after `step`: they are about to be lived again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource                                      # not on Windows
+    except ImportError:
+        return 0.0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)

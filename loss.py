@@ -1,14 +1,17 @@
-"""The loss: L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section).
+"""The loss, L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section), and how it is minimised.
 
     spatial_loss   the painted pixels against the true ones, over hidden pixels only
     fourier_loss   move 3: the same error seen as frequencies, where the middle ones are weighted up
     a2mim_loss     both, with their parts for the log
+    lr_at          the released schedules; parameter_groups: who decays, who learns slowly
 
 Images are normalised, (B, 3, H, W); masks (B, gh, gw), True = hidden. Everything runs in float32, whatever autocast says.
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from masking import resize_mask
 
@@ -102,3 +105,33 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
         total = total + fourier_weight * fourier
         parts["fourier"] = fourier.detach()
     return total, parts
+
+
+# ---- how it is minimised: AdamW's groups and the learning rate ----
+
+def decays(name: str, p: Tensor) -> bool:
+    """Weight decay is not for norms, biases, mask token, gamma, position embedding, class token and LayerScale.
+
+    (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
+    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "cls_token"))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
+    """AdamW's groups, each with its `scale` of the lr."""
+    groups = {}
+    for name, p in model.named_parameters():
+        key = (token_lr if name.startswith("mask_token.") else 1.0, weight_decay if decays(name, p) else 0.0)
+        groups.setdefault(key, []).append(p)
+    return [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+
+
+def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str) -> float:
+    """lr of one parameter group at iteration `step` of `total`, linear warm-up over `warmup` iterations from 0.
+
+    cosine: c = floor + (base - floor)/2 (1 + cos(pi (t - W)/(T - W))), times t/W in warm-up, as released (mmcv);
+    step: base, a tenth of it for the last eighth (epochs 700 to 800 of the ViT recipe)."""
+    ramp = min(1.0, step / warmup) if warmup else 1.0
+    if schedule == "step":
+        return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
+    floor = min(floor, base)                                 # with a small batch the token's lr may lie below the floor
+    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +27,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import masking
-from data import (NAMED, Batches, Samples, eval_transform, make_loader, mix, normalise, open_source, save_curve, save_sheet,
-                  steps_per_epoch, train_transform)
-from loss import SPECTRA, STAND_INS, a2mim_loss
+from data import (NAMED, Batches, Samples, eval_transform, make_loader, mix, normalise, open_source, peak_memory_mb, read_checkpoint,
+                  save_atomically, save_curve, save_sheet, steps_per_epoch, train_transform, trim_log)
+from loss import SPECTRA, STAND_INS, a2mim_loss, lr_at, parameter_groups
 from masking import hidden_count, mask_grid, random_mask
 from model import A2MIM, ARCHS, build_encoder, family
+
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")       # a 1x1 convolution fits both
 
 # ---- recipes: every value has a flag of the same name; lr is per 512 images of the global batch ----
 
@@ -55,8 +58,8 @@ COMMON = dict(arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fi
               channels_last=True, data_root="datasets", download=False, workers=None, out=None, resume=False, baseline=None,
               log_every=10, save_every=10.0, sheets=5)
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0)        # the paper's comparison, any backbone
-DEMO = dict(data="shapes", arch="resnet18", image_size=96, mask_cell=8, mask_stage=3, epochs=1, global_batch=16, lr=0.096,
-            spectrum="image", log_every=5)               # small cells, a high lr and the paper's spectrum: it has two minutes
+DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image", log_every=5)
+DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)                              # it has two minutes: a high lr, small cells
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,7 +158,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     demo = "data" not in given
     arch = given.get("arch", (DEMO if demo else COMMON)["arch"])
     baseline = SIMMIM if given.get("baseline") == "simmim" else {}
-    recipe = {**COMMON, **RECIPES[family(arch)], **EXCEPTIONS.get(arch, {}), **(DEMO if demo else {}), **baseline}
+    quick = {**DEMO, **(DEMO_RESNET if family(arch) == "resnet" else {})} if demo else {}
+    recipe = {**COMMON, **RECIPES[family(arch)], **EXCEPTIONS.get(arch, {}), **quick, **baseline}
     return SimpleNamespace(**{**recipe, **given}, given=given, demo=demo)
 
 
@@ -201,22 +205,12 @@ class Processes:
             raise ValueError(answer[1])
         return answer[0]
 
-    def gather(self, values: Tensor) -> Tensor:
-        """Concatenation over the processes, whose shares may differ in length."""
-        if self.world == 1:
-            return values
-        parts = [None] * self.world
-        dist.all_gather_object(parts, values.cpu())
-        return torch.cat(parts).to(values.device)
-
     def mean(self, values: Tensor) -> Tensor:
         """Average over the processes; all take part."""
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
 
-
-# ---- output folder, checkpoints, log ----
 
 def open_out(args: SimpleNamespace, name: str) -> Path:
     """Makes the output folder. By default runs/<name>, numbered if taken; --resume takes the newest of them."""
@@ -232,75 +226,6 @@ def open_out(args: SimpleNamespace, name: str) -> Path:
 
 def numbered(name: str, n: int) -> Path:
     return Path("runs") / (name if n == 1 else f"{name}-{n}")
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one, never half."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def read_checkpoint(out: Path) -> dict | None:
-    """checkpoint.pt of a run, or None where it has none yet. Raises ValueError for a file that cannot be read."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                        # torch.load has no one type for a broken file
-        raise ValueError(f"{path}: cannot be read; is it whole, and a checkpoint of pretrain.py?") from None
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drops the lines after `step`: they are about to be lived again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    try:
-        import resource                                      # not on Windows
-    except ImportError:
-        return 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
-# ---- optimiser ----
-
-def decays(name: str, p: Tensor) -> bool:
-    """Weight decay is not for norms, biases, mask token, gamma, position embedding, class token and LayerScale.
-
-    (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
-    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "cls_token"))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
-    """AdamW's groups, each with its `scale` of the lr."""
-    groups = {}
-    for name, p in model.named_parameters():
-        key = (token_lr if name.startswith("mask_token.") else 1.0, weight_decay if decays(name, p) else 0.0)
-        groups.setdefault(key, []).append(p)
-    return [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
-
-
-def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str) -> float:
-    """lr of one parameter group at iteration `step` of `total`, linear warm-up over `warmup` iterations from 0.
-
-    cosine: c = floor + (base - floor)/2 (1 + cos(pi (t - W)/(T - W))), times t/W in warm-up, as released (mmcv);
-    step: base, a tenth of it for the last eighth (epochs 700 to 800 of the ViT recipe)."""
-    ramp = min(1.0, step / warmup) if warmup else 1.0
-    if schedule == "step":
-        return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
-    floor = min(floor, base)                                 # with a small batch the token's lr may lie below the floor
-    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
 
 
 # ---- what both stages share ----

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.models as tv
 from PIL import Image
 from torch import nn
@@ -599,7 +598,7 @@ def test_processes_and_accumulation_cut_the_same_steps():
 
 def test_cosine_schedule_at_the_recipes_numbers():
     """ResNet, 300 epochs, 10 of warm-up, base 1.2e-3, floor 1e-5; epochs stand for iterations."""
-    lr = lambda t, base=1.2e-3: pretrain.lr_at(t, 300, 10, base, 1e-5, "cosine")
+    lr = lambda t, base=1.2e-3: loss.lr_at(t, 300, 10, base, 1e-5, "cosine")
     assert lr(0) == 0 and lr(10) == pytest.approx(1.2e-3) and lr(300) == pytest.approx(1e-5) and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
     assert lr(5) == pytest.approx(0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2))         # the ramp times the cosine
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)   # a second route, after warm-up
@@ -613,7 +612,7 @@ def test_cosine_schedule_at_the_recipes_numbers():
 
 
 def test_step_schedule_of_the_vit_recipe():
-    lr = lambda t: pretrain.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
+    lr = lambda t: loss.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
     assert [lr(t) for t in (0, 5, 10, 699, 700, 799)] == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
 
 
@@ -633,7 +632,7 @@ def test_what_decays_and_what_does_not(arch):
     names = {p: n for n, p in net.named_parameters()}
     norms = {p for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)) for p in m.parameters()}
     seen = set()
-    for group in pretrain.parameter_groups(net, 0.05, 0.1):
+    for group in loss.parameter_groups(net, 0.05, 0.1):
         for p in group["params"]:
             name = names[p]
             seen.add(p)
