@@ -307,7 +307,8 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
         record, done = one_step(step, stream, args, me, run), step + 1
         bar.update()
         epoch_ends = done % run.per_epoch == 0
-        if done % args.log_every == 0 or epoch_ends or done == 1:
+        logs = done % args.log_every == 0 or epoch_ends or done == 1
+        if logs:
             values = dict(zip(record, me.mean(torch.stack(list(record.values()))).tolist()))         # the only wait for the device
             if not all(map(math.isfinite, values.values())):
                 kept = f"{out}/checkpoint.pt is kept" if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"
@@ -315,14 +316,14 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
                                          f"try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
             if me.rank == 0:
                 speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
-                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=run.optimizer.param_groups[-1]["lr"],
+                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=max(g["lr"] for g in run.optimizer.param_groups),
                             **{k: round(v, 6) for k, v in values.items()}, images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
                 logged_at, logged = time.time(), done
         after_step(done)
-        if me.rank == 0 and (epoch_ends or time.time() - saved_at > 60 * args.save_every):
+        if me.rank == 0 and logs and (epoch_ends or time.time() - saved_at > 60 * args.save_every):      # the loss was just seen to be finite
             state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
             save_atomically(dict(state, step=done, args=settings, world=me.world), out / "checkpoint.pt")
             on_save()
@@ -344,6 +345,8 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         message, code = f"error: {error}", 2
     except FloatingPointError as error:
         message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "stopped by hand; --resume goes on from the last checkpoint", 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
