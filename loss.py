@@ -3,7 +3,8 @@
     spatial_loss   the painted pixels against the true ones, over hidden pixels only
     fourier_loss   move 3: the same error seen as frequencies, where the middle ones are weighted up
     a2mim_loss     both, with their parts for the log
-    lr_at          the released schedules; parameter_groups: who decays, who learns slowly
+    lr_at          the released schedules
+    parameter_groups, layer_groups    who decays, who learns slowly: pre-training, fine-tuning; then LAMB and EMA
 
 Images are normalised, (B, 3, H, W); masks (B, gh, gw), True = hidden. Everything runs in float32, whatever autocast says.
 """
@@ -12,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from masking import resize_mask
 
@@ -107,7 +109,7 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
     return total, parts
 
 
-# ---- how it is minimised: AdamW's groups and the learning rate ----
+# ---- how it is minimised ----
 
 def decays(name: str, p: Tensor) -> bool:
     """Weight decay is not for norms, biases, mask token, gamma, position embedding, class token and LayerScale.
@@ -117,7 +119,7 @@ def decays(name: str, p: Tensor) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
-    """AdamW's groups, each with its `scale` of the lr."""
+    """Pre-training's groups for the optimiser, each with its `scale` of the lr."""
     groups = {}
     for name, p in model.named_parameters():
         key = (token_lr if name.startswith("mask_token.") else 1.0, weight_decay if decays(name, p) else 0.0)
@@ -135,3 +137,64 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
         return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
     floor = min(floor, base)                                 # with a small batch the token's lr may lie below the floor
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+
+
+def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Fine-tuning's groups: scale = layer_decay^(n - i) for stage i of n (stem or patch embedding 0), 1 for the head.
+
+    ViT: stage i + 1 is block i, so this is 0.65^(L + 1 - j) with j = 0 for positions too; ConvNeXt: five stages and the
+    head, the released six groups. `model` has an `encoder` (model.Encoder); frozen parameters are left out."""
+    stages, groups = model.encoder.stages, {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            inside = name.removeprefix("encoder.backbone.")
+            stage = next((i for i, names in enumerate(stages) if inside.startswith(tuple(f"{s}." for s in names))), len(stages))
+            stage = 0 if inside in ("cls_token", "pos_embed") else stage
+            groups.setdefault((stage, decays(name, p)), []).append(p)
+    return [dict(params=params, scale=layer_decay ** (len(stages) - stage), weight_decay=weight_decay if decay else 0.0)
+            for (stage, decay), params in sorted(groups.items(), key=lambda item: item[0])]
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020, algorithm 2), which torch lacks; details as in NVIDIA's and timm's:
+
+    gradients over max(1, their global norm); update = Adam's bias-corrected direction + weight_decay p;
+    p -= lr |p| / |update| update (the ratio is 1 if either norm is 0), and plain lr where weight_decay is 0."""
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.02):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        torch._foreach_div_(grads, torch.stack(torch._foreach_norm(grads)).norm().clamp(min=1.0))
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            (b1, b2), decay, grads = group["betas"], group["weight_decay"], [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+            group["t"] = t = group.get("t", 0) + 1
+            m, v = ([self.state[p][key] for p in params] for key in "mv")
+            torch._foreach_lerp_(m, grads, 1 - b1)
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+            size = torch._foreach_sqrt(v)
+            torch._foreach_div_(size, math.sqrt(1 - b2**t))
+            torch._foreach_add_(size, group["eps"])
+            update = torch._foreach_div(m, size)
+            torch._foreach_div_(update, 1 - b1**t)
+            if decay:
+                torch._foreach_add_(update, params, alpha=decay)
+                norms = zip(torch._foreach_norm(params), torch._foreach_norm(update))
+                torch._foreach_mul_(update, [torch.where((p > 0) & (u > 0), p / u, 1.0) for p, u in norms])
+            torch._foreach_add_(params, update, alpha=-group["lr"])
+
+
+def moving_average(model: nn.Module, decay: float, ramp: int) -> AveragedModel:
+    """EMA of the parameters; the decay rises from 0.9 decay to decay over `ramp` steps. BatchNorm statistics stay the model's."""
+    def average(averages, current, n):
+        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, int(n) / ramp)))(averages, current, n)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)

@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from operator import attrgetter
 from pathlib import Path
+from types import MethodType
 from typing import Sequence
 
 import torch
@@ -100,6 +101,7 @@ class ViT(nn.Module):
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             raise ValueError(f"image size {image_size[0]}x{image_size[1]}: not a multiple of the {patch}-pixel patch")
+        self.image_size = image_size
         self.grid = grid = (image_size[0] // patch, image_size[1] // patch)
         self.patch_embed = PatchEmbed(dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -191,6 +193,8 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
         else:
             net = getattr(tv, arch)(zero_init_residual=True)
         net.fc = nn.Identity()
+        if drop_path:
+            drop_residuals(net, drop_path)
         return Encoder(net, [["conv1", "bn1", "relu", "maxpool"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]], mask_stage=4)
     if kind == "vit":
         dim, depth, heads, mlp = VITS[arch]
@@ -212,6 +216,18 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     net.head = nn.Identity()
     stages[4].append("norm")
     return Encoder(net, stages, mask_stage=1, layout="nhwc")
+
+
+def drop_residuals(net: tv.ResNet, drop_path: float) -> None:
+    """Stochastic depth for torchvision's ResNet, which has none: on each block's residual branch, 0 to `drop_path` over depth."""
+    def forward(block: nn.Module, x: Tensor) -> Tensor:
+        z = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+        if hasattr(block, "conv3"):
+            z = block.bn3(block.conv3(block.relu(z)))
+        return block.relu(block.drop_path(z) + (x if block.downsample is None else block.downsample(x)))
+    blocks = [block for block in net.modules() if isinstance(block, (tv.resnet.BasicBlock, tv.resnet.Bottleneck))]
+    for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
+        block.drop_path, block.forward = StochasticDepth(rate, mode="row"), MethodType(forward, block)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -211,6 +211,14 @@ class Processes:
             dist.all_reduce(values)
         return values / self.world
 
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """The rows of all processes, in the order of their ranks, on every one; each may have its own number."""
+        if self.world == 1:
+            return rows
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts, dim).to(self.device)
+
 
 def open_out(args: SimpleNamespace, name: str) -> Path:
     """Makes the output folder. By default runs/<name>, numbered if taken; --resume takes the newest of them."""

@@ -17,10 +17,12 @@ import torch
 import torchvision.models as tv
 from PIL import Image
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 import data
+import finetune
 import loss
 import masking
 import model
@@ -654,7 +656,7 @@ def few_images(monkeypatch):
     init = data.Shapes.__init__
     def small(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.count = 32
+        self.count, self.labels = 32, self.labels[:32]
     monkeypatch.setattr(data.Shapes, "__init__", small)
 
 
@@ -757,10 +759,10 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
 
 # ---- pre-training: the command line ----
 
-def complaint(capsys, *flags):
+def complaint(capsys, *flags, main=pretrain.main):
     """Runs main with flags that must be refused; returns (exit code, what stderr said)."""
     with pytest.raises(SystemExit) as exit:
-        pretrain.main([*map(str, flags)])
+        main([*map(str, flags)])
     return exit.value.code, capsys.readouterr().err
 
 
@@ -826,3 +828,337 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
             model.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
     assert len(model.load_backbone(encoder, whole)["missing"]) == 0
+
+# ---- fine-tuning: labels, batches, targets ----
+
+def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
+    source = data.Shapes("train", (32, 32))
+    for labels, each in (("0.05", 50), ("20/class", 20), (".0001", 1), ("1", 1000)):
+        part = finetune.some_labels(source, labels, seed=0)
+        assert np.bincount(part.labels).tolist() == [each] * 10
+        assert all(part.labels == source.labels[part.indices]) and len(set(part.indices)) == 10 * each
+    pick = lambda seed: finetune.some_labels(source, "20/class", seed).indices.tolist()
+    assert pick(0) == pick(0) != pick(1)
+    assert set(pick(0)) < set(finetune.some_labels(source, "40/class", 0).indices)       # more labels are the same ones and others
+    for wrong in ("0", "1.5", "0/class", "many", "-0.1", "2000/class"):
+        with pytest.raises(ValueError, match=f"--labels {wrong}: "):
+            finetune.some_labels(source, wrong, 0)
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
+    batches = flat(data.Batches(60, 12, 1, 1, 0, seed=0, start=0, stop=10, repeats=3))
+    for batch in batches[:5]:
+        images = [i for _, i in batch]
+        assert len(set(images)) == 4 and all(images.count(i) == 3 for i in images)
+        assert len(set(batch)) == 12                         # as many draws: other crops of the same image
+    first, second = ({key for batch in part for key in batch} for part in (batches[:5], batches[5:]))
+    assert len({i for _, i in first}) == 20 and not first & second           # a third of the set an epoch, and never the same draw
+
+
+def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
+    labels = torch.tensor([0, 1, 2, 3])
+    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 64, 64).contiguous()           # image i is i everywhere
+    for mixup, cutmix in ((0.5, 0.0), (0.0, 1.0)):
+        for _ in range(5):
+            mixed, targets = finetune.mix_batch(images, labels, 5, mixup, cutmix)
+            assert targets.shape == (4, 5) and torch.allclose(targets.sum(1), torch.ones(4))
+            close(mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0)  # the share of b, from the pixels
+            if cutmix:
+                assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    mixed, targets = finetune.mix_batch(images, labels, 5, 0.0, 0.0)
+    assert torch.equal(mixed, images) and targets.argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_mixup_or_cutmix_with_even_odds_and_always_one():
+    images, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    pasted = 0
+    for _ in range(400):
+        mixed, _ = finetune.mix_batch(images, labels, 2, 1.0, 1.0)
+        pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())            # cutmix copies pixels, mixup blends them
+    assert 150 < pasted < 250                                # 5 standard deviations
+
+
+def test_bce_of_mixed_targets_is_the_mean_over_classes_of_two_logs():
+    logits, targets = torch.randn(3, 4), torch.tensor([[0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.5, 0, 0, 0.5]])
+    total = 0.0
+    for i, c in product(range(3), range(4)):
+        p, t = 1 / (1 + math.exp(-logits[i, c].item())), targets[i, c].item()
+        total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+    assert finetune.class_loss(logits, targets, "bce", 0.1).item() == pytest.approx(total / 12, rel=1e-5)
+
+
+def test_smoothed_cross_entropy_mixes_in_the_uniform_target():
+    logits, targets = torch.randn(3, 4), torch.eye(4)[:3]
+    expected = -((0.9 * targets + 0.1 / 4) * logits.log_softmax(1)).sum(1).mean()
+    close(finetune.class_loss(logits, targets, "ce", 0.1), expected)
+
+
+def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_keeps_its_form():
+    image, change = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), finetune.RandAugment(9.0)
+    out = [change(image) for _ in range(300)]
+    assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
+    same = sum(torch.equal(o, image) for o in out)
+    assert 0.25 * 300 - 38 < same < 0.25 * 300 + 75          # both ops skipped, or one that changed nothing
+
+
+# ---- fine-tuning: optimiser ----
+
+def test_lamb_takes_the_steps_of_its_paper():
+    """Two steps of algorithm 2 in float64 by numpy, with NVIDIA's gradient normalisation and bias correction."""
+    rng = np.random.default_rng(0)
+    start = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)}
+    tensors = {k: nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    lamb = loss.Lamb([dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1)
+    p, m, v = {k: x.copy() for k, x in start.items()}, dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
+    for t, scale in ((1, 5.0), (2, 0.01)):                   # a global norm above 1 is brought to 1, one below stays
+        grads = {k: scale * rng.normal(size=x.shape) for k, x in start.items()}
+        for k, g in grads.items():
+            tensors[k].grad = torch.tensor(g)
+        lamb.step()
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        for k, g in grads.items():
+            g = g / max(1, norm)
+            m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.999 * v[k] + 0.001 * g**2
+            r = (m[k] / (1 - 0.9**t)) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-6)
+            if k == "w":
+                r = r + 0.02 * p[k]
+                r = r * np.linalg.norm(p[k]) / np.linalg.norm(r)             # the trust ratio, where weights decay
+            p[k] = p[k] - 0.1 * r
+            np.testing.assert_allclose(tensors[k].detach().numpy(), p[k], rtol=1e-6)
+
+
+def test_lamb_moves_a_weight_of_zeros_with_ratio_one():
+    w = nn.Parameter(torch.zeros(4))
+    w.grad = torch.full((4,), 0.1)
+    loss.Lamb([w], lr=0.5).step()
+    close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)             # Adam's first step is the sign
+
+
+@pytest.mark.parametrize("arch, decay", [("resnet18", 0.75), ("convnext_tiny", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)])
+def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
+    net = finetune.Classifier(arch, build_encoder(arch, 64), 10)
+    names = {p: n.removeprefix("encoder.backbone.") for n, p in net.named_parameters()}
+
+    def depth(name):                                         # stages between a parameter and the head, told from its name alone
+        if name.startswith(("head.", "classifier.0.")) or name.startswith("norm.") and arch == "deit_tiny":
+            return 0                                         # with the head: the norms that come after the mean
+        if arch == "resnet18":
+            return 5 - int(name[5]) if name.startswith("layer") else 5
+        if arch == "deit_tiny":                              # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
+            return 13 - (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0)
+        if name.startswith("norm."):
+            return 1
+        return 5 - (int(name.split(".")[1]) + 1) // 2        # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
+    seen = set()
+    for group in loss.layer_groups(net, 0.05, decay):
+        for p in group["params"]:
+            seen.add(names[p])
+            assert group["scale"] == pytest.approx(decay ** depth(names[p])), names[p]
+            assert group["weight_decay"] == (0.05 if p.ndim > 1 and not names[p].endswith(("pos_embed", "cls_token", "layer_scale")) else 0), names[p]
+    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(range(14 if arch == "deit_tiny" else 6))
+
+
+def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    ema, weights, expected = loss.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], None
+    for n, w in enumerate(weights):
+        with torch.no_grad():
+            net[0].weight.fill_(w)
+            net[1].running_mean.fill_(w)
+        ema.update_parameters(net)
+        d = 0.99 * (0.9 + 0.1 * min(1, n / 4))
+        expected = w if expected is None else d * expected + (1 - d) * w     # the average starts as a copy
+        assert ema.module[0].weight.item() == pytest.approx(expected, rel=1e-5)
+        assert ema.module[1].running_mean.item() == w
+
+
+def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
+    args, run_ = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "rsb_a3"]), pretrain.SimpleNamespace(per_epoch=10, warmup=50, total=1000)
+    lr = lambda step: finetune.lr_of(step, 8e-3, args, run_)
+    cosine = lambda epoch: 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
+    assert lr(25) == pytest.approx(0.5 * cosine(2)) and lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
+    args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "linear"])
+    assert [finetune.lr_of(step, 30.0, args, run_) for step in (0, 599, 600, 799, 800)] == pytest.approx([30, 30, 3, 3, 0.3])
+
+
+def test_published_fine_tuning_recipes_come_out():
+    parse = lambda name: finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", name])
+    for name, lr, batch, epochs, warmup, decay, size in (("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160), ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224), ("vit", 2.5e-3, 1024, 100, 20, 0.05, 224)):
+        args = parse(name)
+        assert (args.lr * batch / args.lr_batch, args.epochs, args.warmup_epochs, args.weight_decay, args.image_size) == (pytest.approx(lr), epochs, warmup, decay, size)
+    a3, a2, vit = parse("rsb_a3"), parse("rsb_a2"), parse("vit")
+    assert (a3.optimizer, a3.loss, a3.mixup, a3.cutmix, a3.test_size, a3.ema, a3.repeats) == ("lamb", "bce", 0.1, 1.0, 224, 0, 1)
+    assert (a2.ema, a2.repeats, a2.drop_path, a2.randaug) == (0.9999, 3, 0.05, 7)
+    assert (vit.optimizer, vit.loss, vit.smoothing, vit.layer_decay, vit.clip_grad, vit.ema, vit.erasing, vit.jitter) == ("adamw", "ce", 0.1, 0.65, 5, 0.99996, 0.25, 0.4)
+
+
+# ---- fine-tuning: the network ----
+
+def test_classifiers_keep_torchvisions_names_and_outputs():
+    images = torch.randn(2, 3, 64, 64)
+    for arch in ("resnet18", "convnext_tiny", "swin_tiny"):
+        net = finetune.Classifier(arch, build_encoder(arch, 64), 1000).eval()
+        reference = getattr(tv, arch.replace("swin_tiny", "swin_t"))().eval()
+        reference.load_state_dict(net.plain_state())
+        close(net(images), reference(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_vit_classifier_averages_patches_under_a_fresh_norm():
+    encoder = build_encoder("deit_tiny", 64)
+    with torch.no_grad():
+        encoder.backbone.norm.bias.fill_(7)                  # pre-training's norm must have no say
+    net = finetune.Classifier("deit_tiny", encoder, 10).eval()
+    backbone, images = encoder.backbone, torch.randn(2, 3, 64, 64)
+    x = backbone.blocks(backbone.embed_position(backbone.patch_embed(images)))
+    x = nn.functional.layer_norm(sum(x[:, i] for i in range(1, 17)) / 16, (192,), eps=1e-6)
+    close(net(images), x @ net.head.weight.T + net.head.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_stochastic_depth_of_resnet_drops_residual_branches_in_training_alone():
+    plain, net = build_encoder("resnet18"), build_encoder("resnet18", drop_path=0.99)
+    net.backbone.load_state_dict(plain.backbone.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain.eval()(images), net.eval()(images))
+    rates = [m.p for m in net.modules() if isinstance(m, StochasticDepth)]
+    close(rates, np.linspace(0, 0.99, 8).tolist())
+    last, z = net.backbone.layer4[1].train(), torch.rand(500, 512, 2, 2)
+    nn.init.ones_(last.bn2.weight)
+    dropped = (last(z) == z).flatten(1).all(1).sum().item()  # x + 0, and x >= 0 already
+    assert 480 <= dropped < 500                              # 0.99 of 500, within 7 standard deviations
+
+
+# ---- fine-tuning: whole runs ----
+
+SMALL = ["--data", "shapes", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--amp", "off", "--log-every", "1", "--epochs", "2"]
+
+
+def tune(out, *flags):
+    finetune.main([*SMALL, "--out", str(out), *map(str, flags)])
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A torchvision state dict saved by hand."""
+    torch.save(tv.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    return tmp_path / "resnet18.pth"
+
+
+def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_path):
+    tune(tmp_path / "probe", "--weights", backbone, "--arch", "resnet18", "--recipe", "linear", "--epochs", "2")
+    before, after = torch.load(backbone), torch.load(tmp_path / "probe" / "best.pt")
+    for name, value in before.items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, after[name]), name     # weights, and BatchNorm's statistics and counters
+    trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
+    assert all(torch.equal(v, trained[f"encoder.backbone.{k}"]) for k, v in before.items() if not k.startswith("fc."))
+    assert not torch.equal(trained["head.weight"], finetune.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight)
+
+
+def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch):
+    flags = ["--init", "scratch", "--arch", "resnet18", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9", "--randaug", "9", "--erasing", "0.25", "--repeats", "2",
+             "--drop-path", "0.2", "--optimizer", "lamb", "--save-every", "0", "--eval-every", "1"]
+    whole = tune(tmp_path / "whole", *flags)
+    step = finetune.train_step
+    monkeypatch.setattr(finetune, "train_step", lambda number, *rest: step(number, *rest) if number < 6 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune(tmp_path / "cut", *flags)
+    monkeypatch.setattr(finetune, "train_step", step)
+    finetune.main(["--out", str(tmp_path / "cut"), "--resume"])
+    assert json.loads((tmp_path / "cut" / "result.json").read_text()) == whole
+    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    same_weights(a, b)
+    for name, value in a["ema"].items():
+        assert torch.equal(value, b["ema"][name]), name
+
+
+def labelled_folder(root, sizes):
+    """root/<split>/<class>/*.png, noise in another brightness per class."""
+    rng = np.random.default_rng(0)
+    for split, counts in sizes.items():
+        for label, count in enumerate(counts):
+            (root / split / f"c{label}").mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(60 * label, 60 * label + 100, (40, 40, 3), dtype=np.uint8)).save(root / split / f"c{label}" / f"{i}.png")
+
+
+def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_path):
+    labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": (30, 26, 15)})         # 71 images, batches of 64
+    flags = [*SMALL, "--data", tmp_path / "set"]
+    finetune.main([*map(str, flags), "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path / "tuned")])
+    best = tmp_path / "tuned" / "best.pt"
+    net = finetune.Classifier("resnet18", build_encoder("resnet18"), 3)
+    model.load_backbone(net.encoder, best)
+    net.load_head(best)
+    net.eval()
+    right, source = torch.zeros(3), data.open_source(str(tmp_path / "set"), "val", (32, 32), labelled=True)
+    for i in range(len(source)):                             # one image at a time, by hand
+        image = data.normalise(data.eval_transform((32, 32))(source.read(i))[None])
+        right[source.labels[i]] += net(image).argmax(1).item() == source.labels[i]
+    expected = dict(top1=right.sum().item() / 71, top5=1.0, images=71, per_class={f"c{i}": round(n.item() / m, 4) for i, (n, m) in enumerate(zip(right, (30, 26, 15)))})
+    for recipe in ("default", "knn"):
+        more = ["--weights", best, "--recipe", recipe, *(["--eval-only"] if recipe == "default" else ["--neighbours", "4"])]
+        finetune.main([*map(str, flags), *map(str, more), "--out", str(tmp_path / f"{recipe}1")])
+        done = torchrun("finetune.py", *flags, *more, "--out", tmp_path / f"{recipe}2")
+        assert done.returncode == 0, done.stderr
+        one, two = (json.loads((tmp_path / f"{recipe}{n}" / "result.json").read_text()) for n in (1, 2))
+        assert one == two
+        if recipe == "default":
+            assert {k: one[k] for k in expected} == expected
+
+
+def test_knn_votes_as_counted_by_hand(tmp_path):
+    labelled_folder(tmp_path / "set", {"train": (5, 5), "val": (6, 5)})
+    torch.save(tv.resnet18().state_dict(), tmp_path / "w.pth")
+    result = tune(tmp_path / "knn", "--data", tmp_path / "set", "--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "knn", "--neighbours", "3")
+    net = build_encoder("resnet18")
+    model.load_backbone(net, tmp_path / "w.pth")
+    net.eval()
+
+    def features(split):
+        source = data.open_source(str(tmp_path / "set"), split, (32, 32), labelled=True)
+        with torch.no_grad():
+            z = [net(data.normalise(data.eval_transform((32, 32))(source.read(i))[None])).mean((2, 3))[0].double() for i in range(len(source))]
+        return [v / v.norm() for v in z], source.labels
+    bank, bank_labels = features("train")
+    right = 0
+    for z, label in zip(*features("val")):
+        cosines = sorted(((z @ v).item(), y) for v, y in zip(bank, bank_labels))[-3:]
+        votes = [sum(math.exp(c / 0.07) for c, y in cosines if y == k) for k in (0, 1)]
+        right += votes.index(max(votes)) == label
+    assert result["top1"] == pytest.approx(right / 11)
+
+
+def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
+    run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
+    result = tune(tmp_path / "tuned", "--weights", tmp_path / "pre" / "backbone.pt", "--image-size", "48", "--epochs", "1")
+    said = capsys.readouterr().err
+    assert "13 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said       # 12 bias tables and the positions
+    assert json.loads((tmp_path / "tuned" / "args.json").read_text())["patch_size"] == 8 # remembered from beside the weights
+    assert result["images"] == 32 and result["labels"] == 32 and 0 <= result["top1"] <= 1
+    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "best.pt", "loss.png", "result.json", "confusion.png"}
+
+
+def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labelled_folder(tmp_path / "no_val", {"train": (2, 2)})
+    labelled_folder(tmp_path / "odd", {"train": (2, 2), "val": (2, 2, 1)})
+    (tmp_path / "flat").mkdir()
+    paint(tmp_path / "flat" / "0.png")
+    resnet = ["--weights", backbone, "--arch", "resnet18"]
+    for flags, words in (
+        (["--data", "shapes"], "give --weights FILE, or --init scratch"),
+        (["--data", "shapes", "--init", "scratch"], "--arch is missing"),
+        (resnet, "--data is missing"),
+        (["--data", "shapes", *resnet, "--labels", "lots"], "--labels lots: must be a share such as 0.1, or a count such as 20/class"),
+        (["--data", "shapes", "--arch", "resnet50", "--weights", backbone], "is it another architecture?"),
+        (["--data", "shapes", "--arch", "resnet18", "--weights", "gone.pt"], "gone.pt: no such file"),
+        (["--data", "no_val", *resnet], "has train/ but no val/"),
+        (["--data", "odd", *resnet], "train/ and val/ hold different classes (c2)"),
+        (["--data", "flat", *resnet], "needs a folder for each class, at least two"),
+        (["--data", "shapes", *resnet, "--eval-only"], "its head tells 1000 classes apart, the data has 10"),
+        (["--resume"], "--data is missing"),
+    ):
+        code, said = complaint(capsys, *flags, main=finetune.main)
+        assert code == 2 and words in said and said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
