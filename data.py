@@ -6,9 +6,12 @@ the order of samples depends on (seed, epoch) alone, the augmentation of a sampl
 Images stay uint8 until `normalise`, on the device: a quarter of the bytes to move.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +31,7 @@ warnings.filterwarnings("ignore", message="The image decoding and encoding capab
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 2**27                                           # 134 million: more is a mistake, or a decompression bomb
 NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenette")
 
 
@@ -54,7 +58,12 @@ def denormalise(images: Tensor) -> Tensor:
 def read_image(path: str) -> Tensor:
     """A JPEG, PNG, WebP or BMP file as RGB, uint8 (3, H, W), upright. Gray, palette, CMYK and alpha are converted.
 
-    Raises OSError, RuntimeError or ValueError for a file that holds no image."""
+    Raises OSError, RuntimeError or ValueError for a file that holds no image, or one of more than MAX_PIXELS."""
+    if not os.path.isfile(path):                             # a pipe or a socket would be waited for
+        raise OSError("not a regular file")
+    with Image.open(path) as file:                           # the header alone
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels")
     try:
         image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:                                     # BMP and rarer variants: Pillow knows more, and is slower
@@ -104,8 +113,11 @@ class Folder:
     def __len__(self) -> int:
         return len(self.names)
 
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
     def read(self, index: int) -> Tensor:
-        return read_image(os.path.join(self.root, os.fsdecode(self.names[index])))
+        return read_image(self.name(index))
 
 
 # ---- torchvision's datasets ----
@@ -131,6 +143,9 @@ class Library:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
     def read(self, index: int) -> Tensor:
         return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
@@ -172,15 +187,15 @@ def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.
         wave = np.tanh(4 * (s + t - 0.8))
     else:
         wave = np.sin(f / 10 * (x * np.cos(a) + y * np.sin(a)) + p)
-    return colour[:, None, None] + 0.5 * rng.uniform(-0.35, 0.35, (3, 1, 1)) * wave
+    return colour[:, None, None] + rng.uniform(-0.06, 0.06, (3, 1, 1)) * wave
 
 
 class Shapes:
-    """Textured objects on textured ground, drawn from (seed, split, index) alone; nothing is stored.
+    """An object on a ground, both faintly textured, drawn from (seed, split, index) alone; nothing is stored.
 
-    The label is the outline of the largest object, one of ten; smaller objects with outlines of their own lie behind it
-    and across it. Colour, texture, place, size and turn are drawn without regard to the label, so neither a colour
-    nor a local texture gives it away: the outline has to be followed."""
+    The label is the object's outline, one of ten; half of the images have a smaller object with an outline of its own
+    behind it. Colour, texture, place, size and turn are drawn without regard to the label, so neither a colour nor a
+    local texture gives it away: the outline has to be followed."""
 
     def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
         self.key = (seed, 0 if split == "train" else 1)
@@ -191,6 +206,9 @@ class Shapes:
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
     def read(self, index: int) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
         H, W = self.size
@@ -198,14 +216,12 @@ class Shapes:
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.9, 3)
         canvas = _texture(rng, x, y, ground)
-        behind, before = rng.integers(1, 3), rng.integers(0, 3)
-        for layer in range(behind + 1 + before):
-            main = layer == behind
+        for main in (False, True) if rng.random() < 0.5 else (True,):
             kind = self.labels[index] if main else rng.integers(len(SHAPES))
-            radius = rng.uniform(0.26, 0.38) if main else rng.uniform(0.09, 0.16)
+            radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)
             margin = 0.8 * radius if main else 0.0
             cx, cy = rng.uniform(margin, W / side - margin), rng.uniform(margin, H / side - margin)
-            turn = rng.uniform(0, 2 * np.pi)
+            turn = rng.uniform(-np.pi / 6, np.pi / 6)
             colour = rng.uniform(0.05, 0.95, 3)
             while np.abs(colour - ground).sum() < 0.6:       # an object must stand out from its ground
                 colour = rng.uniform(0.05, 0.95, 3)
@@ -235,6 +251,10 @@ def open_source(data: str, split: str, image_size: tuple[int, int], root: str | 
     source = Folder(Path(data), split)
     if labelled and (len(source.classes) < 2 or "" in source.classes):
         raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected {data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
+    if labelled:
+        for folder in sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith(".")):
+            if folder not in source.classes:
+                raise ValueError(f"--data {source.root}: the class folder {folder}/ holds no images; fill it or remove it")
     if labelled and not (Path(data) / "train").is_dir():
         held_out = np.zeros(len(source), bool)
         for label in range(len(source.classes)):
@@ -251,6 +271,9 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
 
     def read(self, index: int) -> Tensor:
         return self.source.read(int(self.indices[index]))
@@ -269,9 +292,10 @@ def eval_transform(image_size: tuple[int, int], crop: float = 0.875) -> v2.Trans
 
 
 class Samples(Dataset):
-    """source + transform, indexed by (draw, index), where draw is the epoch: gives (image, index).
+    """source + transform, indexed by (draw, index), where draw is the epoch: gives (image, index of that image, broken).
 
-    The transform draws from (seed, draw, index) and nothing else."""
+    The transform draws from (seed, draw, index) and nothing else. An image that cannot be read gives way to the next one
+    that can; `broken` is then the index of the bad one, else -1."""
 
     def __init__(self, source, transform: v2.Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -279,12 +303,20 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         draw, index = key
-        image = self.source.read(index)
+        image, broken = None, -1
+        for used in ((index + i) % len(self) for i in range(len(self))):
+            try:
+                image = self.source.read(used)
+                break
+            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):       # Pillow's for a broken PNG
+                broken = index
+        if image is None:
+            raise ValueError(f"none of the {len(self)} images can be read")
         with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
             torch.default_generator.manual_seed(mix(self.seed, draw, index))
-            return self.transform(image), index
+            return self.transform(image), used, broken
 
 
 class Batches(Sampler):
@@ -328,7 +360,13 @@ def steps_per_epoch(count: int, global_batch: int) -> int:
 def make_loader(samples: Samples, batches: Sampler, workers: int, on_gpu: bool) -> DataLoader:
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=on_gpu,
-                      prefetch_factor=4 if workers else None)
+                      prefetch_factor=4 if workers else None, worker_init_fn=deaf)
+
+
+def deaf(worker: int) -> None:
+    """Loader workers leave Ctrl-C and SIGTERM to the process they work for: it still wants the images of its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---- pictures ----
@@ -348,7 +386,7 @@ def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
 
 def save_curve(path: Path, log: Path) -> None:
     """The loss over steps, from log.jsonl: every line in gray, their running mean in blue."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in read_lines(log) if line["loss"] is not None]
     steps, losses = [r["step"] for r in lines], [r["loss"] for r in lines]
     if len(steps) < 2:
         return
@@ -391,32 +429,69 @@ def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
 
 # ---- checkpoints and logs ----
 
-def save_atomically(state: dict, path: Path) -> None:
-    """Write beside, flush to the disk, rename: a kill at any moment leaves the old file or the new one, never half."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> None:
+    """Write beside, flush to the disk, rename: a kill at any moment, or a full disk, leaves the old file or the new one.
+
+    With `keep_previous` the old one stays as <stem>-previous.pt. Raises OSError where the file cannot be written."""
+    beside, previous = path.with_name(path.name + ".tmp"), path.with_stem(path.stem + "-previous")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():                  # a second name for the old file: there is always one to go on from
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:                                  # a file system without links
+                shutil.copyfile(path, previous)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:                 # torch wraps the errors of the disk
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} not written: {str(error).splitlines()[0]}") from None
 
 
 def read_checkpoint(out: Path) -> dict | None:
-    """checkpoint.pt of a run, or None where it has none yet. Raises ValueError for a file that cannot be read."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                        # torch.load has no one type for a broken file
-        raise ValueError(f"{path}: cannot be read; is it whole, and a checkpoint of pretrain.py?") from None
+    """checkpoint.pt of a run, or the one before it where that is broken; None where there is none yet.
+
+    Nothing in the file is executed. Raises ValueError where no file can be read."""
+    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if {"step", "per_epoch", "world", "args"} <= set(state):
+                return dict(state, path=str(path))
+        except Exception:                                    # torch.load has no one type for a broken file
+            pass
+    if paths:
+        raise ValueError(f"{paths[0]}: cannot be read; is it whole, and a checkpoint of this program? Move it away to start anew")
+    return None
 
 
-def trim_log(path: Path, step: int) -> None:
+def append_line(log: Path, line: dict) -> None:
+    """Adds a line to log.jsonl, behind a whole one: the last may be cut where the disk was full."""
+    with open(log, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_lines(log: Path) -> list[dict]:
+    """The lines of log.jsonl that are whole."""
+    lines = []
+    for text in log.read_text().splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def trim_log(log: Path, step: int) -> None:
     """Drops the lines after `step`: they are about to be lived again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    if log.exists():
+        beside = log.with_name(log.name + ".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in read_lines(log) if line["step"] <= step))
+        os.replace(beside, log)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -29,12 +29,12 @@ from pretrain import Parser, Processes, begin, command_line, data_flags, fit, lo
 
 COMMON = dict(
     data=None, weights=None, init=None, arch=None, patch_size=16, window=7, drop_path=0.0, frozen=False, labels=None,
-    image_size=None, test_size=None, test_crop=0.875, crop_min=0.35, randaug=0.0, jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1,
-    epochs=30, batch_size=None, global_batch=64, accum=1, optimizer="adamw", lr=1e-3, lr_batch=64, layer_decay=0.75, weight_decay=0.05,
+    image_size=None, test_size=None, test_crop=0.875, crop_min=0.5, randaug=0.0, jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1,
+    epochs=20, batch_size=None, global_batch=16, accum=1, optimizer="adamw", lr=1e-3, lr_batch=16, layer_decay=1.0, weight_decay=0.05,
     clip_grad=0.0, schedule="cosine", warmup_epochs=None, min_lr=1e-6, loss="ce", smoothing=0.1, ema=0.0, neighbours=20,
     eval_only=False, eval_every=10, seed=0, amp=None, compile=False, channels_last=True, data_root="datasets", download=False, workers=None,
-    out=None, resume=False, log_every=10, save_every=10.0)
-LONG = dict(global_batch=None, eval_every=1, crop_min=0.08, layer_decay=1.0)
+    out=None, resume=False, log_every=10, save_every="10m", max_bad=0.01)
+LONG = dict(global_batch=None, eval_every=1, crop_min=0.08)
 RSB = dict(LONG, optimizer="lamb", lr_batch=2048, weight_decay=0.02, schedule="cosine-by-epoch", warmup_epochs=5, loss="bce", mixup=0.1, cutmix=1.0,
            test_size=224, test_crop=0.95)
 STRONG = dict(LONG, image_size=224, warmup_epochs=20, mixup=0.8, cutmix=1.0, randaug=9.0, jitter=0.4, erasing=0.25)
@@ -78,8 +78,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g = parser.add_argument_group("optimiser")
     g.add_argument("--recipe", choices=RECIPES, help="the table below (default)")
     g.add_argument("--optimizer", choices=["adamw", "lamb", "sgd"])
-    g.add_argument("--epochs", type=whole, metavar="N")
-    g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (default recipe: 64 in all; else GPU 256, CPU 32)")
+    g.add_argument("--epochs", type=number(float, 0.001), metavar="N", help="passes over the labelled images; a fraction too")
+    g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (default recipe: 16 in all; else GPU 256, CPU 32)")
     g.add_argument("--accum", type=whole, metavar="N", help="forward passes per optimiser step (1)")
     g.add_argument("--lr", type=real, metavar="LR", help="per --lr-batch images of the global batch")
     g.add_argument("--lr-batch", type=whole, metavar="N")
@@ -280,9 +280,10 @@ def score(best: Tensor, labels: Tensor, classes: int, me: Processes) -> dict:
 
 
 def outputs(f, loader, labels: Tensor, me: Processes, run: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """f(images) in float32 and the labels, over this process's part of a set: (N, C), (N,)."""
+    """f(images) in float32 and the labels, over this process's part of a set: (N, C), (N,). Without images that cannot be read."""
     parts = []
-    for images, index in loader:
+    for images, index, broken in loader:
+        images, index = images[broken < 0], index[broken < 0]
         with run.autocast():
             z = f(normalise(images, me.device).contiguous(memory_format=run.memory_format))
         parts.append((z.float(), labels[index].to(me.device)))
@@ -344,7 +345,7 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     if list(source.classes) != list(run.val.classes):
         odd = sorted(set(source.classes) ^ set(run.val.classes))
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''})")
-    source = some_labels(source, args.labels, args.seed)
+    run.source = source = some_labels(source, args.labels, args.seed)
     run.labels, run.val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(run.val.labels).long()
 
     run.trains = not args.eval_only and args.recipe != "knn"
@@ -408,7 +409,8 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
     torch.manual_seed(mix(args.seed, step, me.rank))         # stochastic depth, mixup, cutmix
     record = 0.0
     for part in range(args.accum):
-        images, index = next(stream)
+        images, index, broken = next(stream)
+        run.broken.note(broken)
         images, targets = mix_batch(normalise(images, me.device), run.labels[index].to(me.device), len(run.val.classes), args.mixup, args.cutmix)
         meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
         with contextlib.nullcontext() if meet else run.net.no_sync():
@@ -424,7 +426,7 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
 
 
 def train(args: SimpleNamespace, me: Processes) -> None:
-    """The whole run. Raises ValueError before it starts, FloatingPointError where the loss is no longer finite."""
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as `fit`."""
     how = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     args, out, saved = begin(args, me, COMMON, f"{Path(args.data or '').resolve().name}-{args.arch}-{how}")
     run = prepare(args, me, saved)
@@ -436,16 +438,16 @@ def train(args: SimpleNamespace, me: Processes) -> None:
     if not run.trains:
         result = evaluate(tested, me, run) if args.eval_only else neighbours(tested, me, run, args.neighbours)
         return report(out, result, run.val.classes, me, labels=len(run.labels), weights=args.weights)
-    me.say(f"global batch {run.global_batch}, peak lr {run.peak:.2e}, {args.epochs} epochs of {run.per_epoch} steps")
+    me.say(f"global batch {run.global_batch}, peak lr {run.peak:.2e}, {args.epochs:g} epochs of {run.per_epoch} steps")
 
     def after_step(done: int) -> None:
         epoch, inside = divmod(done, run.per_epoch)
-        if inside or (epoch % args.eval_every and done < run.total):
+        if done < run.total and (inside or epoch % args.eval_every):
             return
         run.result = evaluate(tested, me, run)
-        me.say(f"epoch {epoch}: top-1 {100 * run.result['top1']:.2f} %")
+        me.say(f"epoch {done / run.per_epoch:g}: top-1 {100 * run.result['top1']:.2f} %")
         if run.result["top1"] > run.best["top1"]:
-            run.best.update(top1=run.result["top1"], epoch=epoch)
+            run.best.update(top1=run.result["top1"], epoch=done / run.per_epoch)
             if me.rank == 0:
                 save_atomically(tested.plain_state(), out / "best.pt")
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import masking
-from data import (NAMED, Batches, Samples, eval_transform, make_loader, mix, normalise, open_source, peak_memory_mb, read_checkpoint,
+from data import (NAMED, Batches, Samples, append_line, eval_transform, make_loader, mix, normalise, open_source, peak_memory_mb, read_checkpoint,
                   save_atomically, save_curve, save_sheet, steps_per_epoch, train_transform, trim_log)
 from loss import SPECTRA, STAND_INS, a2mim_loss, lr_at, parameter_groups
 from masking import hidden_count, mask_grid, random_mask
@@ -56,7 +57,7 @@ COMMON = dict(arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fi
               fourier_focal=True, stand_in="mixed", spectrum="batch", alpha=1.0, log_weight=True,
               weight_decay=0.05, warmup_epochs=None, min_lr=1e-5, accum=1, batch_size=None, global_batch=None, seed=0, amp=None, compile=False,
               channels_last=True, data_root="datasets", download=False, workers=None, out=None, resume=False, baseline=None,
-              log_every=10, save_every=10.0, sheets=5)
+              log_every=10, save_every="10m", max_bad=0.01, sheets=5)
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0)        # the paper's comparison, any backbone
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image", log_every=5)
 DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)                              # it has two minutes: a high lr, small cells
@@ -83,6 +84,13 @@ def number(kind: type, low: float, high: float = math.inf):
     return read
 
 
+def how_often(text: str) -> str:
+    """An argparse type: '200' is every 200 steps, '10m' every ten minutes."""
+    if not text.removesuffix("m").isdecimal() or int(text.removesuffix("m")) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of steps such as 200, or of minutes such as 10m")
+    return text
+
+
 def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._ArgumentGroup:
     """The flags about data that both stages have."""
     g = parser.add_argument_group("data")
@@ -91,6 +99,7 @@ def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._Argument
     g.add_argument("--download", action="store_true", help="fetch a torchvision dataset that is not there yet")
     g.add_argument("--image-size", type=number(int, 1), metavar="PX", help="side of the square crop (by recipe)")
     g.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
+    g.add_argument("--max-bad", type=number(float, 0, 1), metavar="R", help="stop where more than this share of the images cannot be read (0.01)")
     return g
 
 
@@ -104,7 +113,7 @@ def run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (no)")
     g.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of CNNs (yes)")
     g.add_argument("--log-every", type=number(int, 1), metavar="N", help="steps between lines of log.jsonl (10)")
-    g.add_argument("--save-every", type=number(float, 0), metavar="MIN", help="minutes between checkpoints; also after each epoch (10)")
+    g.add_argument("--save-every", type=how_often, metavar="N", help="steps, or minutes such as 10m, between checkpoints; after each epoch too (10m)")
     return g
 
 
@@ -141,7 +150,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--log-weight", action=yes_no, help="log(1 + |D|^alpha) as frequency weight (yes)")
     g.add_argument("--focal-pixels", action=yes_no, help="focal L1 over pixels, or plain L1 (by recipe)")
     g = parser.add_argument_group("optimiser")
-    g.add_argument("--epochs", type=whole, metavar="N", help="(by recipe)")
+    g.add_argument("--epochs", type=number(float, 0.001), metavar="N", help="passes over the data; a fraction such as 0.5 too (by recipe)")
     g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (GPU 256, CPU 32)")
     g.add_argument("--accum", type=whole, metavar="N", help="forward passes per optimiser step (1)")
     g.add_argument("--lr", type=real, metavar="LR", help="AdamW's, per 512 images of the global batch (by recipe)")
@@ -185,7 +194,7 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.on_gpu else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_gpu else "gloo")     # small agreements do not wait for the GPU
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -200,7 +209,7 @@ class Processes:
             except (ValueError, OSError) as error:
                 answer[1] = str(error)
         if self.world > 1:
-            dist.broadcast_object_list(answer, src=0, device=self.device if self.on_gpu else None)
+            dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
         if answer[1] is not None:
             raise ValueError(answer[1])
         return answer[0]
@@ -210,6 +219,14 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes."""
+        if self.world == 1:
+            return list(numbers)
+        values = torch.tensor(numbers)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The rows of all processes, in the order of their ranks, on every one; each may have its own number."""
@@ -228,7 +245,11 @@ def open_out(args: SimpleNamespace, name: str) -> Path:
     out = Path(args.out)
     if not args.resume and (out / "log.jsonl").exists():
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").touch()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
     return out
 
 
@@ -245,20 +266,28 @@ def begin(args: SimpleNamespace, me: Processes, defaults: dict, name: str) -> tu
     saved = read_checkpoint(out) if args.resume else None
     if saved:                                                # the run's own settings, then what was typed now
         args = SimpleNamespace(**{**defaults, **saved["args"], **args.given}, given=args.given, demo=False)
+        me.say(f"going on from {saved['path']}, step {saved['step']}")
     elif args.resume:
         me.say(f"{out}: no checkpoint yet, starting from the beginning")
     args.out = str(out)
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
     return args, out, saved
 
 
 def plan(run: SimpleNamespace, args: SimpleNamespace, me: Processes, images: int, saved: dict | None) -> None:
     """Batch, steps and workers of this run, into `run`. Raises ValueError where the data set is smaller than one step."""
-    run.batch = args.batch_size or (max(1, args.global_batch // me.world) if args.global_batch else 256 if me.on_gpu else 32)
+    if args.global_batch and not args.batch_size and args.global_batch % me.world:
+        raise ValueError(f"{me.world} processes do not divide the global batch of {args.global_batch}; give --batch-size, images per process")
+    run.batch = args.batch_size or (args.global_batch // me.world if args.global_batch else 256 if me.on_gpu else 32)
     run.global_batch = run.batch * args.accum * me.world
     run.images, run.per_epoch = images, steps_per_epoch(images, run.global_batch)
-    run.total, run.start = run.per_epoch * args.epochs, saved["step"] if saved else 0
+    run.total, run.start, run.saved = max(1, round(run.per_epoch * args.epochs)), 0, saved
+    if saved:
+        run.start = min(run.total, math.floor(saved["step"] / saved["per_epoch"] * run.per_epoch + 1e-6))        # its place in epochs
+        if saved["world"] != me.world or saved["per_epoch"] != run.per_epoch:
+            me.say(f"the checkpoint is of {saved['world']} processes and {saved['per_epoch']} steps an epoch, this is {me.world} and {run.per_epoch}: "
+                   f"the schedule goes on at epoch {run.start / run.per_epoch:.2f}, but not bit by bit as it would have")
     run.warmup = round(run.per_epoch * (min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs))
     run.workers = min(8, max(1, (os.cpu_count() or 1) // me.local_world - 1)) if args.workers is None else args.workers
 
@@ -278,7 +307,8 @@ def place(run: SimpleNamespace, model: nn.Module, args: SimpleNamespace, me: Pro
     run.amp = args.amp or default_amp(me)
     dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
     run.autocast = lambda: torch.autocast(me.device.type, dtype, enabled=run.amp != "off")
-    run.scaler = torch.amp.GradScaler(me.device.type, enabled=run.amp == "fp16")         # otherwise it does nothing
+    # without fp16 the scale stays 1, and the scaler does one thing: a step with a gradient that is not finite is skipped, on the device
+    run.scaler = torch.amp.GradScaler(me.device.type, **({} if run.amp == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)))
 
 
 def default_amp(me: Processes) -> str:
@@ -299,45 +329,131 @@ def load_run(saved: dict, run: SimpleNamespace, out: Path) -> None:
                          f"resume with the run's own flags, or choose another --out") from None
 
 
+class Failed(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal came, and the run was saved: exit code 128 + the signal."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Signals:
+    """Notes SIGTERM and Ctrl-C, so that the step can be finished and saved. A second Ctrl-C ends the process at once."""
+    number = 0
+
+    def __enter__(self) -> "Signals":
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(130)
+        self.number = number
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Broken:
+    """The images that could not be read, on all processes together."""
+
+    def __init__(self, source, share: float, out: Path):
+        self.source, self.most, self.out, self.seen, self.new = source, share * len(source), out, set(), []
+
+    def note(self, broken: Tensor) -> None:
+        self.new += broken[broken >= 0].tolist()
+
+    def tell(self, me: Processes) -> None:
+        """All processes take part. Names the first few; raises Failed where there are too many, with the list in broken.txt."""
+        if not me.largest(len(self.new))[0]:
+            return
+        fresh = sorted(set(me.gather(torch.tensor(self.new, dtype=torch.long)).tolist()) - self.seen)
+        names, self.new = [self.source.name(i) for i in fresh], []
+        if len(self.seen) < 3 and fresh:
+            me.say(f"cannot be read, the next image is taken instead: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+        self.seen.update(fresh)
+        if me.rank == 0 and fresh:
+            with open(self.out / "broken.txt", "a") as file:
+                file.writelines(f"{name}\n" for name in names)
+        if len(self.seen) > self.most:
+            raise Failed(f"{len(self.seen)} of {len(self.source)} images cannot be read, listed in {self.out}/broken.txt; "
+                         f"repair or remove them, or allow more with --max-bad (now {self.most / len(self.source):g})")
+
+
 def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, one_step, after_step, on_save) -> None:
-    """The loop: optimiser steps, lines of log.jsonl, checkpoints. Raises FloatingPointError where the loss is no longer finite.
+    """The loop: optimiser steps, lines of log.jsonl, checkpoints. Raises Failed where the run cannot go on, Stopped after a signal.
 
     one_step(step, stream, args, me, run) -> {'loss': ..., its parts}; after_step(done) runs on every rank, on_save() on rank 0."""
     settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
-    log = out / "log.jsonl"
+    log, every = out / "log.jsonl", int(args.save_every.removesuffix("m"))
     if me.rank == 0:
-        trim_log(log, run.start)
+        trim_log(log, run.saved["step"] if run.saved else 0)
         used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type, amp_used=run.amp)
         (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
+    run.broken = Broken(run.source, args.max_bad, out)
+    in_a_row, skipped, last = torch.zeros((), device=me.device), torch.zeros((), device=me.device), "none yet"
+    if run.saved and not run.saved["followed"]:              # a signal came between this step and what follows it
+        after_step(run.start)
     stream, saved_at, logged_at, logged = iter(run.loader), time.time(), time.time(), run.start
     bar = tqdm(total=run.total, initial=run.start, unit="step", disable=me.rank != 0)
-    for step in range(run.start, run.total):
-        record, done = one_step(step, stream, args, me, run), step + 1
-        bar.update()
-        epoch_ends = done % run.per_epoch == 0
-        logs = done % args.log_every == 0 or epoch_ends or done == 1
-        if logs:
-            values = dict(zip(record, me.mean(torch.stack(list(record.values()))).tolist()))         # the only wait for the device
-            if not all(map(math.isfinite, values.values())):
+
+    def write(what: str, action) -> None:
+        """A full disk does not end the run: the files of before are kept."""
+        try:
+            action()
+        except OSError as error:
+            me.say(f"step {done}: {what} not written ({error}); going on")
+
+    def save(followed: bool) -> None:
+        state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
+        state |= dict(step=done, per_epoch=run.per_epoch, world=me.world, args=settings, followed=followed)
+        save_atomically(state, out / "checkpoint.pt", keep_previous=True)
+        on_save()
+        save_curve(out / "loss.png", log)
+
+    with Signals() as signals:
+        for step in range(run.start, run.total):
+            record, done = one_step(step, stream, args, me, run), step + 1
+            bad = ~torch.isfinite(record["loss"])            # the scaler has skipped this step
+            in_a_row, skipped = (in_a_row + bad) * bad, skipped + bad
+            bar.update()
+            epoch_ends = done % run.per_epoch == 0 or done == run.total
+            logs = done % args.log_every == 0 or epoch_ends or done == 1
+            stop, streak = me.largest(signals.number, int(in_a_row) if logs or not me.on_gpu else 0)      # a GPU is waited for only when logging
+            if streak >= 10:
                 kept = f"{out}/checkpoint.pt is kept" if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"
-                raise FloatingPointError(f"loss is {values['loss']} at step {done} (peak lr {run.peak:.1e}, amp {run.amp}); {kept}; "
-                                         f"try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
-            if me.rank == 0:
-                speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
-                line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=max(g["lr"] for g in run.optimizer.param_groups),
-                            **{k: round(v, 6) for k, v in values.items()}, images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
-                logged_at, logged = time.time(), done
-        after_step(done)
-        if me.rank == 0 and logs and (epoch_ends or time.time() - saved_at > 60 * args.save_every):      # the loss was just seen to be finite
-            state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
-            save_atomically(dict(state, step=done, args=settings, world=me.world), out / "checkpoint.pt")
-            on_save()
-            save_curve(out / "loss.png", log)
-            saved_at = time.time()
+                raise Failed(f"loss is not finite, {streak} times in a row at step {done} (lr {largest_lr(run):.1e}, amp {run.amp}, last finite loss {last}); "
+                             f"{kept}; try a lower --lr" + (" or --amp bf16" if run.amp == "fp16" else ""))
+            if logs:
+                run.broken.tell(me)
+                values = {k: round(v, 6) if math.isfinite(v) else None for k, v in zip(record, me.mean(torch.stack(list(record.values()))).tolist())}
+                last = values["loss"] or last
+                if me.rank == 0:
+                    speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
+                    line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=largest_lr(run), **values, **({"skipped": int(skipped)} if skipped else {}),
+                                **({"broken": len(run.broken.seen)} if run.broken.seen else {}), images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
+                    write("log.jsonl", lambda: append_line(log, line))
+                    bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
+                    logged_at, logged = time.time(), done
+            if not stop:
+                after_step(done)
+            due = done % every == 0 if args.save_every.isdecimal() else time.time() - saved_at > 60 * every
+            if me.rank == 0 and (epoch_ends or due or stop) and not int(in_a_row):
+                write("checkpoint", lambda: save(followed=not stop))
+                saved_at = time.time()
+            if stop:
+                bar.close()
+                raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {run.total}; go on with --out {out} --resume")
     bar.close()
+
+
+def largest_lr(run: SimpleNamespace) -> float:
+    return max(group["lr"] for group in run.optimizer.param_groups)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,16 +461,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command_line(program: str, parse, train, argv: list[str] | None) -> None:
-    """Runs train(parse(argv), processes). A mistake is one line on stderr and exit code 2, a failed run exit code 1."""
+    """Runs train(parse(argv), processes). What went wrong is one line on stderr; exit code 2 for a mistake, 1 for a failed run."""
     me, code = Processes(), 0
     try:
         train(parse(argv), me)
     except ValueError as error:
-        message, code = f"error: {error}", 2
-    except FloatingPointError as error:
-        message, code = str(error), 1
+        message, code = f"error: {str(error).splitlines()[-1]}", 2           # the last line, where a loader worker sends its traceback along
+    except (Failed, OSError, torch.OutOfMemoryError) as error:
+        message, code = str(error).splitlines()[0], 1
+    except Stopped as error:
+        message, code = str(error), error.code
     except KeyboardInterrupt:
-        message, code = "stopped by hand; --resume goes on from the last checkpoint", 130
+        message, code = "stopped by Ctrl-C before the first step", 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -375,7 +493,7 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
 
     if args.download:                                        # one process fetches for all
         me.agree(lambda: len(open_source(args.data, "train", size, args.data_root, download=True)))
-    source = open_source(args.data, "train", size, args.data_root)
+    run.source = source = open_source(args.data, "train", size, args.data_root)
     plan(run, args, me, len(source), saved)
     batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
     run.loader = make_loader(Samples(source, train_transform(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
@@ -404,7 +522,9 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
     masks = masks.view(args.accum, me.world, run.batch, *run.model.grid)[:, me.rank]     # every process draws all, takes its own
     record = {}
     for part, mask in enumerate(masks):
-        images = normalise(next(stream)[0], me.device).contiguous(memory_format=run.memory_format)      # (B, 3, H, W)
+        images, _, broken = next(stream)
+        run.broken.note(broken)
+        images = normalise(images, me.device).contiguous(memory_format=run.memory_format)               # (B, 3, H, W)
         meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
         with contextlib.nullcontext() if meet else run.net.no_sync():
             with run.autocast():
@@ -430,7 +550,7 @@ def update(run: SimpleNamespace, clip_grad: float) -> None:
 
 
 def train(args: SimpleNamespace, me: Processes) -> None:
-    """The whole run. Raises ValueError before it starts, FloatingPointError where the loss is no longer finite."""
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as `fit`."""
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
     args, out, saved = begin(args, me, COMMON, name)
     if args.demo:
@@ -442,7 +562,7 @@ def train(args: SimpleNamespace, me: Processes) -> None:
     me.say(f"{args.arch}: {sum(p.numel() for p in run.model.encoder.parameters()) / 1e6:.1f} M parameters, token before stage "
            f"{run.model.mask_stage}\n{args.data}: {run.images} images at {args.image_size} px, {run.hidden} of {math.prod(run.model.grid)} cells "
            f"hidden\n{me.world} x {me.device.type}, amp {run.amp}, {run.workers} workers each; global batch {run.global_batch}, peak lr "
-           f"{run.peak:.2e}, {args.epochs} epochs of {run.per_epoch} steps" + (f", from step {run.start}" if saved else "") + f"\nwriting {out}/")
+           f"{run.peak:.2e}, {args.epochs:g} epochs of {run.per_epoch} steps" + (f", from step {run.start}" if saved else "") + f"\nwriting {out}/")
 
     preview = normalise(run.preview, me.device)
     look = random_mask(len(preview), run.model.grid, args.mask_ratio, generator=torch.Generator().manual_seed(mix(args.seed))).to(me.device)

@@ -6,8 +6,11 @@
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -689,7 +692,7 @@ def test_the_same_run_twice_and_with_workers_gives_the_same_log_and_weights(few_
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "resnet18"])
 def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images, tmp_path, monkeypatch):
-    flags = ["--epochs", "2", "--arch", arch, "--drop-path", "0.1", "--save-every", "0"]
+    flags = ["--epochs", "2", "--arch", arch, "--drop-path", "0.1", "--save-every", "1"]
     log, final = run(tmp_path / "whole", *flags)
     step, cut = pretrain.train_step, RuntimeError("the power fails")
 
@@ -744,7 +747,7 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
-    log, checkpoint = run(tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16")
+    log, checkpoint = run(tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1")
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "loss.png",
             "reconstruction-000000.png", "reconstruction-000015.png", "reconstruction-000030.png"}
@@ -770,7 +773,7 @@ def complaint(capsys, *flags, main=pretrain.main):
     (["--arch", "resnet51"], "argument --arch: invalid choice: 'resnet51'"),
     (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
     (["--lr", "nan"], "argument --lr: nan: must be a number"),
-    (["--epochs", "0"], "argument --epochs: 0: must be an integer of at least 1"),
+    (["--epochs", "0"], "argument --epochs: 0: must be a number of at least 0.001"),
     (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
     (["--crop-min", "2"], "argument --crop-min: 2: must be a number from 0.01 to 1"),
     (["--wings", "2"], "unrecognized arguments: --wings 2"),
@@ -805,8 +808,8 @@ def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(few_images, capsys, tmp_path):
     run(tmp_path / "run", "--epochs", "1")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    code, said = complaint(capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "2", "--lr", "1e30")
-    assert code == 1 and "loss is nan at step" in said and "checkpoint.pt is kept" in said
+    code, said = complaint(capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "5", "--lr", "1e30")
+    assert code == 1 and "loss is not finite, 10 times in a row at step 1" in said and "checkpoint.pt is kept" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
@@ -1057,7 +1060,7 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
 
 def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch):
     flags = ["--init", "scratch", "--arch", "resnet18", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9", "--randaug", "9", "--erasing", "0.25", "--repeats", "2",
-             "--drop-path", "0.2", "--optimizer", "lamb", "--save-every", "0", "--eval-every", "1"]
+             "--drop-path", "0.2", "--optimizer", "lamb", "--save-every", "1", "--eval-every", "1"]
     whole = tune(tmp_path / "whole", *flags)
     step = finetune.train_step
     monkeypatch.setattr(finetune, "train_step", lambda number, *rest: step(number, *rest) if number < 6 else 1 / 0)
@@ -1162,3 +1165,121 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2 and words in said and said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
+
+
+# ---- faults ----
+
+FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(number, code, few_images, capsys, tmp_path, monkeypatch):
+    log, final = run(tmp_path / "whole", *FLAGS)
+    step = pretrain.train_step
+
+    def interrupted(at, *rest):
+        if at == 2:
+            os.kill(os.getpid(), number)
+        return step(at, *rest)
+    monkeypatch.setattr(pretrain, "train_step", interrupted)
+    got, said = complaint(capsys, *TINY, *FLAGS, "--save-every", "100", "--out", tmp_path / "cut")
+    assert got == code and f"stopped by {number.name} after step 3 of 8; go on with --out {tmp_path / 'cut'} --resume" in said
+    monkeypatch.setattr(pretrain, "train_step", step)
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])
+    assert read_log(tmp_path / "cut") == log
+    same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)      # and the handlers are gone again
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(few_images, tmp_path):
+    log, final = run(tmp_path / "run", *FLAGS)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert torch.load(tmp_path / "run" / "checkpoint-previous.pt", weights_only=True)["step"] == 7
+    again, weights = run(tmp_path / "run", *FLAGS, "--resume")
+    assert again == log
+    same_weights(final, weights)
+
+
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
+    data.save_atomically({"step": 1}, tmp_path / "checkpoint.pt")
+    before, limits = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))          # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
+    try:
+        with pytest.raises(OSError, match="checkpoint.pt not written"):
+            data.save_atomically({"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_path, monkeypatch):
+    right = pretrain.a2mim_loss
+    calls = []
+
+    def once_nan(*args, **kwargs):
+        calls.append(1)
+        total, parts = right(*args, **kwargs)
+        return (total * math.nan if len(calls) == 3 else total), parts
+    monkeypatch.setattr(pretrain, "a2mim_loss", once_nan)
+    saved = {}
+    save = pretrain.save_atomically
+    monkeypatch.setattr(pretrain, "save_atomically", lambda state, path, **more: (saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}), save(state, path, **more)))
+    log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
+    assert [line["loss"] is None for line in log] == [False, False, True, False]
+    assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
+    assert set(saved) == {None, 1, 2, 4}                     # nothing is saved in the middle of it
+    assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"])
+
+
+def spoil(folder):
+    """Five kinds of files that are no images, among good ones."""
+    good = paint(folder / "good.jpg", size=(64, 64))
+    (folder / "cut.jpg").write_bytes(Path(good).read_bytes()[:400])
+    (folder / "empty.png").touch()
+    (folder / "text.jpeg").write_text("not an image")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(folder / "bomb.png")
+    header = bytearray((folder / "bomb.png").read_bytes())
+    header[16:24] = (60_000).to_bytes(4, "big") * 2          # 3.6 gigapixels, in a file of 67 bytes
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(header)
+    os.mkfifo(folder / "pipe.jpg")                           # reading it would wait for ever
+    return {"cut.jpg", "empty.png", "text.jpeg", "gone.png", "bomb.png", "pipe.jpg"}
+
+
+def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(18):
+        paint(folder / f"{i:02}.png", colour=(10 * i, 90, 200 - 10 * i), size=(64, 64))
+    bad = spoil(folder)
+    (folder / "loop").symlink_to(folder)
+    source = data.open_source(str(folder), "train", (64, 64))
+    samples = data.Samples(source, data.eval_transform((64, 64)), seed=0)
+    assert len(samples) == 25
+    for i in range(25):
+        image, used, broken = samples[0, i]
+        assert (broken == i) == (Path(source.name(i)).name in bad) and Path(source.name(used)).name not in bad
+        assert used == next(j % 25 for j in range(i, i + 25) if Path(source.name(j % 25)).name not in bad)
+    flags = [*TINY, "--data", str(folder), "--epochs", "1", "--workers", "2"]
+    log, _ = run(tmp_path / "run", "--max-bad", "0.5", base=flags)
+    listed = {Path(line).name for line in (tmp_path / "run" / "broken.txt").read_text().splitlines()}
+    assert listed <= bad and log[-1]["broken"] == len(listed) >= 5           # one image of 25 is not in the three steps
+    assert capsys.readouterr().err.count("cannot be read, the next image is taken instead") in (1, 2)
+    code, said = complaint(capsys, *flags, "--out", tmp_path / "strict")
+    assert code == 1 and "of 25 images cannot be read, listed in" in said and "--max-bad (now 0.01)" in said
+
+
+def test_validation_leaves_out_what_cannot_be_read(tmp_path):
+    labelled_folder(tmp_path / "set", {"train": (8, 8), "val": (5, 4)})
+    bad = len(spoil(tmp_path / "set" / "val" / "c0"))        # and one good image
+    assert tune(tmp_path / "tuned", "--data", tmp_path / "set", "--init", "scratch", "--arch", "resnet18")["images"] == 10 and bad == 6
+
+
+def test_another_global_batch_goes_on_at_the_same_epoch(few_images, capsys, tmp_path):
+    run(tmp_path / "run", *FLAGS, "--epochs", "3")           # 4 steps an epoch
+    lines, _ = run(tmp_path / "run", "--resume", "--batch-size", "16", "--epochs", "5", base=[])
+    assert "the schedule goes on at epoch 3.00, but not bit by bit" in capsys.readouterr().err
+    assert [(line["step"], line["epoch"]) for line in lines[-4:]] == [(7, 3.5), (8, 4.0), (9, 4.5), (10, 5.0)]
+    assert max(line["step"] for line in lines[:-4]) == 12    # the lines of before are kept
