@@ -7,6 +7,7 @@ Images stay uint8 until `normalise`, on the device: a quarter of the bytes to mo
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -40,16 +41,22 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+@functools.cache
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both (3, 1, 1), moved to the device once."""
+    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 on `device`, with the ImageNet mean and std."""
     images = images.to(device, non_blocking=True).float()
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (v * 255 for v in mean_and_std(images.device))
     return images.sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
     """The way back, for pictures: normalised (B, 3, H, W) -> [0, 1], clamped."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = mean_and_std(images.device)
     return (images * std + mean).clamp(0, 1)
 
 
@@ -306,14 +313,14 @@ class Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         draw, index = key
         image, broken = None, -1
-        for used in ((index + i) % len(self) for i in range(len(self))):
+        for used in ((index + i) % len(self) for i in range(min(100, len(self)))):
             try:
                 image = self.source.read(used)
                 break
             except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):       # Pillow's for a broken PNG
                 broken = index
         if image is None:
-            raise ValueError(f"none of the {len(self)} images can be read")
+            raise ValueError(f"many images in a row cannot be read, from {self.source.name(index)} on; is the disk there?")
         with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
             torch.default_generator.manual_seed(mix(self.seed, draw, index))
             return self.transform(image), used, broken
@@ -459,7 +466,7 @@ def read_checkpoint(out: Path) -> dict | None:
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if {"step", "per_epoch", "world", "args"} <= set(state):
+            if {"step", "per_epoch", "world", "args", "skipped"} <= set(state):
                 return dict(state, path=str(path))
         except Exception:                                    # torch.load has no one type for a broken file
             pass
@@ -486,11 +493,11 @@ def read_lines(log: Path) -> list[dict]:
     return lines
 
 
-def trim_log(log: Path, step: int) -> None:
-    """Drops the lines after `step`: they are about to be lived again."""
+def trim_log(log: Path, epoch: float) -> None:
+    """Drops the lines after `epoch`: they are about to be lived again."""
     if log.exists():
         beside = log.with_name(log.name + ".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in read_lines(log) if line["step"] <= step))
+        beside.write_text("".join(json.dumps(line) + "\n" for line in read_lines(log) if line["epoch"] <= epoch + 5e-5))
         os.replace(beside, log)
 
 

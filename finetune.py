@@ -23,12 +23,12 @@ from torchvision.transforms import InterpolationMode, v2
 from data import NAMED, Batches, Part, Samples, eval_transform, make_loader, mix, normalise, open_source, save_atomically, save_confusion
 from loss import Lamb, layer_groups, lr_at, moving_average
 from model import ARCHS, Encoder, build_encoder, family, load_backbone, read_weights
-from pretrain import Parser, Processes, begin, command_line, data_flags, fit, load_run, number, place, plan, run_flags, update
+from pretrain import Broken, Parser, Processes, begin, command_line, data_flags, fit, load_run, number, place, plan, run_flags, update
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global batch ----
 
 COMMON = dict(
-    data=None, weights=None, init=None, arch=None, patch_size=16, window=7, drop_path=0.0, frozen=False, labels=None,
+    program="finetune.py", data=None, weights=None, init=None, arch=None, patch_size=16, window=7, drop_path=0.0, frozen=False, labels=None,
     image_size=None, test_size=None, test_crop=0.875, crop_min=0.5, randaug=0.0, jitter=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1,
     epochs=20, batch_size=None, global_batch=16, accum=1, optimizer="adamw", lr=1e-3, lr_batch=16, layer_decay=1.0, weight_decay=0.05,
     clip_grad=0.0, schedule="cosine", warmup_epochs=None, min_lr=1e-6, loss="ce", smoothing=0.1, ema=0.0, neighbours=20,
@@ -281,12 +281,14 @@ def score(best: Tensor, labels: Tensor, classes: int, me: Processes) -> dict:
 
 def outputs(f, loader, labels: Tensor, me: Processes, run: SimpleNamespace) -> tuple[Tensor, Tensor]:
     """f(images) in float32 and the labels, over this process's part of a set: (N, C), (N,). Without images that cannot be read."""
-    parts = []
+    parts, left_out = [], 0
     for images, index, broken in loader:
-        images, index = images[broken < 0], index[broken < 0]
+        images, index, left_out = images[broken < 0], index[broken < 0], left_out + int((broken >= 0).sum())
         with run.autocast():
             z = f(normalise(images, me.device).contiguous(memory_format=run.memory_format))
         parts.append((z.float(), labels[index].to(me.device)))
+    if left_out:
+        me.say(f"{left_out} images cannot be read and are left out of the count")
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -345,6 +347,10 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     if list(source.classes) != list(run.val.classes):
         odd = sorted(set(source.classes) ^ set(run.val.classes))
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''})")
+    if test != size and family(args.arch) == "vit" and not (args.eval_only or args.recipe == "knn"):
+        raise ValueError(f"--test-size {test[0]}: a ViT has one grid of positions; use the --image-size, {size[0]}")
+    if len(run.val) < me.world:
+        raise ValueError(f"--data {args.data}: {len(run.val)} validation images are too few for {me.world} processes")
     run.source = source = some_labels(source, args.labels, args.seed)
     run.labels, run.val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(run.val.labels).long()
 
@@ -382,8 +388,8 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     else:
         run.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     run.ema = moving_average(run.model, args.ema, 20 * run.per_epoch) if args.ema else None
-    run.best = Best(top1=-1.0)
-    run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, best=run.best, **({"ema": run.ema} if args.ema else {}))
+    run.best, run.broken = Best(top1=-1.0), Broken(source, args.max_bad, Path(args.out))
+    run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=run.best, **({"ema": run.ema} if args.ema else {}))
     return run
 
 
@@ -411,7 +417,7 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
     for part in range(args.accum):
         images, index, broken = next(stream)
         run.broken.note(broken)
-        images, targets = mix_batch(normalise(images, me.device), run.labels[index].to(me.device), len(run.val.classes), args.mixup, args.cutmix)
+        images, targets = mix_batch(normalise(images, me.device), run.labels[index].to(me.device, non_blocking=True), len(run.val.classes), args.mixup, args.cutmix)
         meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
         with contextlib.nullcontext() if meet else run.net.no_sync():
             with run.autocast():
@@ -453,8 +459,6 @@ def train(args: SimpleNamespace, me: Processes) -> None:
 
     run.model.train()
     fit(args, me, run, out, train_step, after_step, lambda: None)
-    if run.start == run.total:                               # a finished run, resumed
-        run.result = evaluate(tested, me, run)
     report(out, run.result, run.val.classes, me, best_top1=run.best["top1"], best_epoch=run.best["epoch"], labels=len(run.labels), weights=args.weights or args.init)
 
 

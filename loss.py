@@ -136,7 +136,7 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     if schedule == "step":
         return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
     floor = min(floor, base)                                 # with a small batch the token's lr may lie below the floor
-    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -195,6 +195,7 @@ class Lamb(torch.optim.Optimizer):
 
 def moving_average(model: nn.Module, decay: float, ramp: int) -> AveragedModel:
     """EMA of the parameters; the decay rises from 0.9 decay to decay over `ramp` steps. BatchNorm statistics stay the model's."""
-    def average(averages, current, n):
-        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, int(n) / ramp)))(averages, current, n)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+    def average(averages, current, n):                       # ema.n_averaged is n on the CPU: no wait for a GPU
+        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, int(ema.n_averaged) / ramp)))(averages, current, n)
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+    return ema

@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ EXCEPTIONS = {  # as released
     "resnet152": dict(fourier_weight=0.0),
     "resnet200": dict(fourier_weight=0.0),
 }
-COMMON = dict(arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fill="mean", drop_path=None, patch_size=16, window=7,
+COMMON = dict(program="pretrain.py", arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fill="mean", drop_path=None, patch_size=16, window=7,
               fourier_focal=True, stand_in="mixed", spectrum="batch", alpha=1.0, log_weight=True,
               weight_decay=0.05, warmup_epochs=None, min_lr=1e-5, accum=1, batch_size=None, global_batch=None, seed=0, amp=None, compile=False,
               channels_last=True, data_root="datasets", download=False, workers=None, out=None, resume=False, baseline=None,
@@ -240,14 +241,14 @@ class Processes:
 def open_out(args: SimpleNamespace, name: str) -> Path:
     """Makes the output folder. By default runs/<name>, numbered if taken; --resume takes the newest of them."""
     if args.out is None:
-        taken = [n for n in range(1, 1000) if numbered(name, n).exists()]
+        taken = [n for n in range(1, 1000) if any((numbered(name, n) / file).exists() for file in ("log.jsonl", "result.json"))]
         args.out = str(numbered(name, max(taken, default=1) if args.resume else max(taken, default=0) + 1))
     out = Path(args.out)
     if not args.resume and (out / "log.jsonl").exists():
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").touch()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
     return out
@@ -264,14 +265,23 @@ def begin(args: SimpleNamespace, me: Processes, defaults: dict, name: str) -> tu
     me.start()
     out = Path(me.agree(lambda: str(open_out(args, name))))
     saved = read_checkpoint(out) if args.resume else None
+    step = saved["step"] if saved else -1
+    if me.largest(step, -step) != [step, -step]:
+        raise ValueError(f"--resume: the processes see different checkpoints in {out}; --out must be one folder that all nodes share")
     if saved:                                                # the run's own settings, then what was typed now
+        if saved["args"]["program"] != defaults["program"]:
+            raise ValueError(f"{saved['path']}: of another model, made by {saved['args']['program']}; choose another --out")
         args = SimpleNamespace(**{**defaults, **saved["args"], **args.given}, given=args.given, demo=False)
-        me.say(f"going on from {saved['path']}, step {saved['step']}")
+        me.say(f"going on from {saved['path']}, step {step}")
     elif args.resume:
+        if "data" not in args.given:
+            raise ValueError(f"--resume: no checkpoint in {out}; give --data and the flags of the run to start it")
         me.say(f"{out}: no checkpoint yet, starting from the beginning")
     args.out = str(out)
     if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
+        if "warmup_epochs" in args.given:
+            raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
+        args.warmup_epochs = None                            # a short run of a long recipe: a tenth of it
     return args, out, saved
 
 
@@ -307,8 +317,8 @@ def place(run: SimpleNamespace, model: nn.Module, args: SimpleNamespace, me: Pro
     run.amp = args.amp or default_amp(me)
     dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
     run.autocast = lambda: torch.autocast(me.device.type, dtype, enabled=run.amp != "off")
-    # without fp16 the scale stays 1, and the scaler does one thing: a step with a gradient that is not finite is skipped, on the device
-    run.scaler = torch.amp.GradScaler(me.device.type, **({} if run.amp == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)))
+    # without fp16 the scale stays 1 (see `update`), and the scaler does one thing: it skips a step with a gradient that is not finite
+    run.scaler = torch.amp.GradScaler(me.device.type, **({} if run.amp == "fp16" else dict(init_scale=1.0)))
 
 
 def default_amp(me: Processes) -> str:
@@ -321,9 +331,12 @@ def default_amp(me: Processes) -> str:
 
 def load_run(saved: dict, run: SimpleNamespace, out: Path) -> None:
     """Puts a checkpoint back into run.keeps. Raises ValueError where it belongs to another model."""
+    typed = [(group["scale"], group["weight_decay"]) for group in run.optimizer.param_groups]            # the flags of now
     try:
         for name, keeper in run.keeps.items():
             keeper.load_state_dict(saved[name])
+        for group, (scale, weight_decay) in zip(run.optimizer.param_groups, typed):
+            group.update(scale=scale, weight_decay=weight_decay)
     except (RuntimeError, ValueError, KeyError):
         raise ValueError(f"{out}/checkpoint.pt: of another model ({saved['args'].get('arch')} at {saved['args'].get('image_size')} px); "
                          f"resume with the run's own flags, or choose another --out") from None
@@ -365,6 +378,12 @@ class Broken:
     def __init__(self, source, share: float, out: Path):
         self.source, self.most, self.out, self.seen, self.new = source, share * len(source), out, set(), []
 
+    def state_dict(self) -> dict:
+        return dict(seen=sorted({*self.seen, *self.new}))
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = set(state["seen"])
+
     def note(self, broken: Tensor) -> None:
         self.new += broken[broken >= 0].tolist()
 
@@ -378,8 +397,8 @@ class Broken:
             me.say(f"cannot be read, the next image is taken instead: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
         self.seen.update(fresh)
         if me.rank == 0 and fresh:
-            with open(self.out / "broken.txt", "a") as file:
-                file.writelines(f"{name}\n" for name in names)
+            with contextlib.suppress(OSError):               # on a full disk the list waits
+                (self.out / "broken.txt").write_text("".join(f"{self.source.name(i)}\n" for i in sorted(self.seen)))
         if len(self.seen) > self.most:
             raise Failed(f"{len(self.seen)} of {len(self.source)} images cannot be read, listed in {self.out}/broken.txt; "
                          f"repair or remove them, or allow more with --max-bad (now {self.most / len(self.source):g})")
@@ -389,37 +408,42 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
     """The loop: optimiser steps, lines of log.jsonl, checkpoints. Raises Failed where the run cannot go on, Stopped after a signal.
 
     one_step(step, stream, args, me, run) -> {'loss': ..., its parts}; after_step(done) runs on every rank, on_save() on rank 0."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")} | {"amp": run.amp}
     log, every = out / "log.jsonl", int(args.save_every.removesuffix("m"))
     if me.rank == 0:
-        trim_log(log, run.saved["step"] if run.saved else 0)
-        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type, amp_used=run.amp)
+        trim_log(log, run.saved["step"] / run.saved["per_epoch"] if run.saved else 0.0)
+        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type)
         (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
-    run.broken = Broken(run.source, args.max_bad, out)
-    in_a_row, skipped, last = torch.zeros((), device=me.device), torch.zeros((), device=me.device), "none yet"
-    if run.saved and not run.saved["followed"]:              # a signal came between this step and what follows it
-        after_step(run.start)
+    count = lambda n: torch.tensor(n, device=me.device)
+    in_a_row, skipped, last = count(0), count(run.saved["skipped"] if run.saved else 0), "none yet"
+    statistics = [b for b in run.model.buffers() if b.is_floating_point()]   # BatchNorm's
     stream, saved_at, logged_at, logged = iter(run.loader), time.time(), time.time(), run.start
     bar = tqdm(total=run.total, initial=run.start, unit="step", disable=me.rank != 0)
 
-    def write(what: str, action) -> None:
+    def write(what: str, action, *given) -> None:
         """A full disk does not end the run: the files of before are kept."""
         try:
-            action()
+            action(*given)
         except OSError as error:
             me.say(f"step {done}: {what} not written ({error}); going on")
 
-    def save(followed: bool) -> None:
+    def save() -> None:
         state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
-        state |= dict(step=done, per_epoch=run.per_epoch, world=me.world, args=settings, followed=followed)
+        state |= dict(step=done, per_epoch=run.per_epoch, world=me.world, args=settings, skipped=int(skipped))
         save_atomically(state, out / "checkpoint.pt", keep_previous=True)
         on_save()
         save_curve(out / "loss.png", log)
 
+    done = run.start
+    if run.saved:                                            # the checkpoint is written before an evaluation, so that no signal has to wait for one
+        write("a file", after_step, done)
     with Signals() as signals:
         for step in range(run.start, run.total):
+            before = [b.clone() for b in statistics]
             record, done = one_step(step, stream, args, me, run), step + 1
-            bad = ~torch.isfinite(record["loss"])            # the scaler has skipped this step
+            bad = ~torch.isfinite(record["loss"])            # the scaler has skipped this step; its statistics go too
+            for now, old in zip(statistics, before):
+                now.copy_(torch.where(bad, old, now))
             in_a_row, skipped = (in_a_row + bad) * bad, skipped + bad
             bar.update()
             epoch_ends = done % run.per_epoch == 0 or done == run.total
@@ -437,18 +461,17 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
                     speed = (done - logged) * run.global_batch / max(time.time() - logged_at, 1e-9)
                     line = dict(step=done, epoch=round(done / run.per_epoch, 4), lr=largest_lr(run), **values, **({"skipped": int(skipped)} if skipped else {}),
                                 **({"broken": len(run.broken.seen)} if run.broken.seen else {}), images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(me.device))
-                    write("log.jsonl", lambda: append_line(log, line))
+                    write("log.jsonl", append_line, log, line)
                     bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
                     logged_at, logged = time.time(), done
-            if not stop:
-                after_step(done)
             due = done % every == 0 if args.save_every.isdecimal() else time.time() - saved_at > 60 * every
             if me.rank == 0 and (epoch_ends or due or stop) and not int(in_a_row):
-                write("checkpoint", lambda: save(followed=not stop))
+                write("checkpoint", save)
                 saved_at = time.time()
             if stop:
                 bar.close()
                 raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {run.total}; go on with --out {out} --resume")
+            write("a file", after_step, done)
     bar.close()
 
 
@@ -462,7 +485,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     """Runs train(parse(argv), processes). What went wrong is one line on stderr; exit code 2 for a mistake, 1 for a failed run."""
-    me, code = Processes(), 0
+    me, code, message = Processes(), 0, ""
     try:
         train(parse(argv), me)
     except ValueError as error:
@@ -472,14 +495,16 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     except Stopped as error:
         message, code = str(error), error.code
     except KeyboardInterrupt:
-        message, code = "stopped by Ctrl-C before the first step", 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if code and me.rank == 0:
-        print(f"{program}: {message}", file=sys.stderr)
-    elif code:
-        time.sleep(2)                                        # rank 0 alone speaks, before the launcher ends it
+        message, code = "stopped by Ctrl-C", 130
+    if code and me.rank:                                     # rank 0 alone speaks; where it has nothing to say, it is not gone by then
+        time.sleep(2)
+        message = f"rank {me.rank}: {message}"
+    if code:
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
+    if code in (1, 2) and me.world > 1:
+        os._exit(code)                                       # the others may be waiting for us: leave at once, the launcher ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if code:
         sys.exit(code)
 
@@ -506,7 +531,8 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     run.peak = args.lr * run.global_batch / 512
     groups = parameter_groups(run.model, args.weight_decay, args.token_lr)
     run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler)
+    run.broken = Broken(source, args.max_bad, Path(args.out))
+    run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken)
     return run
 
 
@@ -545,7 +571,7 @@ def update(run: SimpleNamespace, clip_grad: float) -> None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), clip_grad)
     run.scaler.step(run.optimizer)
-    run.scaler.update()
+    run.scaler.update(None if run.amp == "fp16" else 1.0)
     run.optimizer.zero_grad(set_to_none=True)
 
 

@@ -1232,6 +1232,18 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
     assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"])
 
 
+def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path, monkeypatch):
+    right, calls = pretrain.normalise, []
+
+    def once_inf(images, device):
+        calls.extend([1] * (len(images) == 8))               # a batch, not the six images of the pictures
+        return right(images, device) * (math.inf if len(calls) == 3 else 1)
+    monkeypatch.setattr(pretrain, "normalise", once_inf)
+    log, final = run(tmp_path / "run", *FLAGS, "--epochs", "1", "--arch", "resnet18")
+    assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
+    assert all(v.isfinite().all() for v in final["model"].values() if v.is_floating_point()) and final["scaler"]["scale"] == 1
+
+
 def spoil(folder):
     """Five kinds of files that are no images, among good ones."""
     good = paint(folder / "good.jpg", size=(64, 64))

@@ -33,13 +33,15 @@ from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
 
-RESNET = "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1"           # the same for A2MIM and SimMIM; lr per 512 images
-VIT = "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.032 --schedule cosine"
+PRETRAIN = {  # the same for A2MIM and SimMIM; lr per 512 images
+    "resnet": "--mask-cell 8 --spectrum image --lr 0.032 --token-lr 1", "convnext": "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
+    "vit": "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.032 --schedule cosine", "swin": "--mask-cell 16 --spectrum image --lr 0.032 --schedule cosine",
+}
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"       # the same for every arm
 PROBE = "--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine --epochs 20 --eval-every 1000000"
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
-    "token at stage 1": "--mask-stage 1", "token at stage 2": "--mask-stage 2", "token at stage 3": "--mask-stage 3", "token at stage 4": "--mask-stage 4",
+    "token at stage 1": "--mask-stage 1", "token at stage 2": "--mask-stage 2", "token at stage 3": "--mask-stage 3", "token at stage 4, 32 px cells": "--mask-stage 4 --mask-cell 32",
     "fill zero": "--fill zero", "fill random": "--fill random",
     "no Fourier term": "--fourier-weight 0", "Fourier, the paper's stand-in": "--stand-in prediction", "Fourier, batch spectrum": "--spectrum batch",
     "token gamma": "--token gamma", "token add": "--token add", "token replace": "--token replace",
@@ -56,7 +58,9 @@ def slug(title: str) -> str:
 
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
-    images = len(open_source(args.data, "train", (args.image_size,) * 2, labelled=True))
+    if args.data not in NAMED and not (Path(args.data) / "train").is_dir():
+        raise ValueError(f"--data {args.data}: needs train/<class>/ and val/<class>/, so that pre-training does not see what is tested on")
+    unlabelled, images = (len(open_source(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True))
     few = max(1, round(args.few * images)) / images
     kind = family(args.arch)
     both = f"--data {args.data} --image-size {args.image_size} --workers {args.workers} --log-every 50"
@@ -64,8 +68,8 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
 
     def pre(name: str, flags: str, seed: int, count: int) -> tuple:
-        return (f"pretrained/{name}-{seed}", "pretrain", f"{both} --arch {args.arch} {VIT if kind in ('vit', 'swin') else RESNET} --batch-size 32 --sheets 2 "
-                f"--epochs {count / images:.4f} --seed {seed} {flags}")
+        return (f"pretrained/{name}-{seed}", "pretrain", f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 "
+                f"--epochs {count / unlabelled:.4f} --seed {seed} {flags}")
 
     def tune(labels: str, name: str, start: str, seed: int, count: int) -> tuple:
         share = few if labels == "few" else 1.0
@@ -93,10 +97,13 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
     name, program, flags = cell
     done, part = out / name, out / f"{name}.part"
     if done.exists():
+        if (done / "flags.txt").read_text() != flags:
+            raise SystemExit(f"{done}: was run with other flags; remove it, or choose another --out")
         return
     if jobs > 1:
         torch.set_num_threads(1)
     part.mkdir(parents=True, exist_ok=True)
+    (part / "flags.txt").write_text(flags)
     with open(part / "said.txt", "a") as said, contextlib.redirect_stderr(said):
         if program == "random":                              # an untrained backbone, for the probes
             arch, size, seed = flags.split()
@@ -116,8 +123,10 @@ def run_chain(job: tuple) -> tuple[int, str | None]:
     for cell in chain:
         try:
             run_cell(cell, out, jobs)
-        except SystemExit:
-            words = (out / f"{cell[0]}.part" / "said.txt").read_text().splitlines()
+        except SystemExit as exit:
+            if exit.code in (130, 143):                      # Ctrl-C: the cell is saved, the pool is being closed
+                os._exit(exit.code)
+            words = (out / f"{cell[0]}.part" / "said.txt").read_text().splitlines() if isinstance(exit.code, int) else [exit.code]
             return len(chain), f"{cell[0]}: {words[-1] if words else 'failed'}"
     return len(chain), None
 
@@ -196,8 +205,8 @@ def main() -> None:
     parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
     parser.add_argument("--pretrain-images", type=int, default=16_000, metavar="N", help="images seen in pre-training")
-    parser.add_argument("--finetune-images", type=int, default=4_800, metavar="N", help="images seen in fine-tuning")
-    parser.add_argument("--ablation-images", type=int, default=6_400, metavar="N", help="images seen in pre-training of an ablation")
+    parser.add_argument("--finetune-images", type=int, default=5_600, metavar="N", help="images seen in fine-tuning")
+    parser.add_argument("--ablation-images", type=int, default=5_600, metavar="N", help="images seen in pre-training of an ablation")
     parser.add_argument("--ablation-seeds", type=int, default=1, metavar="N", help="0: none")
     parser.add_argument("--tune-lr", type=float, default=None, metavar="LR", help="of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)")
     parser.add_argument("--jobs", type=int, default=None, metavar="N", help="cells at a time (a CPU core each; 1 on a GPU)")
@@ -217,16 +226,18 @@ def main() -> None:
         sys.exit(f"compare.py: error: {error}")
     failed = False
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, tqdm(total=sum(map(len, chains)), unit="cell") as bar:
-        for count, complaint in pool.imap_unordered(run_chain, [(chain, out, jobs) for chain in chains]):
-            bar.update(count)
-            if complaint:
-                failed = True
-                bar.write(complaint, file=sys.stderr)
-    if failed:
-        sys.exit(1)
+        try:
+            for count, complaint in pool.imap_unordered(run_chain, [(chain, out, jobs) for chain in chains]):
+                bar.update(count)
+                if complaint:
+                    failed = True
+                    bar.write(complaint, file=sys.stderr)
+        except KeyboardInterrupt:
+            sys.exit(130)
     text = summary(args, out)
     (out / "table.md").write_text(text + "\n")
     print(text)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
