@@ -256,12 +256,12 @@ def open_source(data: str, split: str, image_size: tuple[int, int], root: str | 
     if data in NAMED:
         return Library(data, split, Path(root), download, labelled)
     source = Folder(Path(data), split)
-    if labelled and (len(source.classes) < 2 or "" in source.classes):
-        raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected {data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
     if labelled:
         for folder in sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith(".")):
             if folder not in source.classes:
                 raise ValueError(f"--data {source.root}: the class folder {folder}/ holds no images; fill it or remove it")
+    if labelled and (len(source.classes) < 2 or "" in source.classes):
+        raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected {data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
     if labelled and not (Path(data) / "train").is_dir():
         held_out = np.zeros(len(source), bool)
         for label in range(len(source.classes)):

@@ -497,7 +497,7 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     if code and me.rank:                                     # rank 0 alone speaks; where it has nothing to say, it is not gone by then
-        time.sleep(2)
+        time.sleep(10)
         message = f"rank {me.rank}: {message}"
     if code:
         print(f"{program}: {message}", file=sys.stderr, flush=True)

@@ -176,7 +176,7 @@ class Evil:
 def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, str]]:
     """(program, flags, words that must be in the one line of complaint)."""
     (work / "empty").mkdir()
-    paint(work / "train_only/train/a", 2)
+    paint(work / "train_only/train/a", 2), paint(work / "train_only/train/b", 2)
     paint(work / "odd/train/a", 2), paint(work / "odd/train/b", 2), paint(work / "odd/val/a", 2), paint(work / "odd/val/c", 2)
     paint(work / "hollow/a", 3), (work / "hollow/b").mkdir()
     paint(work / "one_class/a", 3)
