@@ -749,7 +749,7 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     log, checkpoint = run(tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1")
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "loss.png",
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "loss.png",
             "reconstruction-000000.png", "reconstruction-000015.png", "reconstruction-000030.png"}
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
