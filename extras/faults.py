@@ -221,7 +221,7 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
 def answer(program: str, flags: str, words: str, work: Path, world: int = 1) -> tuple[str, str, int, bool]:
     code, said = finish(start(program, flags, world), 120)
     lines = [line for line in said.splitlines() if line.startswith(f"{program}: ")]
-    fine = len(lines) == 1 and words in lines[0] and "Traceback" not in said.split("torch.distributed")[0] and "MUST NEVER" not in said and code == (1 if world > 1 or "half_bad" in flags else 2)
+    fine = len(lines) == 1 and words in lines[0] and "Traceback" not in said.split("torch/distributed")[0] and "MUST NEVER" not in said and code == (1 if world > 1 or "half_bad" in flags else 2)
     return f"{program} {flags}".replace(str(work) + "/", "").split(" --out fresh")[0], (lines or said.splitlines() or ["nothing"])[-1].replace(str(work) + "/", ""), code, fine
 
 
