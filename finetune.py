@@ -339,7 +339,7 @@ def report(out: Path, result: dict, classes: list[str], me: Processes, **more) -
 
 def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleNamespace:
     """Data, model, weights and optimiser. Raises ValueError."""
-    run, size = SimpleNamespace(), (args.image_size, args.image_size)
+    run, size = SimpleNamespace(trains=not args.eval_only and args.recipe != "knn"), (args.image_size, args.image_size)
     test = (args.test_size or args.image_size,) * 2
     if args.download:
         me.agree(lambda: len(open_source(args.data, "train", size, args.data_root, download=True, labelled=True)))
@@ -347,14 +347,13 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     if list(source.classes) != list(run.val.classes):
         odd = sorted(set(source.classes) ^ set(run.val.classes))
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''})")
-    if test != size and family(args.arch) == "vit" and not (args.eval_only or args.recipe == "knn"):
+    if test != size and family(args.arch) == "vit" and run.trains:
         raise ValueError(f"--test-size {test[0]}: a ViT has one grid of positions; use the --image-size, {size[0]}")
     if len(run.val) < me.world:
         raise ValueError(f"--data {args.data}: {len(run.val)} validation images are too few for {me.world} processes")
-    run.source = source = some_labels(source, args.labels, args.seed)
+    source = some_labels(source, args.labels, args.seed)
     run.labels, run.val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(run.val.labels).long()
 
-    run.trains = not args.eval_only and args.recipe != "knn"
     if not run.trains:
         args.batch_size = 1                                  # no step is too large where none is made
     elif args.global_batch and not args.batch_size:

@@ -518,7 +518,7 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
 
     if args.download:                                        # one process fetches for all
         me.agree(lambda: len(open_source(args.data, "train", size, args.data_root, download=True)))
-    run.source = source = open_source(args.data, "train", size, args.data_root)
+    source = open_source(args.data, "train", size, args.data_root)
     plan(run, args, me, len(source), saved)
     batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
     run.loader = make_loader(Samples(source, train_transform(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
