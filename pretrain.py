@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,11 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_gpu else "gloo")     # small agreements do not wait for the GPU
+            store, rank, world = next(dist.rendezvous("env://"))
+            if self.local_world == world:                    # on a restart torchrun's store still holds the addresses of the dead
+                store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"        # small agreements do not wait for the GPU
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -496,10 +501,16 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         message, code = str(error), error.code
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
+    except Exception as error:
+        if me.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            message = "lost another process (killed, or ended by an error of its own); --resume goes on from the last checkpoint"
+        else:
+            traceback.print_exc()                            # a bug: told whole, here, so that its frames let go of the loader and its deaf workers
+        code = 1
     if code and me.rank:                                     # rank 0 alone speaks; where it has nothing to say, it is not gone by then
         time.sleep(10)
-        message = f"rank {me.rank}: {message}"
-    if code:
+        message = message and f"rank {me.rank}: {message}"
+    if message:
         print(f"{program}: {message}", file=sys.stderr, flush=True)
     if code in (1, 2) and me.world > 1:
         os._exit(code)                                       # the others may be waiting for us: leave at once, the launcher ends them

@@ -727,6 +727,13 @@ def torchrun(*arguments, processes=2, **options):
                           cwd=HERE, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
+def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_to_sigterm(tmp_path):
+    code = ("import pretrain\ndef bug(*given): raise RuntimeError('a bug of a fork')\npretrain.update = bug\n"
+            "pretrain.main('--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 1 --sheets 0 --workers 2 --out %s'.split())")
+    done = subprocess.run([sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
+
+
 def test_two_processes_train_the_same_weights_as_one(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(16):
