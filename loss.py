@@ -181,16 +181,18 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_lerp_(m, grads, 1 - b1)
             torch._foreach_mul_(v, b2)
             torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-            size = torch._foreach_sqrt(v)
-            torch._foreach_div_(size, math.sqrt(1 - b2**t))
-            torch._foreach_add_(size, group["eps"])
-            update = torch._foreach_div(m, size)
-            torch._foreach_div_(update, 1 - b1**t)
+            # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) = scale m / (sqrt(v) + eps root)
+            root = math.sqrt(1 - b2**t)
+            scale, size = root / (1 - b1**t), torch._foreach_sqrt(v)
+            torch._foreach_add_(size, group["eps"] * root)
             if decay:
-                torch._foreach_add_(update, params, alpha=decay)
+                update = torch._foreach_mul(params, decay)
+                torch._foreach_addcdiv_(update, m, size, scale)
                 norms = zip(torch._foreach_norm(params), torch._foreach_norm(update))
                 torch._foreach_mul_(update, [torch.where((p > 0) & (u > 0), p / u, 1.0) for p, u in norms])
-            torch._foreach_add_(params, update, alpha=-group["lr"])
+                torch._foreach_add_(params, update, alpha=-group["lr"])
+            else:
+                torch._foreach_addcdiv_(params, m, size, -group["lr"] * scale)
 
 
 def moving_average(model: nn.Module, decay: float, ramp: int) -> AveragedModel:

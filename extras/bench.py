@@ -1,0 +1,440 @@
+"""What masked image modeling costs beside its backbone: every figure is a ratio, measured side by side in one run.
+
+    python extras/bench.py                              a CPU or the GPU, about 15 minutes on 2 CPU cores
+    python extras/bench.py --data /path/to/photos       the loader on your own JPEG files (else: drawn ones)
+    python extras/bench.py --rows fourier attention     some rows only
+
+Two things take turns, A B A B ..., after a warm-up; a row says the median of the ratios of neighbours and their range, and
+whether that meets the target. Writes table.md, results.json and scaling.png into --out.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import finetune
+import pretrain
+from data import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, Folder, Samples, Shapes, denormalise, list_images, make_loader, normalise, train_transform
+from loss import a2mim_loss, fourier_loss
+from masking import MaskToken, fill_hidden, random_mask, resize_mask
+from model import ARCHS, Attention, build_encoder, family
+
+ME = pretrain.Processes()
+
+
+# ---- two things in turns ----
+
+def clock(f) -> float:
+    """Seconds of one call, the GPU's work included."""
+    if ME.on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if ME.on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(a, b, rounds: int, warm: int = 2) -> tuple[list[float], list[float]]:
+    """Seconds of a and of b, called A B A B ... after `warm` rounds that do not count."""
+    times = [(clock(a), clock(b)) for _ in range(warm + rounds)][warm:]
+    return tuple(map(list, zip(*times)))
+
+
+def seconds(t: float) -> str:
+    return f"{t:.2f} s" if t >= 1 else f"{1000 * t:.3g} ms"
+
+
+class Table:
+    """Rows as they are measured: what, against what, the ratio with its range, the target."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, what: str, against: str, ratios: list[float], target: tuple[str, float] | None, note: str = "") -> None:
+        """target: ('<=', 1.15), ('>=', 4) or None. The ratio is told as it stands in the target: cost, or gain."""
+        ratio = statistics.median(ratios)
+        met = "" if target is None else "yes" if (ratio <= target[1] if target[0] == "<=" else ratio >= target[1]) else "NO"
+        row = dict(what=what, against=against, ratio=ratio, low=min(ratios), high=max(ratios), target="report" if target is None else f"{target[0]} {target[1]:g}", met=met, note=note)
+        self.rows.append(row)
+        print(self.line(row), flush=True)
+
+    @staticmethod
+    def line(r: dict) -> str:
+        return f"| {r['what']} | {r['against']} | {r['ratio']:.3g} ({r['low']:.3g} to {r['high']:.3g}) | {r['target']} | {r['met']} | {r['note']} |"
+
+    def text(self) -> str:
+        return "\n".join(["| row | measured against | ratio: median (range) | target | met | |", "|---|---|---|---|---|---|", *map(self.line, self.rows)])
+
+
+def over(a: list[float], b: list[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b)]
+
+
+# ---- the loss ----
+
+def textbook_fourier(pred, image, mask, spectrum: str, u: float = 1e-3):
+    """The Fourier loss as the papers write it: the complex spectrum of every image, whole; then, if asked, the batch average."""
+    w = resize_mask(mask, image.shape[-2:]).float()
+    w = w + (1 - w) * u
+    p = pred * w + (0.5 * pred.detach() + 0.5 * image) * (1 - w)
+    P, X = torch.fft.fft2(p, norm="ortho"), torch.fft.fft2(image, norm="ortho")
+    D = P.mean(0, keepdim=True) - X.mean(0, keepdim=True) if spectrum == "batch" else P - X
+    power = D.real**2 + D.imag**2
+    weight = torch.log(1 + power.sqrt()).detach()
+    weight = weight / (weight.max() if spectrum == "batch" else weight.amax((2, 3), keepdim=True))
+    return (torch.nan_to_num(weight).clamp(0, 1) * power).mean()
+
+
+def fourier(table: Table, args) -> None:
+    image, pred = torch.randn(2, 64, 3, 224, 224, device=ME.device).unbind()
+    pred.requires_grad_()
+    mask = random_mask(64, (7, 7), device=ME.device)
+    for spectrum, target in (("batch", 4.0), ("image", 1.7)):
+        def ours():
+            pred.grad = None
+            ours.value = fourier_loss(pred, image, mask, spectrum=spectrum)
+            ours.value.backward()
+
+        def theirs():
+            pred.grad = None
+            theirs.value = textbook_fourier(pred, image, mask, spectrum)
+            theirs.value.backward()
+        b, a = in_turns(theirs, ours, args.rounds)
+        apart = abs(ours.value.item() / theirs.value.item() - 1)
+        assert apart < 1e-5, f"the two losses differ by {apart:.1e}"
+        table.add(f"Fourier loss, {spectrum} spectrum, forward + backward, (64, 3, 224, 224)", "complex fft2 of every image", over(b, a), (">=", target),
+                  f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}; values {apart:.0e} apart")
+
+
+# ---- whole steps ----
+
+def flags(args, arch: str, batch: int, *more: str) -> list[str]:
+    return ["--arch", arch, "--image-size", str(args.image_size), "--batch-size", str(batch), "--data", "shapes", "--workers", "0", "--amp", args.amp, "--sheets", "2", *more]
+
+
+def forever(batch: int, size: int):
+    """A loader that has the batch at hand: uint8 images, their indices, nothing broken."""
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    return itertools.repeat((images, torch.arange(batch), torch.full((batch,), -1)))
+
+
+def a2mim_step(args, arch: str, batch: int, *more: str):
+    """pretrain.py's own step, and its run."""
+    settings = pretrain.parse(flags(args, arch, batch, *more))
+    settings.out, settings.epochs = "unused", 1.0
+    run = pretrain.prepare(settings, ME, None)
+    run.model.train()
+    stream, numbers = forever(batch, args.image_size), itertools.count()
+    return lambda: pretrain.train_step(next(numbers), stream, settings, ME, run), run
+
+
+class Bare(nn.Module):
+    """The backbone alone as a classifier: what a supervised step costs."""
+
+    def __init__(self, arch: str, size: int):
+        super().__init__()
+        self.kind = family(arch)
+        if self.kind == "vit":                               # the same blocks
+            self.net = build_encoder(arch, size)
+            self.head = nn.Linear(self.net.backbone.norm.weight.numel(), 1000)
+        else:
+            self.net = getattr(torchvision.models, arch)()
+
+    def forward(self, x):
+        return self.head(self.net(x)[:, 1:].mean(1)) if self.kind == "vit" else self.net(x)
+
+
+def bare_step(args, arch: str, batch: int):
+    model = Bare(arch, args.image_size).to(ME.device)
+    layout = torch.channels_last if model.kind in ("resnet", "convnext") else torch.contiguous_format
+    model = model.to(memory_format=layout).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    labels, stream = torch.randint(1000, (batch,), device=ME.device), forever(batch, args.image_size)
+    scaler = torch.amp.GradScaler(ME.device.type, enabled=args.amp == "fp16")
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+
+    def step():
+        images = normalise(next(stream)[0], ME.device).contiguous(memory_format=layout)
+        with torch.autocast(ME.device.type, dtype, enabled=args.amp != "off"):
+            logits = model(images)
+        scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def steps(table: Table, args) -> None:
+    for arch, target in ((args.arch, 1.15), ("vit_base", 1.06)):
+        batch = args.batch_size if arch == args.arch else max(1, args.batch_size // 2)
+        whole, run = a2mim_step(args, arch, batch)
+        a, b = in_turns(whole, bare_step(args, arch, batch), args.rounds)
+        table.add(f"whole A2MIM step, {arch}, batch {batch}", f"bare {arch} step", over(a, b), ("<=", target), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+        if arch == args.arch:
+            extra = parts_step(run, batch)
+            c, a = in_turns(extra, whole, args.rounds)
+            table.add("masks + fill + token + loss, forward + backward", "the whole step", over(c, a), ("<=", 0.02), seconds(statistics.median(c)))
+
+
+def parts_step(run, batch: int):
+    """What A2MIM adds to a step except the decoder, on tensors of the step's own shapes."""
+    size, model = run.model.image_size, run.model
+    image = torch.randn(batch, 3, *size, device=ME.device).contiguous(memory_format=run.memory_format)
+    z = torch.randn(model.encoder.shapes(size)[model.mask_stage], device=ME.device).expand(batch, *[-1] * 3).contiguous(memory_format=run.memory_format).requires_grad_()
+    pred = torch.randn(batch, 3, *size, device=ME.device).contiguous(memory_format=run.memory_format).requires_grad_()
+    token = MaskToken(z.shape[1]).to(ME.device)
+    ones = torch.ones_like(z)
+
+    def step():
+        mask = random_mask(batch, model.grid, device=ME.device)
+        fill_hidden(image, mask)
+        token(z, mask).backward(ones)
+        a2mim_loss(pred, image, mask)[0].backward()
+        z.grad = pred.grad = None
+    return step
+
+
+def memory(table: Table, args) -> None:
+    """Peak of a few steps: of the GPU's allocator, or of a process of its own less what it held before the first step."""
+    def peak(kind: str) -> float:
+        call = [sys.executable, __file__, "--peak", kind, "--arch", args.arch, "--batch-size", str(args.batch_size), "--image-size", str(args.image_size), "--amp", args.amp]
+        return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+    pairs = [(peak("a2mim"), peak("bare")) for _ in range(args.rounds)]
+    table.add("peak memory of the step", "bare step", [a / b for a, b in pairs], ("<=", 1.12), f"{statistics.median(a for a, _ in pairs):.0f} MB against {statistics.median(b for _, b in pairs):.0f} MB")
+
+
+def peak_of(kind: str, args) -> float:
+    def held(what: str) -> float:                            # MB, from Linux
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)) / 1024
+    Path("/proc/self/clear_refs").write_text("5")            # what the imports needed at their peak does not count
+    before = held("VmRSS")
+    step = a2mim_step(args, args.arch, args.batch_size)[0] if kind == "a2mim" else bare_step(args, args.arch, args.batch_size)
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() / 2**20 if ME.on_gpu else held("VmHWM") - before
+
+
+def tuning(table: Table, args) -> None:
+    settings = finetune.parse([*flags(args, args.arch, args.batch_size)[:-2], "--recipe", "rsb_a2", "--repeats", "1", "--drop-path", "0", "--init", "scratch"])
+    settings.out = "unused"
+    run = finetune.prepare(settings, ME, None)
+    run.model.train()
+    stream, numbers = forever(args.batch_size, args.image_size), itertools.count()
+    a, b = in_turns(lambda: finetune.train_step(next(numbers), stream, settings, ME, run), bare_step(args, args.arch, args.batch_size), args.rounds)
+    table.add(f"fine-tuning step, {args.arch}, mixup or cutmix, EMA, LAMB", "bare step with AdamW", over(a, b), ("<=", 1.10), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+
+
+def modes(table: Table, args) -> None:
+    """Reported without a target: precision with memory format, and the compiler."""
+    plain = argparse.Namespace(**{**vars(args), "amp": "off"})
+    contiguous = a2mim_step(plain, args.arch, args.batch_size, "--no-channels-last")[0]
+    low = "bf16" if not ME.on_gpu or torch.cuda.is_bf16_supported() else "fp16"
+    fast = a2mim_step(argparse.Namespace(**{**vars(args), "amp": low}), args.arch, args.batch_size)[0]
+    b, a = in_turns(contiguous, fast, args.rounds)
+    table.add(f"{low} autocast + channels_last, {args.arch}", "fp32 contiguous", over(b, a), None, f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+    eager, compiled = a2mim_step(args, args.arch, args.batch_size)[0], a2mim_step(args, args.arch, args.batch_size, "--compile")[0]
+    b, a = in_turns(eager, compiled, args.rounds)
+    table.add(f"--compile, {args.arch}", "eager", over(b, a), None, f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+
+
+# ---- attention ----
+
+def explicit_attention(block: Attention, x):
+    """The same block, its softmax written out."""
+    B, N, C = x.shape
+    bias = torch.cat([block.q_bias, torch.zeros_like(block.q_bias), block.v_bias])
+    q, k, v = F.linear(x, block.qkv.weight, bias).view(B, N, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-2, -1) * (C // block.heads) ** -0.5 + block.relative_position_bias_table[block.relative_position_index].permute(2, 0, 1)
+    return block.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+
+def attention(table: Table, args) -> None:
+    block = Attention(768, 12, (14, 14)).to(ME.device)
+    x = torch.randn(8, 197, 768, device=ME.device, requires_grad=True)
+    torch.testing.assert_close(block(x), explicit_attention(block, x), atol=1e-4, rtol=1e-4)
+
+    def kept(f) -> int:
+        """Bytes that the forward pass keeps for the backward one."""
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+            f(x)
+        return sum(t.untyped_storage().nbytes() for t in seen.values())
+    theirs = lambda x: explicit_attention(block, x)
+    for name, ours, textbook in (("forward + backward", lambda: block(x).sum().backward(), lambda: theirs(x).sum().backward()),
+                                 ("forward, as in evaluation", torch.no_grad()(lambda: block(x)), torch.no_grad()(lambda: theirs(x)))):
+        b, a = in_turns(textbook, ours, 3 * args.rounds)
+        table.add(f"relative-position attention, ViT-B, {name}", "explicit softmax", over(b, a), (">=", 1.0), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+    table.add("relative-position attention, bytes kept for the backward pass", "explicit softmax", [kept(block) / kept(theirs)], ("<=", 1.0))
+
+
+# ---- the loader ----
+
+class Peers(Dataset):
+    """The usual pipeline: Pillow, bicubic crop, flip, float tensor, normalise."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(224, (0.8, 1.0), interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int):
+        with open(self.files[i], "rb") as file:
+            return self.transform(Image.open(file).convert("RGB")), i
+
+
+class Decoded(Dataset):
+    """The files, decoded by torchvision, and nothing else."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> int:
+        return int(decode_image(self.files[i], ImageReadMode.RGB)[0, 0, 0])
+
+
+def loader(table: Table, args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
+            drawn = Shapes("train", (256, 256))
+            for i in range(320):
+                torchvision.io.write_jpeg(drawn.read(i), f"{folder}/{i}.jpg", quality=90)
+        source = Folder(Path(args.data or folder), "train")
+        files = [source.name(i) for i in range(len(source))]
+        kind = f"{len(files)} {'photographs' if args.data else 'drawn JPEG files'}"
+        passes = max(1, 1000 // len(files))
+
+        def drain(dataset, keys) -> list[float]:
+            """Seconds of each pass over the files, by one worker that has already started."""
+            order = [keys[i % len(keys):][:32] for i in range(0, len(keys) * passes * (args.rounds + 1), 32)]
+            stream = iter(DataLoader(dataset, batch_sampler=order, num_workers=1, prefetch_factor=4))
+            share, times = len(order) // (args.rounds + 1), []
+            for _ in range(args.rounds + 1):
+                times.append(clock(lambda: [next(stream) for _ in range(share)]) / share / 32)
+                yield times[-1]
+        samples = Samples(source, train_transform((224, 224), 0.8), 0)
+        ours = drain(samples, [(0, i) for i in range(len(files))])
+        peers, bare = drain(Peers(files), list(range(len(files)))), drain(Decoded(files), list(range(len(files))))
+        times = [(next(ours), next(peers), next(bare)) for _ in range(args.rounds + 1)][1:]
+    a, b, c = zip(*times)
+    rates = f"{1 / statistics.median(a):.0f} images/s against"
+    table.add(f"one loader worker, {kind}, crop 224", "Pillow, bicubic crop, flip, ToTensor, Normalize", over(b, a), (">=", 2.5), f"{rates} {1 / statistics.median(b):.0f}")
+    table.add("one loader worker, the same", "decoding the files and nothing else", over(c, a), (">=", 0.5), f"{rates} {1 / statistics.median(c):.0f}")
+
+
+# ---- processes, sizes ----
+
+def processes(table: Table, args) -> None:
+    """Two processes of one thread against one of two, as torchrun starts them: pretrain.py itself, by its own log."""
+    arch, batch, size = "resnet18" if not ME.on_gpu else args.arch, 32, 128
+
+    def rate(world: int, folder: str) -> float:
+        call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "pretrain.py", "--data", "shapes", "--arch", arch, "--image-size", str(size),
+                "--batch-size", str(batch // world), "--epochs", str(12 * batch / 10_000), "--log-every", "2", "--sheets", "2", "--workers", "0", "--amp", args.amp, "--out", folder]
+        subprocess.run(call, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(2 // world)})
+        return statistics.median(json.loads(line)["images_per_s"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()[3:])
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [(rate(2, f"{folder}/two-{i}"), rate(1, f"{folder}/one-{i}")) for i in range(args.rounds)]
+    table.add(f"2 processes x 1 thread by torchrun, {arch}, {size} px, global batch {batch}", "1 process x 2 threads", [a / b for a, b in pairs], (">=", 0.85),
+              f"{statistics.median(a for a, _ in pairs):.1f} images/s against {statistics.median(b for _, b in pairs):.1f}")
+
+
+def scaling(table: Table, args) -> list[tuple[str, str, float]]:
+    """images/s as one thing grows: [(what grows, value, images/s)]."""
+    found = []
+    def rate(grows: str, value, arch: str = "resnet18", batch: int = 16, size: int = 128) -> None:
+        step, _ = a2mim_step(argparse.Namespace(**{**vars(args), "image_size": size}), arch, batch)
+        step()
+        found.append((grows, str(value), batch / statistics.median(clock(step) for _ in range(5))))
+    for batch in (4, 16, 64):
+        rate("batch (resnet18, 128 px)", batch, batch=batch)
+    for size in (64, 128, 256):
+        rate("image side, px (resnet18, batch 16)", size, size=size)
+    for arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        rate("depth (128 px, batch 16)", arch, arch=arch)
+    for size in (128, 256):
+        rate("image side, px (deit_small, batch 16)", size, size=size, arch="deit_small")
+    by = {(grows, value): speed for grows, value, speed in found}
+    cost = by["image side, px (resnet18, batch 16)", "128"] / by["image side, px (resnet18, batch 16)", "256"]
+    table.add("seconds per image at 256 px, resnet18", "128 px, a quarter of the pixels", [cost], None, "linear in pixels: 4")
+    return found
+
+
+def plot(path: Path, found: list[tuple[str, str, float]]) -> None:
+    groups = list(dict.fromkeys(grows for grows, *_ in found))
+    left, step, width = 110, 22, 560
+    page = Image.new("RGB", (width, 20 + step * (len(found) + len(groups))), "white")
+    draw, font, y, top = ImageDraw.Draw(page), ImageFont.load_default(13), 8, max(speed for *_, speed in found)
+    for group in groups:
+        draw.text((10, y + step / 2), f"images/s by {group}", "black", font, anchor="lm")
+        y += step
+        for _, value, speed in (f for f in found if f[0] == group):
+            draw.text((left - 8, y + step / 2), value, "black", font, anchor="rm")
+            draw.rectangle([left, y + 4, left + speed / top * (width - left - 70), y + step - 4], "#1f5fbf")
+            draw.text((left + speed / top * (width - left - 70) + 8, y + step / 2), f"{speed:.1f}", "black", font, anchor="lm")
+            y += step
+    page.save(path)
+
+
+ROWS = {f.__name__: f for f in (fourier, steps, memory, loader, attention, processes, tuning, modes, scaling)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--data DIR] [--rows NAME ...] [options]")
+    parser.add_argument("--data", metavar="DIR", help="a folder of JPEG files for the loader (drawn ones)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=f"some of {', '.join(ROWS)} (all)")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet50", metavar="NAME", help="resnet50")
+    parser.add_argument("--batch-size", type=int, default=None, metavar="N", help="images per step (CPU 16, GPU 128)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="224")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="of both sides (off)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns that count (7)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="runs/bench")
+    parser.add_argument("--peak", choices=["a2mim", "bare"], help=argparse.SUPPRESS)         # the program calls itself, for the row on memory
+    args = parser.parse_args()
+    args.batch_size = args.batch_size or (128 if ME.on_gpu else 16)
+    ME.start()
+    if args.peak:
+        return print(peak_of(args.peak, args))
+    table, found, began = Table(), [], time.time()
+    for name in args.rows:
+        found = ROWS[name](table, args) or found
+    device = torch.cuda.get_device_name() if ME.on_gpu else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
+    lines = [f"{device}, torch {torch.__version__}, torchvision {torchvision.__version__}, amp {args.amp}, {args.image_size} px, {args.rounds} turns; {(time.time() - began) / 60:.0f} minutes", "", table.text()]
+    if found:
+        lines += ["", "| what grows | value | images/s |", "|---|---|---|", *(f"| {grows} | {value} | {speed:.1f} |" for grows, value, speed in found)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if found:
+        plot(args.out / "scaling.png", found)
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    (args.out / "results.json").write_text(json.dumps(dict(rows=table.rows, scaling=found), indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
