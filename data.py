@@ -201,8 +201,8 @@ class Shapes:
     """An object on a ground, both faintly textured, drawn from (seed, split, index) alone; nothing is stored.
 
     The label is the object's outline, one of ten; half of the images have a smaller object with an outline of its own
-    behind it. Colour, texture, place, size and turn are drawn without regard to the label, so neither a colour nor a
-    local texture gives it away: the outline has to be followed."""
+    behind it. An object is lighter than its ground and stands near the middle. Colour, texture, place, size and turn are
+    drawn without regard to the label, so neither a colour nor a local texture gives it away: the outline has to be followed."""
 
     def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
         self.key = (seed, 0 if split == "train" else 1)
@@ -221,20 +221,20 @@ class Shapes:
         H, W = self.size
         side = min(H, W)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
-        ground = rng.uniform(0.1, 0.9, 3)
+        ground = rng.uniform(0.1, 0.6, 3)
         canvas = _texture(rng, x, y, ground)
         for main in (False, True) if rng.random() < 0.5 else (True,):
             kind = self.labels[index] if main else rng.integers(len(SHAPES))
             radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)
-            margin = 0.8 * radius if main else 0.0
-            cx, cy = rng.uniform(margin, W / side - margin), rng.uniform(margin, H / side - margin)
+            reach = 0.1 if main else 0.5                     # from the middle, in image sides
+            cx, cy = W / side / 2 + rng.uniform(-reach, reach), H / side / 2 + rng.uniform(-reach, reach)
             turn = rng.uniform(-np.pi / 6, np.pi / 6)
             colour = rng.uniform(0.05, 0.95, 3)
-            while np.abs(colour - ground).sum() < 0.6:       # an object must stand out from its ground
+            while colour.mean() < ground.mean() + 0.2:       # a light object: it stands out, and can be told from a hole
                 colour = rng.uniform(0.05, 0.95, 3)
-            reach = 1.3 * radius                             # draw within the object's own square only
-            rows = slice(max(0, int((cy - reach) * side)), max(0, int((cy + reach) * side) + 1))
-            cols = slice(max(0, int((cx - reach) * side)), max(0, int((cx + reach) * side) + 1))
+            half = 1.3 * radius                              # draw within the object's own square only
+            rows = slice(max(0, int((cy - half) * side)), max(0, int((cy + half) * side) + 1))
+            cols = slice(max(0, int((cx - half) * side)), max(0, int((cx + half) * side) + 1))
             dx, dy = (x[rows, cols] - cx) / radius, (y[rows, cols] - cy) / radius
             outline = list(SHAPES.values())[kind](dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn))
             alpha = np.clip(0.5 - outline * radius * side, 0, 1)             # one pixel of soft edge
