@@ -40,7 +40,7 @@ PRETRAIN = {  # the same for A2MIM and SimMIM; lr per 512 images
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"       # the same for every arm
 PROBE = "--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine --epochs 20 --eval-every 1000000"
 BUDGETS = {  # images seen in pre-training, in that of an ablation, and in fine-tuning; a Transformer learns slower, and is faster at 16 tokens
-    "resnet": (12_000, 6_000, 3_200), "convnext": (12_000, 6_000, 3_200), "vit": (24_000, 12_000, 9_600), "swin": (12_000, 6_000, 9_600),
+    "resnet": (10_000, 5_000, 3_200), "convnext": (10_000, 5_000, 3_200), "vit": (24_000, 12_000, 9_600), "swin": (12_000, 6_000, 9_600),
 }
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64, metavar="PX", help="64")
     parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
-    parser.add_argument("--pretrain-images", type=int, default=None, metavar="N", help="images seen in pre-training (CNN 12,000, ViT 24,000)")
+    parser.add_argument("--pretrain-images", type=int, default=None, metavar="N", help="images seen in pre-training (ViT 24,000, Swin 12,000, CNN 10,000)")
     parser.add_argument("--finetune-images", type=int, default=None, metavar="N", help="images seen in fine-tuning (CNN 3,200, Transformer 9,600)")
     parser.add_argument("--ablation-images", type=int, default=None, metavar="N", help="images seen in pre-training of an ablation (half of that)")
     parser.add_argument("--ablation-seeds", type=int, default=1, metavar="N", help="0: none")
