@@ -41,18 +41,21 @@ def spatial_loss(pred: Tensor, image: Tensor, mask: Tensor, focal: bool = True) 
 
 # ---- move 3: over frequencies ----
 
-def residual(pred: Tensor, image: Tensor, mask: Tensor, stand_in: str, u: float) -> Tensor:
+def residual(pred: Tensor, image: Tensor, mask: Tensor, stand_in: str, u: float, average: bool = False) -> Tensor:
     """p - image, where p = pred w + stand_in (1 - w) and w = m + (1 - m) u: what the Fourier loss looks at. (B, 3, H, W)
 
-    At visible pixels the prediction is swapped for a stand-in, so they pull on it by `u` at most."""
+    At visible pixels the prediction is swapped for a stand-in, so they pull on it by `u` at most. With `average` its mean
+    over the batch, (1, 3, H, W)."""
     if stand_in not in STAND_INS:
         raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
+    mean = (lambda x: x.mean(0, keepdim=True)) if average else (lambda x: x)              # early: what follows is B times smaller
     w = torch.where(resize_mask(mask, image.shape[-2:]), 1.0, u)            # (B, 1, H, W)
     d = pred - image
+    wd = mean(w * d)
     if stand_in == "mean":                                   # the true image's mean colour
-        return w * d + (1 - w) * (image.mean((2, 3), keepdim=True) - image)
+        return wd + mean((1 - w) * (image.mean((2, 3), keepdim=True) - image))
     share = {"prediction": 1.0, "mixed": 0.5, "target": 0.0}[stand_in]      # how much of d the stand-in keeps
-    return w * d + (share * (1 - w)) * d.detach()
+    return torch.add(wd, (mean(d) - wd).detach(), alpha=share)
 
 
 def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "mixed", u: float = 1e-3,
@@ -71,9 +74,8 @@ def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "
     if spectrum not in SPECTRA:
         raise ValueError(f"spectrum {spectrum!r}: must be one of {', '.join(SPECTRA)}")
     with torch.autocast(image.device.type, enabled=False):
-        r = residual(pred.float(), image.float(), mask, stand_in, u)        # F is linear: F(p) - F(image) = F(p - image)
-        if spectrum == "batch":
-            r = r.mean(0, keepdim=True)                      # mean of spectra = spectrum of the mean: one FFT, not B
+        # F is linear: F(p) - F(image) = F(p - image), and the mean of spectra is the spectrum of the mean: one FFT, not B
+        r = residual(pred.float(), image.float(), mask, stand_in, u, average=spectrum == "batch")
         D = torch.fft.rfft2(r, norm="ortho")                 # (B or 1, 3, H, W//2 + 1): a real image's other half mirrors it
         if focal:
             size = torch.view_as_real(D).square().sum(-1)    # |D|^2
