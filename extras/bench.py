@@ -1,6 +1,6 @@
 """What masked image modeling costs beside its backbone: every figure is a ratio, measured side by side in one run.
 
-    python extras/bench.py                              a CPU or the GPU, about 15 minutes on 2 CPU cores
+    python extras/bench.py                              on a CPU or the GPU
     python extras/bench.py --data /path/to/photos       the loader on your own JPEG files (else: drawn ones)
     python extras/bench.py --rows fourier attention     some rows only
 
@@ -128,7 +128,7 @@ def fourier(table: Table, args) -> None:
 # ---- whole steps ----
 
 def flags(args, arch: str, batch: int, *more: str) -> list[str]:
-    return ["--arch", arch, "--image-size", str(args.image_size), "--batch-size", str(batch), "--data", "shapes", "--workers", "0", "--amp", args.amp, "--sheets", "2", *more]
+    return ["--arch", arch, "--image-size", str(args.image_size), "--batch-size", str(batch), "--data", "shapes", "--workers", "0", "--amp", args.amp, *more]
 
 
 def forever(batch: int, size: int):
@@ -219,7 +219,7 @@ def peak_of(kind: str, args) -> float:
 
 
 def tuning(table: Table, args) -> None:
-    settings = finetune.parse([*flags(args, args.arch, args.batch_size)[:-2], "--recipe", "rsb_a2", "--repeats", "1", "--drop-path", "0", "--init", "scratch"])
+    settings = finetune.parse([*flags(args, args.arch, args.batch_size), "--recipe", "rsb_a2", "--repeats", "1", "--drop-path", "0", "--init", "scratch"])
     settings.out = "unused"
     run = finetune.prepare(settings, ME, None)
     run.model.train()
@@ -259,8 +259,12 @@ def attention(table: Table, args) -> None:
 
     def kept(f) -> int:
         """Bytes that the forward pass keeps for the backward one."""
-        seen = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        seen = {}                                            # a storage that is kept twice counts once
+
+        def keep(t):
+            seen[t.untyped_storage().data_ptr()] = t
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             f(x)
         return sum(t.untyped_storage().nbytes() for t in seen.values())
     theirs = lambda x: explicit_attention(block, x)
