@@ -9,6 +9,7 @@ checkpoint.pt, backbone.pt (the encoder alone, under torchvision's names), loss.
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -516,6 +517,7 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         os._exit(code)                                       # the others may be waiting for us: leave at once, the launcher ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()                                         # DDP holds on to the group, whose threads must end before Python does
     if code:
         sys.exit(code)
 
