@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from data import NAMED, Batches, Part, Samples, eval_transform, make_loader, mix, normalise, open_source, save_atomically, save_confusion
+from data import NAMED, Batches, CropAndFlip, Part, Samples, eval_transform, make_loader, mix, normalise, open_source, save_atomically, save_confusion
 from loss import Lamb, layer_groups, lr_at, moving_average
 from model import ARCHS, Encoder, build_encoder, family, load_backbone, read_weights
 from pretrain import Broken, Parser, Processes, begin, command_line, data_flags, fit, load_run, number, place, plan, run_flags, update
@@ -168,8 +168,7 @@ class RandAugment(nn.Module):
 
 def augment(args: SimpleNamespace) -> v2.Transform:
     """Training augmentation of one image, uint8 in and out: crop, flip, RandAugment, colour jitter, erasing (with black)."""
-    steps = [v2.RandomResizedCrop((args.image_size, args.image_size), (args.crop_min, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True),
-             v2.RandomHorizontalFlip()]
+    steps = [CropAndFlip((args.image_size, args.image_size), args.crop_min)]
     if args.randaug:
         steps.append(RandAugment(args.randaug))
     if args.jitter:

@@ -137,7 +137,7 @@ class MaskToken(nn.Module):
         shape = (1, -1, 1, 1) if z.dim() == 4 and self.layout == "nchw" else (-1,)
         token = self.token.view(shape).to(z.dtype)           # under autocast the features may be bf16
         if self.form == "gamma":
-            token = self.gamma.view(shape).to(z.dtype) * z + token
+            token = torch.addcmul(token, self.gamma.view(shape).to(z.dtype), z)
         elif self.form == "add":
             token = z + token
         return torch.where(m, token, z)

@@ -46,8 +46,8 @@ class Attention(nn.Module):
         B, N, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        position = self.relative_position_bias_table[self.relative_position_index]          # (1 + N, 1 + N, heads)
-        position = position.permute(2, 0, 1).unsqueeze(0).to(q.dtype).contiguous()          # (1, heads, 1 + N, 1 + N)
+        position = self.relative_position_bias_table.T.index_select(1, self.relative_position_index.flatten())
+        position = position.view(1, self.heads, N, N).to(q.dtype)                           # (1, heads, 1 + N, 1 + N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=position)                     # (B, heads, 1 + N, C / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import masking
-from data import (NAMED, Batches, Samples, append_line, eval_transform, make_loader, mix, normalise, open_source, peak_memory_mb, read_checkpoint,
-                  save_atomically, save_curve, save_sheet, steps_per_epoch, train_transform, trim_log)
+from data import (NAMED, Batches, CropAndFlip, Samples, append_line, eval_transform, make_loader, mix, normalise, open_source, peak_memory_mb, read_checkpoint,
+                  save_atomically, save_curve, save_sheet, steps_per_epoch, trim_log)
 from loss import SPECTRA, STAND_INS, a2mim_loss, lr_at, parameter_groups
 from masking import hidden_count, mask_grid, random_mask
 from model import A2MIM, ARCHS, build_encoder, family
@@ -534,7 +534,7 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     source = open_source(args.data, "train", size, args.data_root)
     plan(run, args, me, len(source), saved)
     batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
-    run.loader = make_loader(Samples(source, train_transform(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
+    run.loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
     preview = Samples(source, eval_transform(size), args.seed)
     run.preview = torch.stack([preview[0, i * len(source) // 6][0] for i in range(6)])   # the same images in every picture
 

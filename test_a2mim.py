@@ -571,7 +571,7 @@ def test_normalise_is_to_tensor_then_normalize():
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     source = data.Shapes("train", (48, 48))
-    crop = data.train_transform((48, 48), 0.2)
+    crop = data.CropAndFlip((48, 48), 0.2)
     samples = data.Samples(source, crop, seed=0)
     first, state = samples[0, 5][0], torch.get_rng_state()
     torch.rand(7)

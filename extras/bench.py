@@ -9,6 +9,7 @@ whether that meets the target. Writes table.md, results.json and scaling.png int
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # the profiler talks
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import finetune
+import model
 import pretrain
-from data import IMAGENET_MEAN, IMAGENET_STD, Folder, Samples, Shapes, colours_last, normalise, train_transform
-from loss import a2mim_loss, fourier_loss
-from masking import MaskToken, fill_hidden, random_mask, resize_mask
+from data import IMAGENET_MEAN, IMAGENET_STD, CropAndFlip, Folder, Samples, Shapes, colours_last, normalise
+from loss import fourier_loss
+from masking import random_mask, resize_mask
 from model import ARCHS, Attention, build_encoder, family
 
 ME = pretrain.Processes()
@@ -149,10 +154,10 @@ def a2mim_step(args, arch: str, batch: int, *more: str):
 
 def bare_step(args, arch: str, batch: int):
     """What a supervised step of the same backbone costs: its features, pooled, a linear head, cross-entropy, AdamW."""
-    model = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(ME.device)
+    net = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(ME.device)
     layout = torch.channels_last if family(arch) in ("resnet", "convnext") else torch.contiguous_format
-    model = model.to(memory_format=layout).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    net = net.to(memory_format=layout).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     labels, stream = torch.randint(1000, (batch,), device=ME.device), forever(batch, args.image_size)
     scaler = torch.amp.GradScaler(ME.device.type, enabled=args.amp == "fp16")
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
@@ -160,7 +165,7 @@ def bare_step(args, arch: str, batch: int):
     def step():
         images = normalise(next(stream)[0], ME.device).contiguous(memory_format=layout)
         with torch.autocast(ME.device.type, dtype, enabled=args.amp != "off"):
-            logits = model(images)
+            logits = net(images)
         scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -175,27 +180,41 @@ def steps(table: Table, args) -> None:
         a, b = in_turns(whole, bare_step(args, arch, batch), args.rounds)
         table.add(f"whole A2MIM step, {arch}, batch {batch}", f"bare {arch} step", over(a, b), ("<=", target), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
         if arch == args.arch:
-            extra = parts_step(run, batch)
-            c, a = in_turns(extra, whole, args.rounds)
-            table.add("masks + fill + token + loss, forward + backward", "the whole step", over(c, a), ("<=", 0.02), seconds(statistics.median(c)))
+            with parts(run) as spent:
+                shares = []
+                for _ in range(2 + args.rounds):
+                    spent.clear()
+                    whole_time = clock(whole)
+                    shares.append(sum(spent) / whole_time)
+            table.add("masks + fill + token + loss, forward + backward", "the whole step, timed inside it", shares[2:], ("<=", 0.02), seconds(sum(spent)))
 
 
-def parts_step(run, batch: int):
-    """What A2MIM adds to a step except the decoder, on tensors of the step's own shapes."""
-    size, model = run.model.image_size, run.model
-    image = torch.randn(batch, 3, *size, device=ME.device).contiguous(memory_format=run.memory_format)
-    z = torch.randn(model.encoder.shapes(size)[model.mask_stage], device=ME.device).expand(batch, *[-1] * 3).contiguous(memory_format=run.memory_format).requires_grad_()
-    pred = torch.randn(batch, 3, *size, device=ME.device).contiguous(memory_format=run.memory_format).requires_grad_()
-    token = MaskToken(z.shape[1]).to(ME.device)
-    ones = torch.ones_like(z)
+@contextlib.contextmanager
+def parts(run):
+    """While open, masks, fill, token and loss of the run's steps append their own seconds, forward and backward, to the list."""
+    spent = []
 
-    def step():
-        mask = random_mask(batch, model.grid, device=ME.device)
-        fill_hidden(image, mask)
-        token(z, mask).backward(ones)
-        a2mim_loss(pred, image, mask)[0].backward()
-        z.grad = pred.grad = None
-    return step
+    def now() -> float:
+        if ME.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(f):
+        def call(*given, **options):
+            start = now()
+            result = f(*given, **options)
+            spent.append(now() - start)
+            into, out = given[0], result[0] if isinstance(result, tuple) else result
+            if isinstance(into, torch.Tensor) and into.requires_grad:        # backward: from the gradient of `out` to that of `into`
+                begun = []
+                out.register_hook(lambda grad: begun.append(now()))
+                into.register_hook(lambda grad: spent.append(now() - begun[0]))
+            return result
+        return call
+    with contextlib.ExitStack() as stack:
+        for place, name in ((pretrain, "random_mask"), (model, "fill_hidden"), (run.model.mask_token, "forward"), (pretrain, "a2mim_loss")):
+            stack.enter_context(patch.object(place, name, timed(getattr(place, name))))
+        yield spent
 
 
 def memory(table: Table, args) -> None:
@@ -257,22 +276,26 @@ def attention(table: Table, args) -> None:
     x = torch.randn(8, 197, 768, device=ME.device, requires_grad=True)
     torch.testing.assert_close(block(x), explicit_attention(block, x), atol=1e-4, rtol=1e-4)
 
-    def kept(f) -> int:
-        """Bytes that the forward pass keeps for the backward one."""
-        seen = {}                                            # a storage that is kept twice counts once
-
-        def keep(t):
-            seen[t.untyped_storage().data_ptr()] = t
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            f(x)
-        return sum(t.untyped_storage().nbytes() for t in seen.values())
     theirs = lambda x: explicit_attention(block, x)
-    for name, ours, textbook in (("forward + backward", lambda: block(x).sum().backward(), lambda: theirs(x).sum().backward()),
-                                 ("forward, as in evaluation", torch.no_grad()(lambda: block(x)), torch.no_grad()(lambda: theirs(x)))):
+    for name, ours, textbook in (("training", lambda: block(x).sum().backward(), lambda: theirs(x).sum().backward()),
+                                 ("evaluation", torch.no_grad()(lambda: block(x)), torch.no_grad()(lambda: theirs(x)))):
         b, a = in_turns(textbook, ours, 3 * args.rounds)
-        table.add(f"relative-position attention, ViT-B, {name}", "explicit softmax", over(b, a), (">=", 1.0), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
-    table.add("relative-position attention, bytes kept for the backward pass", "explicit softmax", [kept(block) / kept(theirs)], ("<=", 0.99), f"{kept(block) / 2**20:.1f} MB against {kept(theirs) / 2**20:.1f} MB")
+        table.add(f"relative-position attention of ViT-B, {name}", "explicit softmax", over(b, a), (">=", 1.0), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+        a, b = allocated(ours), allocated(textbook)
+        table.add(f"the same, peak memory in {name}", "explicit softmax", [a / b], ("<=", 0.99), f"{a:.1f} MB against {b:.1f} MB")
+
+
+def allocated(f) -> float:
+    """The most memory that a call had allocated at once beyond what there was before, MB."""
+    if ME.on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")) / 2**20
 
 
 # ---- the loader ----
@@ -335,7 +358,7 @@ def loader(table: Table, args) -> None:
             while True:
                 time.sleep(0.2)                              # let it fill its queue, so that it is idle while another is timed
                 yield clock(lambda: [next(stream) for _ in range(30)]) / 30 / 32
-        samples = Samples(source, train_transform((224, 224), 0.8), 0)
+        samples = Samples(source, CropAndFlip((224, 224), 0.8), 0)
         ours = drain(samples, [(0, i) for i in range(len(files))], colours_last)
         peers, bare = drain(Peers(files), list(range(len(files)))), drain(Decoded(files), list(range(len(files))))
         times = [(next(ours), next(peers), next(bare)) for _ in range(args.rounds + 1)][1:]
