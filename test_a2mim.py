@@ -569,6 +569,18 @@ def test_normalise_is_to_tensor_then_normalize():
     close(data.denormalise(data.normalise(images)) * 255, images.float())
 
 
+def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
+    from torchvision.transforms import InterpolationMode, v2
+    theirs = v2.Compose([v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
+    image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+    for seed in range(12):
+        crops = []
+        for transform in (theirs, data.CropAndFlip((48, 48), 0.2)):
+            torch.manual_seed(seed)
+            crops.append(transform(image))
+        assert torch.equal(*crops)
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     source = data.Shapes("train", (48, 48))
     crop = data.CropAndFlip((48, 48), 0.2)
