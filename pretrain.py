@@ -505,6 +505,8 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     except Exception as error:
         if me.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             message = "lost another process (killed, or ended by an error of its own); --resume goes on from the last checkpoint"
+        elif "BackendCompilerFailed" in (kind.__name__ for kind in type(error).__mro__):         # such as no C++ compiler
+            message = f"--compile: {str(error).splitlines()[0]}; repair that, or run without it"
         else:
             traceback.print_exc()                            # a bug: told whole, here, so that its frames let go of the loader and its deaf workers
         code = 1
