@@ -32,7 +32,7 @@ def focal_l1(d: Tensor, alpha: float = 0.2) -> Tensor:
 
 def spatial_loss(pred: Tensor, image: Tensor, mask: Tensor, focal: bool = True) -> Tensor:
     """sum(|pred - image| m) / (sum(m) + 1e-5) / 3 over hidden pixels m; `focal` puts focal_l1 for |.|. A scalar."""
-    m = resize_mask(mask, image.shape[-2:]).float()          # (B, 1, H, W)
+    m = resize_mask(mask, image.shape[-2:])                  # (B, 1, H, W)
     d = (pred.float() - image.float()).mul_(m)               # focal_l1(0) = 0: the mask may go inside
     error = focal_l1(d) if focal else d.abs()
     return error.sum() / (m.sum() + 1e-5) / image.shape[1]
