@@ -296,6 +296,7 @@ def evaluate(model: Classifier, me: Processes, run: SimpleNamespace) -> dict:
     """Exact accuracies over the whole validation set, on any number of processes. See `score`."""
     training = model.training
     model.eval()
+    me.share_buffers(model)
     logits, labels = outputs(model, run.val_loader, run.val_labels, me, run)
     model.train(training)
     return score(logits.topk(min(5, logits.shape[1])).indices, labels, logits.shape[1], me)
@@ -373,9 +374,12 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     if args.weights and not saved:
         found = load_backbone(encoder, args.weights)
         new = ["head"] * (not args.eval_only) + found["missing"]
-        odd = [n for n in found["skipped"] if not n.startswith(("decoder.", "mask_token.", "neck."))]
-        me.say(f"{args.weights}: {len(found['used'])} tensors loaded" + (f", {len(found['resized'])} of them resized" if found["resized"] else "")
-               + f"; new: {', '.join(new[:4]) or 'none'}; not used: {len(found['skipped'])}" + (f" ({', '.join(odd[:4])})" if odd else ""))
+        heads = ("fc.", "classifier.", "head.", "fc_norm.", "norm.") if args.eval_only else ()           # load_head has taken these
+        unused = [n for n in found["skipped"] if not n.startswith(heads)]
+        odd = [n for n in unused if not n.startswith(("decoder.", "mask_token.", "neck."))]
+        me.say(f"{args.weights}: {len(found['used'])} tensors loaded" + (", and the head" if args.eval_only else "")
+               + (f", {len(found['resized'])} of them resized" if found["resized"] else "")
+               + f"; new: {', '.join(new[:4]) or 'none'}; not used: {len(unused)}" + (f" ({', '.join(odd[:4])})" if odd else ""))
     place(run, model, args, me)
     run.peak = args.lr * run.global_batch / args.lr_batch
     groups = layer_groups(run.model, args.weight_decay, args.layer_decay)
@@ -436,12 +440,12 @@ def train(args: SimpleNamespace, me: Processes) -> None:
     run = prepare(args, me, saved)
     if saved:
         load_run(saved, run, out)
-    me.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {len(run.labels)} labelled images at {args.image_size} px, {len(run.val.classes)} classes, "
-           f"{len(run.val)} for validation\nrecipe {args.recipe}; {me.world} x {me.device.type}, amp {run.amp}; writing {out}/")
+    me.say(f"{args.arch}, {args.init or args.weights}; {args.data}: " + ("" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, ")
+           + f"{len(run.val.classes)} classes, {len(run.val)} images for validation\n{'evaluation only' if args.eval_only else 'recipe ' + args.recipe}; {me.world} x {me.device.type}, amp {run.amp}; writing {out}/")
     tested = run.ema.module if run.ema else run.model
     if not run.trains:
         result = evaluate(tested, me, run) if args.eval_only else neighbours(tested, me, run, args.neighbours)
-        return report(out, result, run.val.classes, me, labels=len(run.labels), weights=args.weights)
+        return report(out, result, run.val.classes, me, weights=args.weights, **({} if args.eval_only else {"labels": len(run.labels)}))
     me.say(f"global batch {run.global_batch}, peak lr {run.peak:.2e}, {args.epochs:g} epochs of {run.per_epoch} steps")
 
     def after_step(done: int) -> None:

@@ -235,6 +235,12 @@ class Processes:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Every process takes rank 0's BatchNorm statistics, those that are saved: without SyncBN each has gathered its own."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The rows of all processes, in the order of their ranks, on every one; each may have its own number."""
         if self.world == 1:
@@ -510,9 +516,10 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         else:
             traceback.print_exc()                            # a bug: told whole, here, so that its frames let go of the loader and its deaf workers
         code = 1
-    if code and me.rank:                                     # rank 0 alone speaks; where it has nothing to say, it is not gone by then
-        time.sleep(10)
-        message = message and f"rank {me.rank}: {message}"
+    if me.rank:                                              # rank 0 alone speaks
+        if code in (1, 2):                                   # where it has nothing to say, it is not gone by then
+            time.sleep(10)
+        message = f"rank {me.rank}: {message}" if message and code in (1, 2) else ""
     if message:
         print(f"{program}: {message}", file=sys.stderr, flush=True)
     if code in (1, 2) and me.world > 1:

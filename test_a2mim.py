@@ -1110,7 +1110,23 @@ def labelled_folder(root, sizes):
 def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_path):
     labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": (30, 26, 15)})         # 71 images, batches of 64
     flags = [*SMALL, "--data", tmp_path / "set"]
-    finetune.main([*map(str, flags), "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path / "tuned")])
+    (tmp_path / "run.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import finetune, torch
+def evaluate(model, me, run, real=finetune.evaluate):
+    result = real(model, me, run)
+    torch.save(list(model.buffers()), os.path.join({str(tmp_path)!r}, f"evaluated-{{me.rank}}.pt"))
+    return result
+finetune.evaluate = evaluate
+finetune.main()
+if sys.platform == "linux":                                  # a thread of the process group that outlives the run may abort the process at its exit
+    assert not [t for t in os.listdir("/proc/self/task") if "gloo" in open(f"/proc/self/task/{{t}}/comm").read()]
+""")
+    done = torchrun(tmp_path / "run.py", *flags, "--batch-size", 4, "--epochs", 4, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "tuned")
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"evaluated-{rank}.pt") for rank in (0, 1))
+    assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
     best = tmp_path / "tuned" / "best.pt"
     net = finetune.Classifier("resnet18", build_encoder("resnet18"), 3)
     model.load_backbone(net.encoder, best)
@@ -1121,9 +1137,6 @@ def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_
         image = data.normalise(data.eval_transform((32, 32))(source.read(i))[None])
         right[source.labels[i]] += net(image).argmax(1).item() == source.labels[i]
     expected = dict(top1=right.sum().item() / 71, top5=1.0, images=71, per_class={f"c{i}": round(n.item() / m, 4) for i, (n, m) in enumerate(zip(right, (30, 26, 15)))})
-    (tmp_path / "run.py").write_text(                        # a thread of the process group that outlives the run may abort the process at its exit
-        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport finetune\nfinetune.main()\n"
-        "if sys.platform == 'linux': assert not [t for t in os.listdir('/proc/self/task') if 'gloo' in open(f'/proc/self/task/{t}/comm').read()]\n")
     for recipe in ("default", "knn"):
         more = ["--weights", best, "--recipe", recipe, *(["--eval-only"] if recipe == "default" else ["--neighbours", "4"])]
         finetune.main([*map(str, flags), *map(str, more), "--out", str(tmp_path / f"{recipe}1")])
