@@ -290,7 +290,7 @@ class Part:
 class CropAndFlip(v2.RandomResizedCrop):
     """torchvision's random crop of at least `scale` of the area, resized, and flipped with even odds. uint8 (3, H, W) in and out.
 
-    The flip comes first: the part cut out is copied anyway, into the order of colours that the uint8 resize is fast in."""
+    The flip comes before the resize: the part cut out is copied anyway, into the order of colours that the uint8 resize is fast in."""
 
     def __init__(self, image_size: tuple[int, int], scale: float):
         super().__init__(image_size, (scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)

@@ -1,7 +1,7 @@
 """The loss, L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section), and how it is minimised.
 
     spatial_loss   the painted pixels against the true ones, over hidden pixels only
-    fourier_loss   move 3: the same error seen as frequencies, where the middle ones are weighted up
+    fourier_loss   move 3: the same error seen as frequencies, where the large ones are weighted up
     a2mim_loss     both, with their parts for the log
     lr_at          the released schedules
     parameter_groups, layer_groups    who decays, who learns slowly: pre-training, fine-tuning; then LAMB and EMA

@@ -2,7 +2,7 @@
 
     Encoder        any backbone as a list of stages, run in a plain loop
     build_encoder  the paper's backbones by name: ResNet, ConvNeXt, Swin (torchvision's, untouched), ViT and DeiT (below)
-    A2MIM          the whole pre-training forward pass, in ten lines
+    A2MIM          the whole pre-training forward pass
     load_backbone  weights in: our files, torchvision's, the authors' released checkpoints
 """
 

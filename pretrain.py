@@ -109,9 +109,9 @@ def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._Argument
 def run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags about the run that both stages have."""
     g = parser.add_argument_group("run")
-    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>)")
+    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>..., numbered if taken)")
     g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out; its flags are remembered")
-    g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes weights, order, augmentation and masks (0)")
+    g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes all randomness: weights, order, augmentation, masks (0)")
     g.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (bf16 where the device has it; else GPU fp16, CPU off)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (no)")
     g.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of CNNs (yes)")
