@@ -244,19 +244,21 @@ class Classifier(nn.Module):
         state = self.encoder.backbone.state_dict() | {f"fc_norm.{k}": v for k, v in self.norm.state_dict().items()}
         return state | {f"{self.HEADS[self.kind]}.{k}": v for k, v in self.head.state_dict().items()}
 
-    def load_head(self, path: str | Path) -> None:
-        """The head (ViT: and its norm) from best.pt, a checkpoint, torchvision's or a released file.
+    def load_head(self, path: str | Path) -> set[str]:
+        """The head (ViT: and its norm) from best.pt, a checkpoint, torchvision's or a released file. Returns its names there.
 
         Raises ValueError where the file holds no head, or one for another number of classes."""
         state = read_weights(path)
-        found = {part: {k: next((state[f"{name}.{k}"] for name in names if f"{name}.{k}" in state), None) for k in own.state_dict()}
-                 for part, own, names in (("head", self.head, (self.HEADS[self.kind], "head", "head.fc")), ("norm", self.norm, ("fc_norm", "norm")))}
-        if any(tensor is None for part in found.values() for tensor in part.values()):
+        found = {(own, k): next((f"{name}.{k}" for name in names if f"{name}.{k}" in state), None)
+                 for own, names in ((self.head, (self.HEADS[self.kind], "head", "head.fc")), (self.norm, ("fc_norm", "norm"))) for k in own.state_dict()}
+        if None in found.values():
             raise ValueError(f"{path}: holds no classification head; --eval-only needs one, such as best.pt of a fine-tuned run")
-        if found["head"]["weight"].shape != self.head.weight.shape:
-            raise ValueError(f"{path}: its head tells {len(found['head']['weight'])} classes apart, the data has {self.head.out_features}")
-        self.head.load_state_dict(found["head"])
-        self.norm.load_state_dict(found["norm"])
+        weight = state[found[self.head, "weight"]]
+        if weight.shape != self.head.weight.shape:
+            raise ValueError(f"{path}: its head tells {len(weight)} classes apart, the data has {self.head.out_features}")
+        for own in (self.head, self.norm):
+            own.load_state_dict({k: state[found[own, k]] for k in own.state_dict()})
+        return set(found.values())
 
 
 # ---- evaluation ----
@@ -369,15 +371,13 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     torch.manual_seed(mix(args.seed))                        # every process starts from the same head
     encoder = build_encoder(args.arch, size if run.trains else test, args.drop_path, args.patch_size, args.window)
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
-    if args.eval_only:
-        model.load_head(args.weights)
+    head = model.load_head(args.weights) if args.eval_only else set()
     if args.weights and not saved:
         found = load_backbone(encoder, args.weights)
         new = ["head"] * (not args.eval_only) + found["missing"]
-        heads = ("fc.", "classifier.", "head.", "fc_norm.", "norm.") if args.eval_only else ()           # load_head has taken these
-        unused = [n for n in found["skipped"] if not n.startswith(heads)]
+        unused = [n for n in found["skipped"] if n not in head]
         odd = [n for n in unused if not n.startswith(("decoder.", "mask_token.", "neck."))]
-        me.say(f"{args.weights}: {len(found['used'])} tensors loaded" + (", and the head" if args.eval_only else "")
+        me.say(f"{args.weights}: {len(found['used'])} tensors loaded" + (", and the head" if head else "")
                + (f", {len(found['resized'])} of them resized" if found["resized"] else "")
                + f"; new: {', '.join(new[:4]) or 'none'}; not used: {len(unused)}" + (f" ({', '.join(odd[:4])})" if odd else ""))
     place(run, model, args, me)
@@ -444,8 +444,9 @@ def train(args: SimpleNamespace, me: Processes) -> None:
            + f"{len(run.val.classes)} classes, {len(run.val)} images for validation\n{'evaluation only' if args.eval_only else 'recipe ' + args.recipe}; {me.world} x {me.device.type}, amp {run.amp}; writing {out}/")
     tested = run.ema.module if run.ema else run.model
     if not run.trains:
-        result = evaluate(tested, me, run) if args.eval_only else neighbours(tested, me, run, args.neighbours)
-        return report(out, result, run.val.classes, me, weights=args.weights, **({} if args.eval_only else {"labels": len(run.labels)}))
+        if args.eval_only:
+            return report(out, evaluate(tested, me, run), run.val.classes, me, weights=args.weights)
+        return report(out, neighbours(tested, me, run, args.neighbours), run.val.classes, me, labels=len(run.labels), weights=args.weights)
     me.say(f"global batch {run.global_batch}, peak lr {run.peak:.2e}, {args.epochs:g} epochs of {run.per_epoch} steps")
 
     def after_step(done: int) -> None:

@@ -516,13 +516,13 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         else:
             traceback.print_exc()                            # a bug: told whole, here, so that its frames let go of the loader and its deaf workers
         code = 1
-    if me.rank:                                              # rank 0 alone speaks
-        if code in (1, 2):                                   # where it has nothing to say, it is not gone by then
-            time.sleep(10)
-        message = f"rank {me.rank}: {message}" if message and code in (1, 2) else ""
-    if message:
+    failed = code in (1, 2)
+    if failed and me.rank:                                   # rank 0 alone speaks; where it has nothing to say, it is not gone by then
+        time.sleep(10)
+        message = message and f"rank {me.rank}: {message}"
+    if message and (failed or not me.rank):
         print(f"{program}: {message}", file=sys.stderr, flush=True)
-    if code in (1, 2) and me.world > 1:
+    if failed and me.world > 1:
         os._exit(code)                                       # the others may be waiting for us: leave at once, the launcher ends them
     if dist.is_initialized():
         dist.destroy_process_group()
