@@ -29,6 +29,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
 
+from model import load_checked
+
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -95,8 +97,19 @@ def list_images(root: Path) -> list[str]:
     return sorted(found)
 
 
+def split_folder(root: Path, split: str) -> Path | None:
+    """root/<split>, in whatever capitals (Train/, VAL/); None where there is none."""
+    found = sorted(f.path for f in os.scandir(root) if f.name.lower() == split and f.is_dir())
+    return Path(found[-1]) if found else None                # sorted: train/ comes after Train/, and is taken first
+
+
+def printable(name: str) -> str:
+    """A file name to be said or written: bytes that are no UTF-8 as backslash escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 class Folder:
-    """Images below `root`, which is cut as ImageNet is (train/, val/), or holds class folders, or just images.
+    """Images below `root`, which is cut as ImageNet is (train/, val/, in any capitals), or holds class folders, or just images.
 
     For `split` 'train' and 'val', root/split is read where root/train exists, else all of root. `labels` are the indices of
     the first-level folders in sorted order; a flat folder is one class. Raises ValueError where there is nothing to read."""
@@ -104,28 +117,33 @@ class Folder:
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
-        if (root / "train").is_dir():
-            root = root / split
-            if not root.is_dir():
-                raise ValueError(f"--data {root.parent}: has train/ but no {split}/; expected {root}/<class>/*.jpg")
+        if split_folder(root, "train"):
+            inside = split_folder(root, split)
+            if inside is None:
+                raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
+            root = inside
         names = list_images(root)
         if not names:
             raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
         folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-        self.classes = sorted(set(folders))
+        classes = sorted(set(folders))
+        self.classes = [printable(name) for name in classes]
         self.root = root
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.searchsorted(self.classes, folders)
+        self.labels = np.searchsorted(classes, folders)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def name(self, index: int) -> str:
+    def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def name(self, index: int) -> str:
+        return printable(self.path(index))
+
     def read(self, index: int) -> Tensor:
-        return read_image(self.name(index))
+        return read_image(self.path(index))
 
 
 # ---- torchvision's datasets ----
@@ -136,6 +154,11 @@ class Library:
     def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
         train = split == "train"
         try:
+            if download:
+                root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--data-root {root}: cannot be written ({error.strerror})") from None
+        try:
             if name in ("cifar10", "cifar100"):
                 self.data = getattr(tvd, name.upper())(root, train=train, download=download)
             elif name == "stl10":
@@ -144,7 +167,9 @@ class Library:
                 ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
                 self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
         except RuntimeError:
-            raise ValueError(f"--data {name}: not found in {root}; add --download to fetch it") from None
+            raise ValueError(f"--data {name}: not found in --data-root {root}; add --download to fetch it") from None
+        except OSError as error:                             # a network that does not answer is one too
+            raise ValueError(f"--data {name}: cannot be {'fetched into' if download else 'read from'} --data-root {root} ({error})") from None
         self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
         labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
         self.labels = np.array([label for _, label in self.data._samples] if labels is None else labels)     # Imagenette
@@ -258,12 +283,12 @@ def open_source(data: str, split: str, image_size: tuple[int, int], root: str | 
         return Library(data, split, Path(root), download, labelled)
     source = Folder(Path(data), split)
     if labelled:
-        for folder in sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith(".")):
+        for folder in sorted(printable(f.name) for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith(".")):
             if folder not in source.classes:
                 raise ValueError(f"--data {source.root}: the class folder {folder}/ holds no images; fill it or remove it")
     if labelled and (len(source.classes) < 2 or "" in source.classes):
         raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected {data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
-    if labelled and not (Path(data) / "train").is_dir():
+    if labelled and not split_folder(Path(data), "train"):
         held_out = np.zeros(len(source), bool)
         for label in range(len(source.classes)):
             held_out[np.flatnonzero(source.labels == label)[4::5]] = True
@@ -290,10 +315,10 @@ class Part:
 class CropAndFlip(v2.RandomResizedCrop):
     """torchvision's random crop of at least `scale` of the area, resized, and flipped with even odds. uint8 (3, H, W) in and out.
 
-    The flip comes before the resize: the part cut out is copied anyway, into the order of colours that the uint8 resize is fast in."""
+    Antialiased; bilinear in pre-training, bicubic in fine-tuning, as released. The flip comes before the resize: the part cut out is copied anyway, into the order of colours that the uint8 resize is fast in."""
 
-    def __init__(self, image_size: tuple[int, int], scale: float):
-        super().__init__(image_size, (scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    def __init__(self, image_size: tuple[int, int], scale: float, interpolation: InterpolationMode = InterpolationMode.BILINEAR):
+        super().__init__(image_size, (scale, 1.0), interpolation=interpolation, antialias=True)
 
     def forward(self, image: Tensor) -> Tensor:
         part = tvf.crop(image, **self.make_params([image]))  # (3, h, w), a view
@@ -480,7 +505,7 @@ def read_checkpoint(out: Path) -> dict | None:
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_checked(path)
             if {"step", "per_epoch", "world", "args", "skipped"} <= set(state):
                 return dict(state, path=str(path))
         except Exception:                                    # torch.load has no one type for a broken file

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tvf
 
 from data import NAMED, Batches, CropAndFlip, Part, Samples, eval_transform, make_loader, mix, normalise, open_source, save_atomically, save_confusion
 from loss import Lamb, layer_groups, lr_at, moving_average
 from model import ARCHS, Encoder, build_encoder, family, load_backbone, read_weights
-from pretrain import Broken, Parser, Processes, begin, command_line, data_flags, fit, load_run, number, place, plan, run_flags, update
+from pretrain import MAX_EPOCHS, MAX_SIDE, Broken, Parser, Processes, begin, command_line, data_flags, filled, fit, load_run, make_out, number, place, plan, run_flags, update
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global batch ----
 
@@ -37,15 +38,25 @@ COMMON = dict(
 LONG = dict(global_batch=None, eval_every=1, crop_min=0.08)
 RSB = dict(LONG, optimizer="lamb", lr_batch=2048, weight_decay=0.02, schedule="cosine-by-epoch", warmup_epochs=5, loss="bce", mixup=0.1, cutmix=1.0,
            test_size=224, test_crop=0.95)
-STRONG = dict(LONG, image_size=224, warmup_epochs=20, mixup=0.8, cutmix=1.0, randaug=9.0, jitter=0.4, erasing=0.25)
+STRONG = dict(LONG, image_size=224, warmup_epochs=20, mixup=0.8, cutmix=1.0, randaug=9.0, erasing=0.25)  # their jitter of 0.4 does nothing beside RandAugment
 RECIPES = {
     "default":  {},                                          # few labels, small data, any backbone
     "rsb_a3":   dict(RSB, image_size=160, epochs=100, lr=8e-3, randaug=6.0),
     "rsb_a2":   dict(RSB, image_size=224, epochs=300, lr=5e-3, randaug=7.0, ema=0.9999, repeats=3, drop_path=0.05),
     "vit":      dict(STRONG, epochs=100, lr=1.25e-3, lr_batch=512, layer_decay=0.65, clip_grad=5.0, ema=0.99996, drop_path=0.1),     # lr: SimMIM's;
-    "convnext": dict(STRONG, epochs=300, lr=4e-3, lr_batch=4096, ema=0.9999, drop_path=0.4),     # the released ViT config has four times as much
+    "convnext": dict(STRONG, epochs=300, lr=4e-3, lr_batch=4096, ema=0.9999, drop_path=0.4,      # the released ViT config has four times as much
+                     schedule="cosine-from-0", warmup_epochs=5),
     "linear":   dict(LONG, frozen=True, epochs=100, optimizer="sgd", lr=30.0, lr_batch=256, weight_decay=0.0, schedule="probe", warmup_epochs=0, smoothing=0.0),
     "knn":      dict(frozen=True),
+}
+
+
+EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
+    ("rsb_a2", "resnet101"): dict(ema=0.0, drop_path=0.1),
+    ("vit", "vit_small"): dict(ema=0.0),
+    ("vit", "vit_large"): dict(repeats=3),
+    ("convnext", "convnext_tiny"): dict(epochs=400, lr=4e-4, weight_decay=0.01, layer_decay=0.7, drop_path=0.1),
+    ("convnext", "convnext_base"): dict(drop_path=0.5),
 }
 
 
@@ -58,18 +69,18 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     yes_no, whole, real, share = argparse.BooleanOptionalAction, number(int, 1), number(float, 0), number(float, 0, 1)
     g = data_flags(parser, f"folder of labelled images (ImageNet's train/ and val/, or class folders), or {', '.join(NAMED)}")
     g.add_argument("--labels", metavar="N", help="train on some labels only: a share such as 0.1, or a count such as 20/class (all)")
-    g.add_argument("--test-size", type=whole, metavar="PX", help="side of the test crop (by recipe, else --image-size)")
+    g.add_argument("--test-size", type=number(int, 1, MAX_SIDE), metavar="PX", help="side of the test crop (by recipe, else --image-size)")
     g.add_argument("--test-crop", type=number(float, 0.1, 1), metavar="C", help="test crop over the resized shorter side (0.875, RSB 0.95)")
     g = parser.add_argument_group("augmentation")
     g.add_argument("--crop-min", type=number(float, 0.01, 1), metavar="S", help="smallest area of the random crop (by recipe)")
     g.add_argument("--randaug", type=number(float, 0, 10), metavar="M", help="RandAugment magnitude of 10, 2 ops, 0 = none")
     g.add_argument("--jitter", type=share, metavar="J", help="colour jitter, 0 to 1")
-    g.add_argument("--erasing", type=share, metavar="P", help="probability of random erasing")
+    g.add_argument("--erasing", type=share, metavar="P", help="probability of random erasing, by noise")
     g.add_argument("--mixup", type=real, metavar="A", help="alpha of mixup, 0 = none; with --cutmix too, one of the two per batch")
     g.add_argument("--cutmix", type=real, metavar="A", help="alpha of cutmix, 0 = none")
     g.add_argument("--repeats", type=whole, metavar="R", help="augmentations of each image in a batch (1)")
     g = parser.add_argument_group("model")
-    g.add_argument("--weights", metavar="FILE", help="backbone.pt, checkpoint.pt, best.pt, torchvision's weights or a released checkpoint")
+    g.add_argument("--weights", type=filled, metavar="FILE", help="backbone.pt, checkpoint.pt, best.pt, torchvision's weights or a released checkpoint")
     g.add_argument("--init", choices=["scratch"], help="train the same thing from random weights")
     g.add_argument("--arch", choices=ARCHS, metavar="NAME", help="backbone (from args.json beside the weights)")
     g.add_argument("--drop-path", type=number(float, 0, 0.99), metavar="P", help="stochastic depth of the deepest block (by recipe)")
@@ -78,7 +89,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g = parser.add_argument_group("optimiser")
     g.add_argument("--recipe", choices=RECIPES, help="the table below (default)")
     g.add_argument("--optimizer", choices=["adamw", "lamb", "sgd"])
-    g.add_argument("--epochs", type=number(float, 0.001), metavar="N", help="passes over the labelled images; a fraction too")
+    g.add_argument("--epochs", type=number(float, 0.001, MAX_EPOCHS), metavar="N", help="passes over the labelled images; a fraction too")
     g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (default recipe: 16 in all; else GPU 256, CPU 32)")
     g.add_argument("--accum", type=whole, metavar="N", help="forward passes per optimiser step (1)")
     g.add_argument("--lr", type=real, metavar="LR", help="per --lr-batch images of the global batch")
@@ -86,7 +97,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--layer-decay", type=number(float, 0.01, 1), metavar="D", help="lr of each stage (ViT: block), times that of the next")
     g.add_argument("--weight-decay", type=real, metavar="WD")
     g.add_argument("--clip-grad", type=real, metavar="G", help="largest gradient norm, 0 = none")
-    g.add_argument("--schedule", choices=["cosine", "cosine-by-epoch", "probe"], help="probe: x0.1 at 60 and 80 %% of the run")
+    g.add_argument("--schedule", choices=["cosine", "cosine-by-epoch", "cosine-from-0", "probe"], help="cosine: after the warm-up; by-epoch, from-0: from the "
+                   "first epoch or iteration on, under the warm-up; probe: x0.1 at 60 and 80 %% of the run")
     g.add_argument("--warmup-epochs", type=real, metavar="N")
     g.add_argument("--min-lr", type=real, metavar="LR", help="floor of the cosine (1e-6)")
     g.add_argument("--loss", choices=["ce", "bce"], help="cross-entropy, or binary cross-entropy per class")
@@ -99,9 +111,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--eval-only", action="store_true", help="evaluate --weights that hold a head (best.pt), and stop")
     given = vars(parser.parse_args(argv))
     recipe = {"recipe": "default", **COMMON, **RECIPES[given.get("recipe", "default")]}
-    made = how_made(given.get("weights"))                    # the backbone's own settings, and its image size where the recipe has none
-    for key in ("arch", "patch_size", "window", *(() if recipe["image_size"] else ("image_size",)), *(("test_size", "test_crop") if "eval_only" in given else ())):
-        recipe[key] = made.get(key, recipe[key])
+    wanted = ("arch", "patch_size", "window", *(() if recipe["image_size"] else ("image_size",)), *(("test_size", "test_crop") if "eval_only" in given else ()))
+    recipe |= how_made(given.get("weights"), parser, wanted) # the backbone's own settings, and its image size where the recipe has none
+    recipe |= EXCEPTIONS.get((given.get("recipe"), given.get("arch", recipe["arch"])), {})
     args = SimpleNamespace(**{**recipe, **given}, given=given, demo=False)
     if args.resume and args.out:                             # the rest is remembered
         return args
@@ -115,13 +127,28 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     return args
 
 
-def how_made(weights: str | None) -> dict:
-    """The settings of the run that left `weights`, from args.json beside them; {} where there is none."""
+def how_made(weights: str | None, parser: argparse.ArgumentParser, wanted: tuple[str, ...]) -> dict:
+    """The `wanted` settings of the run that left `weights`, from args.json beside them; {} where there is none.
+
+    Raises ValueError where that file is no such record, or holds a value that the flag of that name would refuse."""
     beside = Path(weights or "").parent / "args.json"
+    if not weights or not beside.is_file():
+        return {}
     try:
-        return json.loads(beside.read_text()) if weights and beside.is_file() else {}
-    except (ValueError, OSError):
-        raise ValueError(f"{beside}: cannot be read; move it away and give --arch") from None
+        made = json.loads(beside.read_text())
+        kept = {key: made[key] for key in wanted if made.get(key) is not None}
+    except (ValueError, OSError, AttributeError, RecursionError):
+        raise ValueError(f"{beside}: cannot be read as the settings of a run; move it away and give --arch") from None
+    for action in parser._actions:
+        if action.dest in kept:
+            value = kept[action.dest]
+            try:
+                right = value in action.choices if action.choices else type(value) in (int, float) and action.type(str(value)) == value
+            except argparse.ArgumentTypeError:
+                right = False
+            if not right:
+                raise ValueError(f"{beside}: {action.dest} is {value!r}, which {action.option_strings[0]} would refuse; repair it, or move the file away and give the flags")
+    return kept
 
 
 # ---- labels ----
@@ -151,31 +178,38 @@ class RandAugment(nn.Module):
     """Two operations, each with probability 0.5 and a magnitude of N(m, 0.5) in [0, 10], as timm's 'rand-m<m>-mstd0.5-inc1'.
 
     The operations are torchvision's, which grow with the magnitude too: without timm's Invert and SolarizeAdd, with
-    Identity; magnitudes in 31 bins."""
+    Identity; magnitudes in 31 bins. Bicubic, and corners filled with (104, 116, 124), as released."""
 
     def __init__(self, magnitude: float):
         super().__init__()
         self.magnitude = magnitude
-        self.by_bin = [v2.RandAugment(num_ops=1, magnitude=b, interpolation=InterpolationMode.BILINEAR, fill=124) for b in range(31)]
+        self.by_bin = [v2.RandAugment(num_ops=1, magnitude=b, interpolation=InterpolationMode.BICUBIC, fill=[104, 116, 124]) for b in range(31)]
 
     def forward(self, image: Tensor) -> Tensor:
         for _ in range(2):
             if torch.rand(()) < 0.5:
                 m = self.magnitude + 0.5 * torch.randn(())
-                image = self.by_bin[round(3 * float(m.clamp(0, 10)))](image)
+                image = self.by_bin[round(3 * float(m.clamp(0, 10)))](tvf.to_pil_image(image))       # torchvision turns tensors bilinearly alone
+                image = tvf.pil_to_tensor(image)
         return image
 
 
 def augment(args: SimpleNamespace) -> v2.Transform:
-    """Training augmentation of one image, uint8 in and out: crop, flip, RandAugment, colour jitter, erasing (with black)."""
-    steps = [CropAndFlip((args.image_size, args.image_size), args.crop_min)]
+    """Training augmentation of one image, uint8 in and out: crop, flip, RandAugment, colour jitter. Erasing comes later, see `erase`."""
+    steps = [CropAndFlip((args.image_size, args.image_size), args.crop_min, InterpolationMode.BICUBIC)]
     if args.randaug:
         steps.append(RandAugment(args.randaug))
     if args.jitter:
         steps.append(v2.ColorJitter(args.jitter, args.jitter, args.jitter))
-    if args.erasing:
-        steps.append(v2.RandomErasing(args.erasing))
     return v2.Compose(steps)
+
+
+def erase(images: Tensor, probability: float) -> Tensor:
+    """Random erasing (Zhong et al. 2020) of normalised images (B, 3, H, W): a rectangle of per-pixel normal noise, as released."""
+    if not probability:
+        return images
+    one = v2.RandomErasing(probability, value="random")
+    return torch.stack([one(image) for image in images])
 
 
 def mix_batch(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -217,7 +251,10 @@ class Classifier(nn.Module):
         elif self.kind == "convnext":
             encoder.stages[-1].remove("classifier.0")
         self.head = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if self.kind == "convnext":                          # as released
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+        else:
+            nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if frozen:
             encoder.requires_grad_(False)
@@ -254,8 +291,10 @@ class Classifier(nn.Module):
         if None in found.values():
             raise ValueError(f"{path}: holds no classification head; --eval-only needs one, such as best.pt of a fine-tuned run")
         weight = state[found[self.head, "weight"]]
-        if weight.shape != self.head.weight.shape:
+        if weight.dim() == 2 and len(weight) != self.head.out_features:
             raise ValueError(f"{path}: its head tells {len(weight)} classes apart, the data has {self.head.out_features}")
+        if any(state[name].shape != own.state_dict()[k].shape for (own, k), name in found.items()):
+            raise ValueError(f"{path}: holds a classification head of another shape; is it another architecture?")
         for own in (self.head, self.norm):
             own.load_state_dict({k: state[found[own, k]] for k in own.state_dict()})
         return set(found.values())
@@ -401,12 +440,14 @@ class Best(dict):
 
 
 def lr_of(step: int, base: float, args: SimpleNamespace, run: SimpleNamespace) -> float:
-    """lr of a group at an iteration: loss.lr_at's cosine; RSB's, which moves once an epoch, counted from epoch 0, under a ramp
-    per iteration, as released; or the linear probe's, x0.1 at 60 and 80 % of the run."""
+    """lr of a group at an iteration: loss.lr_at's cosine; RSB's, which moves once an epoch, and ConvNeXt's, which moves with every
+    iteration, both counted from 0 under a ramp that rises from 1e-5, as released; or the linear probe's, x0.1 at 60 and 80 % of the run."""
     if args.schedule == "probe":
         return base * 0.1 ** sum(step >= share * run.total for share in (0.6, 0.8))
-    if args.schedule == "cosine-by-epoch":
-        return min(1.0, step / max(1, run.warmup)) * lr_at(step // run.per_epoch, args.epochs, 0, base, args.min_lr, "cosine")
+    if args.schedule in ("cosine-by-epoch", "cosine-from-0"):
+        done = min(1.0, step / run.warmup) if run.warmup else 1.0
+        at, total = (step // run.per_epoch, args.epochs) if args.schedule == "cosine-by-epoch" else (step, run.total)
+        return (1e-5 + (1 - 1e-5) * done) * lr_at(at, total, 0, base, args.min_lr, "cosine")
     return lr_at(step, run.total, run.warmup, base, args.min_lr, "cosine")
 
 
@@ -419,7 +460,7 @@ def train_step(step: int, stream, args: SimpleNamespace, me: Processes, run: Sim
     for part in range(args.accum):
         images, index, broken = next(stream)
         run.broken.note(broken)
-        images, targets = mix_batch(normalise(images, me.device), run.labels[index].to(me.device, non_blocking=True), len(run.val.classes), args.mixup, args.cutmix)
+        images, targets = mix_batch(erase(normalise(images, me.device), args.erasing), run.labels[index].to(me.device, non_blocking=True), len(run.val.classes), args.mixup, args.cutmix)
         meet = part == args.accum - 1 or me.world == 1       # processes average their gradients once a step
         with contextlib.nullcontext() if meet else run.net.no_sync():
             with run.autocast():
@@ -443,13 +484,14 @@ def train(args: SimpleNamespace, me: Processes) -> None:
     me.say(f"{args.arch}, {args.init or args.weights}; {args.data}: " + ("" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, ")
            + f"{len(run.val.classes)} classes, {len(run.val)} images for validation\n{'evaluation only' if args.eval_only else 'recipe ' + args.recipe}; {me.world} x {me.device.type}, amp {run.amp}; writing {out}/")
     tested = run.ema.module if run.ema else run.model
+    make_out(args, me, run, out)
     if not run.trains:
         if args.eval_only:
             return report(out, evaluate(tested, me, run), run.val.classes, me, weights=args.weights)
         return report(out, neighbours(tested, me, run, args.neighbours), run.val.classes, me, labels=len(run.labels), weights=args.weights)
     me.say(f"global batch {run.global_batch}, peak lr {run.peak:.2e}, {args.epochs:g} epochs of {run.per_epoch} steps")
 
-    def after_step(done: int) -> None:
+    def after_step(done: int, write) -> None:
         epoch, inside = divmod(done, run.per_epoch)
         if done < run.total and (inside or epoch % args.eval_every):
             return
@@ -458,7 +500,7 @@ def train(args: SimpleNamespace, me: Processes) -> None:
         if run.result["top1"] > run.best["top1"]:
             run.best.update(top1=run.result["top1"], epoch=done / run.per_epoch)
             if me.rank == 0:
-                save_atomically(tested.plain_state(), out / "best.pt")
+                write("best.pt", save_atomically, tested.plain_state(), out / "best.pt")
 
     run.model.train()
     fit(args, me, run, out, train_step, after_step, lambda: None)

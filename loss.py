@@ -62,7 +62,8 @@ def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "
     """Focal frequency loss (Jiang et al., ICCV 2021) with A2MIM's stand-in for visible pixels. A scalar.
 
     D = F(p) - F(image), F = orthonormal 2-D FFT per channel; weight = log(1 + |D|^alpha) (log_weight=False: |D|^alpha)
-    over its maximum, in [0, 1], detached; loss = mean(weight |D|^2). focal=False: mean |D|, as released for ResNet-101.
+    over its maximum, in [0, 1], detached; loss = mean(weight |D|^2). focal=False: mean of focal_l1(|D|) over the full plane,
+    as released for ResNet-101, whose head takes its pixel criterion again.
 
     stand_in  'mixed' (released): half prediction, half image; 'prediction': the paper; 'target'; 'mean' colour
     u         share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (ViT, ConvNeXt, Swin)
@@ -83,7 +84,7 @@ def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "
             peak = weight.amax() if spectrum == "batch" else weight.amax((2, 3), keepdim=True)
             size = (weight / peak).nan_to_num(0).clamp(0, 1) * size         # 0/0 where nothing is wrong: no loss
         else:
-            size = D.abs()
+            size = focal_l1(D.abs())
         twice = torch.full((D.shape[-1],), 2.0, device=D.device)            # each inner column stands for its mirror too
         twice[0] = 1
         if image.shape[-1] % 2 == 0:
@@ -113,10 +114,10 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
 # ---- how it is minimised ----
 
 def decays(name: str, p: Tensor) -> bool:
-    """Weight decay is not for norms, biases, mask token, gamma, position embedding, class token and LayerScale.
+    """Weight decay is not for norms, biases, mask token, gamma, positions (embedding and bias tables), class token and LayerScale.
 
     (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
-    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "cls_token"))
+    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "relative_position_bias_table", "cls_token"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
@@ -141,19 +142,19 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Fine-tuning's groups: scale = layer_decay^(n - i) for stage i of n (stem or patch embedding 0), 1 for the head.
+    """Fine-tuning's groups: scale = layer_decay^(n - i) for level i of n (stem or patch embedding 0), 1 for the head.
 
-    ViT: stage i + 1 is block i, so this is 0.65^(L + 1 - j) with j = 0 for positions too; ConvNeXt: five stages and the
-    head, the released six groups. `model` has an `encoder` (model.Encoder); frozen parameters are left out."""
-    stages, groups = model.encoder.stages, {}
+    The levels are the encoder's: its stages, so that a ViT's block i is level i + 1 and 0.65^(L + 1 - j) comes out, with j = 0
+    for positions too; ConvNeXt has finer ones. `model` has an `encoder` (model.Encoder); frozen parameters are left out."""
+    levels, groups = model.encoder.levels, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             inside = name.removeprefix("encoder.backbone.")
-            stage = next((i for i, names in enumerate(stages) if inside.startswith(tuple(f"{s}." for s in names))), len(stages))
-            stage = 0 if inside in ("cls_token", "pos_embed") else stage
-            groups.setdefault((stage, decays(name, p)), []).append(p)
-    return [dict(params=params, scale=layer_decay ** (len(stages) - stage), weight_decay=weight_decay if decay else 0.0)
-            for (stage, decay), params in sorted(groups.items(), key=lambda item: item[0])]
+            level = next((i for i, names in enumerate(levels) if inside.startswith(tuple(f"{s}." for s in names))), len(levels))
+            level = 0 if inside in ("cls_token", "pos_embed") else level
+            groups.setdefault((level, decays(name, p)), []).append(p)
+    return [dict(params=params, scale=layer_decay ** (len(levels) - level), weight_decay=weight_decay if decay else 0.0)
+            for (level, decay), params in sorted(groups.items(), key=lambda item: item[0])]
 
 
 class Lamb(torch.optim.Optimizer):
@@ -197,8 +198,11 @@ class Lamb(torch.optim.Optimizer):
 
 
 def moving_average(model: nn.Module, decay: float, ramp: int) -> AveragedModel:
-    """EMA of the parameters; the decay rises from 0.9 decay to decay over `ramp` steps. BatchNorm statistics stay the model's."""
+    """EMA of the parameters, from the initial ones on; the decay rises from 0.9 decay to decay over `ramp` steps, as released.
+
+    BatchNorm statistics stay the model's."""
     def average(averages, current, n):                       # ema.n_averaged is n on the CPU: no wait for a GPU
-        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, int(ema.n_averaged) / ramp)))(averages, current, n)
+        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, (int(ema.n_averaged) - 1) / ramp)))(averages, current, n)
     ema = AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+    ema.n_averaged += 1                                      # at 0 torch would take its first update for the start
     return ema

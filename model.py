@@ -8,6 +8,7 @@
 
 import math
 import re
+import zipfile
 from collections import OrderedDict
 from operator import attrgetter
 from pathlib import Path
@@ -126,15 +127,16 @@ class Encoder(nn.Module):
     backbone    holds the parameters under its own names; `encoder.backbone.state_dict()` is what `backbone.pt` keeps
     stages      for each stage, the names of the modules (or methods) of `backbone` that it runs, in order
     mask_stage  where the token enters unless told otherwise; layout as in masking.spread_mask
+    levels      groups of module names that share a learning rate under layer decay, from the image on; the stages unless told otherwise
     Hand over a list of modules as `backbone`, and each is a stage: Encoder([stem, block1, block2])."""
 
     def __init__(self, backbone: nn.Module | Sequence[nn.Module], stages: list[list[str]] | None = None,
-                 mask_stage: int = -1, layout: str = "nchw"):
+                 mask_stage: int = -1, layout: str = "nchw", levels: list[list[str]] | None = None):
         super().__init__()
         if stages is None:
             backbone = nn.Sequential(*backbone)
             stages = [[str(i)] for i in range(len(backbone))]
-        self.backbone, self.stages, self.layout = backbone, stages, layout
+        self.backbone, self.stages, self.layout, self.levels = backbone, stages, layout, levels or stages
         self.mask_stage = mask_stage % len(stages)
 
     def run(self, stage: int, z: Tensor) -> Tensor:
@@ -209,7 +211,11 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
         net = getattr(tv, arch)(stochastic_depth_prob=drop_path or 0.0)
         net.classifier[2] = nn.Identity()
         stages[4].append("classifier.0")                     # the final LayerNorm, which torchvision keeps beside the head
-        return Encoder(net, stages, mask_stage=4)
+        # levels as released: a downsampling goes with what it leads to, and the long third stage is cut into groups of three blocks
+        groups = [[f"features.5.{i}" for i in range(first, first + 3)] for first in range(0, len(net.features[5]), 3)]
+        groups[0].insert(0, "features.4")
+        levels = [["features.0"], ["features.1"], ["features.2", "features.3"], *groups, ["features.6", "features.7"]]
+        return Encoder(net, stages, mask_stage=4, levels=levels)
     dim, depths = SWINS[arch]
     net = tv.SwinTransformer([4, 4], dim, list(depths), [dim // 32 * 2**i for i in range(4)], [window, window],
                              stochastic_depth_prob=drop_path or 0.0)
@@ -328,22 +334,39 @@ RENAMES = [  # the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); 
 ]
 
 
+def load_checked(path: str | Path):
+    """torch.load of plain values alone; a `.pt` is a zip, whose checksums torch.load never looks at: a flipped byte raises here."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise OSError(f"{path}: {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A file of weights -> {plain backbone name: tensor}, whatever it was wrapped in.
 
     Takes `backbone.pt`, `checkpoint.pt`, a torchvision state dict, or a released checkpoint (`state_dict`, `module.`,
-    `backbone.`, the authors' names). Nothing in the file is executed. Raises ValueError where it holds no weights."""
+    `backbone.`, the authors' names). Nothing in the file is executed. Raises ValueError where it holds no weights, or damaged ones."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_checked(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception:                                        # torch.load has no one type for a broken file
-        raise ValueError(f"{path}: not a file of weights (truncated, another format, or holding code to run)") from None
+        raise ValueError(f"{path}: not a file of weights (truncated, damaged, another format, or holding code to run)") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds no weights; expected a state dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: holds a tensor under {name!r}; expected a state dict with names as keys")
+        if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex()):
+            raise ValueError(f"{path}: {name} is no plain tensor (meta, sparse, quantized or complex); save the weights as dense real numbers")
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; these weights are of no use, take an earlier file")
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for prefix in ("module.", "encoder.", "backbone."):
         if any(name.startswith(prefix) for name in state):   # the others are decoder, token, head: keep their names
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -361,7 +384,7 @@ def load_backbone(encoder: Encoder, path: str | Path) -> dict[str, list[str]]:
     state, own = read_weights(path), encoder.backbone.state_dict()
     used, resized = {}, []
     for name, tensor in state.items():
-        if name not in own or not isinstance(tensor, Tensor):
+        if name not in own:
             continue
         if tensor.squeeze().shape != own[name].squeeze().shape and name.endswith(("pos_embed", "relative_position_bias_table")):
             tensor = resize_positions(name, tensor, encoder.backbone)

@@ -55,13 +55,16 @@ EXCEPTIONS = {  # as released
     "resnet101": dict(fourier_weight=0.1, fourier_focal=False, spectrum="image"),
     "resnet152": dict(fourier_weight=0.0),
     "resnet200": dict(fourier_weight=0.0),
+    "deit_small": dict(image_size=192, lr=2e-4, schedule="cosine", mask_stage=8),        # before the eighth block
+    "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
 COMMON = dict(program="pretrain.py", arch="resnet50", mask_ratio=0.6, mask_cell=32, mask_stage=None, fill="mean", drop_path=None, patch_size=16, window=7,
               fourier_focal=True, stand_in="mixed", spectrum="batch", alpha=1.0, log_weight=True,
               weight_decay=0.05, warmup_epochs=None, min_lr=1e-5, accum=1, batch_size=None, global_batch=None, seed=0, amp=None, compile=False,
               channels_last=True, data_root="datasets", download=False, workers=None, out=None, resume=False, baseline=None,
               log_every=10, save_every="10m", max_bad=0.01, sheets=5)
-SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0)        # the paper's comparison, any backbone
+SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the paper's comparison, any backbone
+MAX_SIDE, MAX_EPOCHS = 8192, 100_000                         # more is a slip of the keyboard
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image", log_every=5)
 DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)                              # it has two minutes: a high lr, small cells
 
@@ -78,13 +81,20 @@ def number(kind: type, low: float, high: float = math.inf):
     def read(text: str):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             what = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text}: must be {what} " + (f"from {low} to {high}" if high < math.inf else f"of at least {low}"))
         return value
     return read
+
+
+def filled(text: str) -> str:
+    """An argparse type: any text but none at all, which is what an unset shell variable leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty (an unset shell variable?); give a value, or leave the flag out")
+    return text
 
 
 def how_often(text: str) -> str:
@@ -97,11 +107,11 @@ def how_often(text: str) -> str:
 def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._ArgumentGroup:
     """The flags about data that both stages have."""
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help=data)
-    g.add_argument("--data-root", metavar="DIR", help="where torchvision's datasets are kept (datasets)")
+    g.add_argument("--data", type=filled, metavar="DIR", help=data)
+    g.add_argument("--data-root", type=filled, metavar="DIR", help="where torchvision's datasets are kept (datasets)")
     g.add_argument("--download", action="store_true", help="fetch a torchvision dataset that is not there yet")
-    g.add_argument("--image-size", type=number(int, 1), metavar="PX", help="side of the square crop (by recipe)")
-    g.add_argument("--workers", type=number(int, 0), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
+    g.add_argument("--image-size", type=number(int, 1, MAX_SIDE), metavar="PX", help="side of the square crop (by recipe)")
+    g.add_argument("--workers", type=number(int, 0, 256), metavar="N", help="loader processes per process (cores per process - 1, 1 to 8)")
     g.add_argument("--max-bad", type=number(float, 0, 1), metavar="R", help="stop where more than this share of the images cannot be read (0.01)")
     return g
 
@@ -109,7 +119,7 @@ def data_flags(parser: argparse.ArgumentParser, data: str) -> argparse._Argument
 def run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags about the run that both stages have."""
     g = parser.add_argument_group("run")
-    g.add_argument("--out", metavar="DIR", help="where everything is written (runs/<data>-<arch>..., numbered if taken)")
+    g.add_argument("--out", type=filled, metavar="DIR", help="where everything is written (runs/<data>-<arch>..., numbered if taken)")
     g.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out; its flags are remembered")
     g.add_argument("--seed", type=number(int, 0), metavar="N", help="fixes all randomness: weights, order, augmentation, masks (0)")
     g.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (bf16 where the device has it; else GPU fp16, CPU off)")
@@ -153,7 +163,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--log-weight", action=yes_no, help="log(1 + |D|^alpha) as frequency weight (yes)")
     g.add_argument("--focal-pixels", action=yes_no, help="focal L1 over pixels, or plain L1 (by recipe)")
     g = parser.add_argument_group("optimiser")
-    g.add_argument("--epochs", type=number(float, 0.001), metavar="N", help="passes over the data; a fraction such as 0.5 too (by recipe)")
+    g.add_argument("--epochs", type=number(float, 0.001, MAX_EPOCHS), metavar="N", help="passes over the data; a fraction such as 0.5 too (by recipe)")
     g.add_argument("--batch-size", type=whole, metavar="N", help="images per process and forward pass (GPU 256, CPU 32)")
     g.add_argument("--accum", type=whole, metavar="N", help="forward passes per optimiser step (1)")
     g.add_argument("--lr", type=real, metavar="LR", help="AdamW's, per 512 images of the global batch (by recipe)")
@@ -164,7 +174,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     g.add_argument("--weight-decay", type=real, metavar="WD", help="(0.05)")
     g.add_argument("--clip-grad", type=real, metavar="G", help="largest gradient norm, 0 = none (by recipe)")
     g = run_flags(parser)
-    g.add_argument("--sheets", type=number(int, 0), metavar="N", help="pictures over the run, first and last included (5)")
+    g.add_argument("--sheets", type=number(int, 0, 1000), metavar="N", help="pictures over the run, first and last included (5)")
     given = vars(parser.parse_args(argv))
 
     demo = "data" not in given
@@ -251,19 +261,38 @@ class Processes:
 
 
 def open_out(args: SimpleNamespace, name: str) -> Path:
-    """Makes the output folder. By default runs/<name>, numbered if taken; --resume takes the newest of them."""
+    """Chooses the output folder, and tries whether it can be made and written. By default runs/<name>, numbered if taken;
+    --resume takes the newest of them. It leaves nothing behind: a command that is refused makes no folder."""
     if args.out is None:
         taken = [n for n in range(1, 1000) if any((numbered(name, n) / file).exists() for file in ("log.jsonl", "result.json"))]
         args.out = str(numbered(name, max(taken, default=1) if args.resume else max(taken, default=0) + 1))
     out = Path(args.out)
     if not args.resume and (out / "log.jsonl").exists():
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
+    if (out / "result.json").exists() and not (args.resume and (out / "log.jsonl").exists()):
+        raise ValueError(f"--out {out}: already holds a result.json; choose another folder")
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
+        for folder in made:
+            folder.rmdir()
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
     return out
+
+
+def make_out(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path) -> None:
+    """The output folder, with args.json in it: all settings as they came out, and the versions."""
+    if me.rank == 0:
+        used = dict(amp=run.amp, global_batch=run.global_batch, torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps({**settings(args), **used}, indent=1) + "\n")
+
+
+def settings(args: SimpleNamespace) -> dict:
+    """What a checkpoint and args.json remember of the flags."""
+    return {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
 
 
 def numbered(name: str, n: int) -> Path:
@@ -419,13 +448,10 @@ class Broken:
 def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, one_step, after_step, on_save) -> None:
     """The loop: optimiser steps, lines of log.jsonl, checkpoints. Raises Failed where the run cannot go on, Stopped after a signal.
 
-    one_step(step, stream, args, me, run) -> {'loss': ..., its parts}; after_step(done) runs on every rank, on_save() on rank 0."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")} | {"amp": run.amp}
+    one_step(step, stream, args, me, run) -> {'loss': ..., its parts}; after_step(done, write) runs on every rank, on_save() on rank 0."""
     log, every = out / "log.jsonl", int(args.save_every.removesuffix("m"))
     if me.rank == 0:
         trim_log(log, run.saved["step"] / run.saved["per_epoch"] if run.saved else 0.0)
-        used = dict(torch=torch.__version__, torchvision=torchvision.__version__, world=me.world, device=me.device.type)
-        (out / "args.json").write_text(json.dumps({**settings, **used}, indent=1) + "\n")
     count = lambda n: torch.tensor(n, device=me.device)
     in_a_row, skipped, last = count(0), count(run.saved["skipped"] if run.saved else 0), "none yet"
     statistics = [b for b in run.model.buffers() if b.is_floating_point()]   # BatchNorm's
@@ -441,14 +467,14 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
 
     def save() -> None:
         state = {name: keeper.state_dict() for name, keeper in run.keeps.items()}
-        state |= dict(step=done, per_epoch=run.per_epoch, world=me.world, args=settings, skipped=int(skipped))
+        state |= dict(step=done, per_epoch=run.per_epoch, world=me.world, args=settings(args) | {"amp": run.amp}, skipped=int(skipped))
         save_atomically(state, out / "checkpoint.pt", keep_previous=True)
         on_save()
         save_curve(out / "loss.png", log)
 
     done = run.start
     if run.saved:                                            # the checkpoint is written before an evaluation, so that no signal has to wait for one
-        write("a file", after_step, done)
+        after_step(done, write)
     with Signals() as signals:
         for step in range(run.start, run.total):
             before = [b.clone() for b in statistics]
@@ -483,7 +509,7 @@ def fit(args: SimpleNamespace, me: Processes, run: SimpleNamespace, out: Path, o
             if stop:
                 bar.close()
                 raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {run.total}; go on with --out {out} --resume")
-            write("a file", after_step, done)
+            after_step(done, write)
     bar.close()
 
 
@@ -509,7 +535,9 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     except Exception as error:
-        if me.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "Unable to allocate" in str(error):      # a CPU's, here or in a worker
+            message = f"not enough memory ({str(error).splitlines()[-1].strip() or 'no more is said'}); use a smaller --image-size or --batch-size"
+        elif me.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             message = "lost another process (killed, or ended by an error of its own); --resume goes on from the last checkpoint"
         elif "BackendCompilerFailed" in (kind.__name__ for kind in type(error).__mro__):         # such as no C++ compiler
             message = f"--compile: {str(error).splitlines()[0]}; repair that, or run without it"
@@ -544,8 +572,6 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     plan(run, args, me, len(source), saved)
     batches = Batches(len(source), run.batch, args.accum, me.world, me.rank, args.seed, run.start, run.total)
     run.loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, run.workers, me.on_gpu)
-    preview = Samples(source, eval_transform(size), args.seed)
-    run.preview = torch.stack([preview[0, i * len(source) // 6][0] for i in range(6)])   # the same images in every picture
 
     torch.manual_seed(mix(args.seed))                        # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
@@ -555,6 +581,8 @@ def prepare(args: SimpleNamespace, me: Processes, saved: dict | None) -> SimpleN
     run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     run.broken = Broken(source, args.max_bad, Path(args.out))
     run.keeps = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken)
+    preview = Samples(source, eval_transform(size), args.seed)
+    run.preview = torch.stack([preview[0, i * len(source) // 6][0] for i in range(6)])   # the same images in every picture
     return run
 
 
@@ -616,13 +644,15 @@ def train(args: SimpleNamespace, me: Processes) -> None:
     look = random_mask(len(preview), run.model.grid, args.mask_ratio, generator=torch.Generator().manual_seed(mix(args.seed))).to(me.device)
     sheets = {round(i / max(1, args.sheets - 1) * run.total) for i in range(args.sheets)}
 
-    def picture(done: int) -> None:
+    def picture(done: int, write) -> None:
         if me.rank == 0 and done in sheets:
             titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
-            save_sheet(out / f"reconstruction-{done:06d}.png", dict(zip(titles, (preview, *run.model.reconstruct(preview, look)))))
+            columns = dict(zip(titles, (preview, *run.model.reconstruct(preview, look))))
+            write("a picture", save_sheet, out / f"reconstruction-{done:06d}.png", columns)
 
+    make_out(args, me, run, out)
     if not saved:
-        picture(0)
+        picture(0, lambda what, save, *given: save(*given))
     run.model.train()
     fit(args, me, run, out, train_step, picture, lambda: save_atomically(run.model.encoder.backbone.state_dict(), out / "backbone.pt"))
     me.say(f"done: {out}/backbone.pt holds the encoder, {out}/reconstruction-*.png show what it paints")

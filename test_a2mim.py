@@ -13,6 +13,7 @@ import sys
 import zlib
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
         weight = weight / weight.max(axis=None if spectrum == "batch" else (2, 3), keepdims=True)
         expected = (weight * modulus**2).mean()
     else:
-        expected = modulus.mean()
+        expected = (modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)).mean()             # the pixel criterion again, on the full plane
     got = loss.fourier_loss(pred, image, mask, stand_in=stand_in, u=u, spectrum=spectrum, focal=focal, alpha=alpha, log_weight=log_weight)
     assert got.item() == pytest.approx(expected, rel=1e-4)
 
@@ -520,6 +521,12 @@ def test_folders_of_every_layout(tmp_path):
     assert len(data.Folder(tmp_path / "flat", "train")) == 2
     os.symlink(tmp_path / "flat", tmp_path / "flat" / "loop")
     assert len(data.Folder(tmp_path / "flat", "train")) == 2     # a loop of links is entered once
+    for file in ("TRAIN/cat/1.jpg", "TRAIN/dog/2.jpg", "Val/cat/3.jpg", "Val/dog/4.jpg"):
+        (tmp_path / "loud" / file).parent.mkdir(parents=True)
+        paint(tmp_path / "loud" / file)
+    for split in ("train", "val"):                           # two splits, in any capitals, and not two classes
+        loud = data.open_source(str(tmp_path / "loud"), split, (32, 32), labelled=True)
+        assert loud.classes == ["cat", "dog"] and len(loud) == 2
 
 
 def test_torchvision_datasets_open_by_name(tmp_path):
@@ -571,14 +578,16 @@ def test_normalise_is_to_tensor_then_normalize():
 
 def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
     from torchvision.transforms import InterpolationMode, v2
-    theirs = v2.Compose([v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
     image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
-    for seed in range(12):
-        crops = []
-        for transform in (theirs, data.CropAndFlip((48, 48), 0.2)):
-            torch.manual_seed(seed)
-            crops.append(transform(image))
-        assert torch.equal(*crops)
+    fine_tuning = finetune.augment(SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0))
+    for ours, mode in ((data.CropAndFlip((48, 48), 0.2), InterpolationMode.BILINEAR), (fine_tuning, InterpolationMode.BICUBIC)):     # as released
+        theirs = v2.Compose([v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True), v2.RandomHorizontalFlip()])
+        for seed in range(12):
+            crops = []
+            for transform in (theirs, ours):
+                torch.manual_seed(seed)
+                crops.append(transform(image))
+            assert torch.equal(*crops)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -641,6 +650,15 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
         assert (args.mask_ratio, args.mask_cell, args.weight_decay, args.min_lr) == (0.6, 32, 0.05, 1e-5)
     simmim = pretrain.parse(["--data", "x", "--baseline", "simmim", "--lr", "1"])
     assert (simmim.token, simmim.mask_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == ("replace", 1, "zero", 0, 1)
+    for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):      # plain L1 on every backbone
+        assert not pretrain.parse(["--data", "x", "--baseline", "simmim", "--arch", arch]).focal_pixels
+    r101 = pretrain.parse(["--data", "x", "--arch", "resnet101"])
+    assert (r101.fourier_focal, r101.spectrum) == (False, "image")
+    for arch, stage in (("deit_small", 8), ("deit_tiny", 1)):
+        deit = pretrain.parse(["--data", "x", "--arch", arch])
+        assert (deit.image_size, deit.lr, deit.schedule, deit.min_lr, deit.epochs, deit.clip_grad, deit.crop_min) == (192, 2e-4, "cosine", 1e-5, 800, 5.0, 0.67)
+        net = A2MIM(build_encoder(arch, 192), 192, deit.mask_cell, deit.mask_stage, deit.token)      # 6 x 6 cells on 12 x 12 patches
+        assert net.mask_stage == stage and net.grid == (6, 6) and net.encoder.stages[8] == ["blocks.7"]                 # the eighth block
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny"])
@@ -653,7 +671,7 @@ def test_what_decays_and_what_does_not(arch):
         for p in group["params"]:
             name = names[p]
             seen.add(p)
-            free = p in norms or name.endswith((".bias", "_bias", "mask_token.token", "mask_token.gamma", "layer_scale", "gamma_1", "gamma_2", "pos_embed", "cls_token"))
+            free = p in norms or "bias" in name or name.endswith(("mask_token.token", "mask_token.gamma", "layer_scale", "gamma_1", "gamma_2", "pos_embed", "cls_token"))
             assert group["weight_decay"] == (0 if free else 0.05), name
             assert group["scale"] == (0.1 if name in ("mask_token.token", "mask_token.gamma") else 1.0), name
     assert seen == set(names)
@@ -793,7 +811,12 @@ def complaint(capsys, *flags, main=pretrain.main):
     (["--arch", "resnet51"], "argument --arch: invalid choice: 'resnet51'"),
     (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
     (["--lr", "nan"], "argument --lr: nan: must be a number"),
-    (["--epochs", "0"], "argument --epochs: 0: must be a number of at least 0.001"),
+    (["--epochs", "0"], "argument --epochs: 0: must be a number from 0.001 to 100000"),
+    (["--epochs", "1e18"], "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
+    (["--sheets", "2000000000"], "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
+    (["--image-size", "1000000"], "argument --image-size: 1000000: must be an integer from 1 to 8192"),
+    (["--data", ""], "argument --data: is empty (an unset shell variable?)"),
+    (["--out", ""], "argument --out: is empty"),
     (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
     (["--crop-min", "2"], "argument --crop-min: 2: must be a number from 0.01 to 1"),
     (["--wings", "2"], "unrecognized arguments: --wings 2"),
@@ -804,12 +827,14 @@ def complaint(capsys, *flags, main=pretrain.main):
     (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
     (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
     (["--data", "no/such/folder"], "--data no/such/folder: no such folder; give a folder of images or one of shapes, cifar10"),
-    (["--data", "cifar10"], "--data cifar10: not found in datasets; add --download to fetch it"),
+    (["--data", "cifar10"], "--data cifar10: not found in --data-root datasets; add --download to fetch it"),
+    (["--data", "cifar10", "--download", "--data-root", "/dev/null/x"], "--data-root /dev/null/x: cannot be written (Not a directory)"),
 ])
 def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said = complaint(capsys, "--data", "shapes", "--arch", "resnet18", *flags)
     assert code == 2 and words in said and said.startswith("pretrain.py: error: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())                      # a refused command leaves nothing, not even runs/
 
 
 def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
@@ -851,6 +876,53 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
             model.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
     assert len(model.load_backbone(encoder, whole)["missing"]) == 0
+
+
+def flip_a_byte(path):
+    """In the largest tensor of a torch.save file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
+    encoder = build_encoder("resnet18")
+    state = encoder.backbone.state_dict()
+    torch.save(state, tmp_path / "flipped.pt")
+    flip_a_byte(tmp_path / "flipped.pt")
+    assert len(torch.load(tmp_path / "flipped.pt")) == len(state)            # torch itself does not see it
+    for name, changed, words in (("nan.pt", {"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), math.nan)}, "layer2.0.conv1.weight holds NaN or infinity"),
+                                 ("inf.pt", {"bn1.running_var": torch.full((64,), math.inf)}, "bn1.running_var holds NaN or infinity"),
+                                 ("sparse.pt", {"fc.bias": torch.eye(3).to_sparse()}, "fc.bias is no plain tensor"),
+                                 ("meta.pt", {"bn1.bias": torch.zeros(64, device="meta")}, "bn1.bias is no plain tensor"),
+                                 ("keys.pt", {7: torch.zeros(1)}, "holds a tensor under 7; expected a state dict with names as keys"),
+                                 ("flipped.pt", None, "not a file of weights (truncated, damaged")):
+        if changed:
+            torch.save({**state, **changed}, tmp_path / name)
+        with pytest.raises(ValueError) as error:
+            model.load_backbone(encoder, tmp_path / name)
+        assert words in str(error.value) and "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[1, 2]", "cannot be read as the settings of a run"), ("{", "cannot be read as the settings of a run"), ("7", "cannot be read as the settings of a run"),
+    ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"), ('{"image_size": [224, 224]}', "image_size is [224, 224]"),
+    ('{"image_size": -5}', "image_size is -5"), ('{"image_size": 1e400}', "image_size is inf"), ('{"image_size": true}', "image_size is True"),
+    ('{"arch": 3}', "arch is 3, which --arch would refuse"), ('{"arch": "resnet51"}', "arch is 'resnet51'"), ('{"window": {}}', "window is {}"),
+])
+def test_a_spoiled_args_json_beside_the_weights_gets_one_line(text, words, backbone, capsys):
+    (backbone.parent / "args.json").write_text(text)
+    code, said = complaint(capsys, "--data", "shapes", "--weights", backbone, main=finetune.main)
+    assert code == 2 and words in said and f"{backbone.parent}/args.json" in said and said.count("\n") == 1, said
+
+
+def test_an_image_size_beyond_memory_gets_one_line(few_images, tmp_path):
+    limited = ("import pretrain, resource\nmost = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (2 << 30)\n"
+               "resource.setrlimit(resource.RLIMIT_AS, (most, most))      # 2 GB more than now\n"
+               "pretrain.main('--data shapes --arch resnet18 --image-size 8192 --batch-size 16 --workers 0 --amp off --sheets 0 --out %s'.split())")
+    done = subprocess.run([sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "pretrain.py: not enough memory" in done.stderr and "use a smaller --image-size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 # ---- fine-tuning: labels, batches, targets ----
 
@@ -924,6 +996,28 @@ def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_ke
     assert 0.25 * 300 - 38 < same < 0.25 * 300 + 75          # both ops skipped, or one that changed nothing
 
 
+def test_randaugment_turns_bicubically_and_fills_corners_with_the_released_colour():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    change, image = finetune.RandAugment(9.0).by_bin[20], Image.fromarray(pixels)
+    change._AUGMENTATION_SPACE = {"Rotate": change._AUGMENTATION_SPACE["Rotate"]}        # 20 of 30 bins: 20 degrees
+    by_pillow = [image.rotate(angle, Image.BICUBIC, fillcolor=(104, 116, 124)) for angle in (20, -20)]
+    assert any(np.array_equal(np.asarray(change(image)), np.asarray(turned)) for turned in by_pillow)
+
+
+def test_random_erasing_paints_a_rectangle_of_normal_noise():
+    images = torch.full((60, 3, 64, 64), 7.0)
+    erased, share = finetune.erase(images, 0.25), []
+    assert finetune.erase(images, 0.0) is images
+    for image in finetune.erase(images, 1.0):
+        hit = (image != 7).all(0)
+        rows, cols = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
+        assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()           # one whole rectangle, all colours
+        share.append(image[:, hit])
+    noise = torch.cat([s.flatten() for s in share])
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02) and len(noise.unique()) > 0.9 * len(noise)
+    assert 5 <= (erased != 7).flatten(1).any(1).sum() <= 26  # 15 of 60 expected, 3.3 standard deviations
+
+
 # ---- fine-tuning: optimiser ----
 
 def test_lamb_takes_the_steps_of_its_paper():
@@ -957,7 +1051,7 @@ def test_lamb_moves_a_weight_of_zeros_with_ratio_one():
     close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)             # Adam's first step is the sign
 
 
-@pytest.mark.parametrize("arch, decay", [("resnet18", 0.75), ("convnext_tiny", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)])
+@pytest.mark.parametrize("arch, decay", [("resnet18", 0.75), ("convnext_tiny", 0.7), ("convnext_small", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)])
 def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
     net = finetune.Classifier(arch, build_encoder(arch, 64), 10)
     names = {p: n.removeprefix("encoder.backbone.") for n, p in net.named_parameters()}
@@ -969,6 +1063,10 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
             return 5 - int(name[5]) if name.startswith("layer") else 5
         if arch == "deit_tiny":                              # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
             return 13 - (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0)
+        if arch.startswith("convnext"):                      # level 0: stem; 1, 2: stages with what leads to them; groups of three blocks; last stage
+            part, block = int(name.split(".")[1]), name.split(".")[2]
+            groups = {"convnext_tiny": 3, "convnext_small": 9}[arch]
+            return 4 + groups - (3 + int(block) // 3 if part == 5 else {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 6: 3 + groups, 7: 3 + groups}[part])
         if name.startswith("norm."):
             return 1
         return 5 - (int(name.split(".")[1]) + 1) // 2        # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
@@ -977,20 +1075,23 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
         for p in group["params"]:
             seen.add(names[p])
             assert group["scale"] == pytest.approx(decay ** depth(names[p])), names[p]
-            assert group["weight_decay"] == (0.05 if p.ndim > 1 and not names[p].endswith(("pos_embed", "cls_token", "layer_scale")) else 0), names[p]
-    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(range(14 if arch == "deit_tiny" else 6))
+            assert group["weight_decay"] == (0.05 if p.ndim > 1 and "bias" not in names[p] and not names[p].endswith(("pos_embed", "cls_token", "layer_scale")) else 0), names[p]
+    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(range({"deit_tiny": 14, "convnext_tiny": 8, "convnext_small": 14}.get(arch, 6)))
+    if arch == "convnext_tiny":
+        stem = next(g["scale"] for g in loss.layer_groups(net, 0.05, decay) for p in g["params"] if names[p] == "features.0.0.weight")
+        assert round(stem, 3) == 0.082                       # 0.7^7
 
 
 def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    ema, weights, expected = loss.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], None
+    ema, weights, expected = loss.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], net[0].weight.item()
     for n, w in enumerate(weights):
         with torch.no_grad():
             net[0].weight.fill_(w)
             net[1].running_mean.fill_(w)
         ema.update_parameters(net)
         d = 0.99 * (0.9 + 0.1 * min(1, n / 4))
-        expected = w if expected is None else d * expected + (1 - d) * w     # the average starts as a copy
+        expected = d * expected + (1 - d) * w                # it starts from the initial weights, with 0.9 of the decay
         assert ema.module[0].weight.item() == pytest.approx(expected, rel=1e-5)
         assert ema.module[1].running_mean.item() == w
 
@@ -999,9 +1100,14 @@ def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
     args, run_ = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "rsb_a3"]), pretrain.SimpleNamespace(per_epoch=10, warmup=50, total=1000)
     lr = lambda step: finetune.lr_of(step, 8e-3, args, run_)
     cosine = lambda epoch: 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
-    assert lr(25) == pytest.approx(0.5 * cosine(2)) and lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
+    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(1e-5 * 8e-3)          # the ramp starts at 1e-5
+    assert lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
     args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "linear"])
     assert [finetune.lr_of(step, 30.0, args, run_) for step in (0, 599, 600, 799, 800)] == pytest.approx([30, 30, 3, 3, 0.3])
+    args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "convnext_base", "--recipe", "convnext"])
+    for step in (0, 1, 25, 50, 51, 999):                     # ConvNeXt: counted from iteration 0, under the same ramp
+        ramp = min(1, 1e-5 + (1 - 1e-5) * step / 50)
+        assert finetune.lr_of(step, 4e-3, args, run_) == pytest.approx(ramp * (1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / 1000)) / 2))
 
 
 def test_published_fine_tuning_recipes_come_out():
@@ -1009,13 +1115,26 @@ def test_published_fine_tuning_recipes_come_out():
     for name, lr, batch, epochs, warmup, decay, size in (("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160), ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224), ("vit", 2.5e-3, 1024, 100, 20, 0.05, 224)):
         args = parse(name)
         assert (args.lr * batch / args.lr_batch, args.epochs, args.warmup_epochs, args.weight_decay, args.image_size) == (pytest.approx(lr), epochs, warmup, decay, size)
-    a3, a2, vit = parse("rsb_a3"), parse("rsb_a2"), parse("vit")
+    a3, a2, vit, convnext = map(parse, ("rsb_a3", "rsb_a2", "vit", "convnext"))
     assert (a3.optimizer, a3.loss, a3.mixup, a3.cutmix, a3.test_size, a3.ema, a3.repeats) == ("lamb", "bce", 0.1, 1.0, 224, 0, 1)
     assert (a2.ema, a2.repeats, a2.drop_path, a2.randaug) == (0.9999, 3, 0.05, 7)
-    assert (vit.optimizer, vit.loss, vit.smoothing, vit.layer_decay, vit.clip_grad, vit.ema, vit.erasing, vit.jitter) == ("adamw", "ce", 0.1, 0.65, 5, 0.99996, 0.25, 0.4)
+    assert (vit.optimizer, vit.loss, vit.smoothing, vit.layer_decay, vit.clip_grad, vit.ema, vit.erasing, vit.jitter) == ("adamw", "ce", 0.1, 0.65, 5, 0.99996, 0.25, 0.0)                                       # jitter: in the released configs, without effect beside RandAugment
+    assert (convnext.warmup_epochs, convnext.schedule, convnext.jitter, convnext.erasing) == (5, "cosine-from-0", 0, 0.25)
+    special = lambda recipe, arch: finetune.parse(["--data", "x", "--init", "scratch", "--arch", arch, "--recipe", recipe])
+    for recipe, arch, expected in (("rsb_a2", "resnet101", dict(ema=0, drop_path=0.1)), ("vit", "vit_small", dict(ema=0)), ("vit", "vit_base", dict(ema=0.99996, repeats=1)),
+                                   ("vit", "vit_large", dict(repeats=3, ema=0.99996)), ("convnext", "convnext_base", dict(drop_path=0.5, lr=4e-3, layer_decay=1)),
+                                   ("convnext", "convnext_small", dict(drop_path=0.4, epochs=300)), ("convnext", "convnext_tiny", dict(layer_decay=0.7))):
+        assert {k: getattr(special(recipe, arch), k) for k in expected} == expected, arch
+    assert special("convnext", "convnext_tiny").lr == 4e-4 and finetune.parse(["--data", "x", "--init", "scratch", "--arch", "vit_small", "--recipe", "vit", "--ema", "0.5"]).ema == 0.5
 
 
 # ---- fine-tuning: the network ----
+
+@pytest.mark.parametrize("arch, std", [("resnet18", 0.01), ("deit_tiny", 0.01), ("convnext_tiny", 0.02)])
+def test_the_head_starts_as_released(arch, std):
+    head = finetune.Classifier(arch, build_encoder(arch, 64), 1000).head
+    assert head.weight.std().item() == pytest.approx(std, rel=0.02) and head.bias.abs().max() == 0
+
 
 def test_classifiers_keep_torchvisions_names_and_outputs():
     images = torch.randn(2, 3, 64, 64)
@@ -1189,6 +1308,8 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     resnet = ["--weights", backbone, "--arch", "resnet18"]
     for flags, words in (
         (["--data", "shapes"], "give --weights FILE, or --init scratch"),
+        (["--data", "shapes", "--weights", "", "--arch", "resnet18"], "argument --weights: is empty (an unset shell variable?)"),
+        (["--data", "shapes", *resnet, "--test-size", "10000"], "argument --test-size: 10000: must be an integer from 1 to 8192"),
         (["--data", "shapes", "--init", "scratch"], "--arch is missing"),
         (resnet, "--data is missing"),
         (["--data", "shapes", *resnet, "--labels", "lots"], "--labels lots: must be a share such as 0.1, or a count such as 20/class"),
@@ -1229,12 +1350,13 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupt
     assert signal.getsignal(number) == before                # and the handlers are gone again
 
 
-def test_a_broken_checkpoint_gives_way_to_the_one_before(few_images, tmp_path):
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:5000]), flip_a_byte])
+def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, capsys, tmp_path):
     log, final = run(tmp_path / "run", *FLAGS)
-    path = tmp_path / "run" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:5000])
+    spoil(tmp_path / "run" / "checkpoint.pt")
     assert torch.load(tmp_path / "run" / "checkpoint-previous.pt", weights_only=True)["step"] == 7
     again, weights = run(tmp_path / "run", *FLAGS, "--resume")
+    assert "checkpoint-previous.pt, step 7" in capsys.readouterr().err
     assert again == log
     same_weights(final, weights)
 
@@ -1317,8 +1439,39 @@ def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_pat
     listed = {Path(line).name for line in (tmp_path / "run" / "broken.txt").read_text().splitlines()}
     assert listed <= bad and log[-1]["broken"] == len(listed) >= 5           # one image of 25 is not in the three steps
     assert capsys.readouterr().err.count("cannot be read, the next image is taken instead") in (1, 2)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_text("not an image, and not a name in UTF-8")
+    run(tmp_path / "latin", "--max-bad", "0.5", "--batch-size", "26", base=flags)
+    assert "caf\\xe9.png" in (tmp_path / "latin" / "broken.txt").read_text()
+    (folder / os.fsdecode(b"caf\xe9.png")).unlink()
     code, said = complaint(capsys, *flags, "--out", tmp_path / "strict")
     assert code == 1 and "of 25 images cannot be read, listed in" in said and "--max-bad (now 0.01)" in said
+
+
+def test_a_disk_that_fails_in_an_evaluation_ends_the_run_with_one_line(few_images, capsys, tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError("the disk of the validation images is gone")
+    monkeypatch.setattr(finetune, "evaluate", fails)
+    code, said = complaint(capsys, *SMALL, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run", main=finetune.main)
+    assert code == 1 and said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone" and "not written" not in said
+
+
+def test_probes_and_evaluations_leave_args_json_and_never_overwrite_a_result(few_images, backbone, capsys, tmp_path):
+    result = tune(tmp_path / "tuned", "--weights", backbone, "--arch", "resnet18", "--epochs", "1")
+    best = tmp_path / "tuned" / "best.pt"
+    for name, more in (("knn", ["--recipe", "knn"]), ("eval", ["--eval-only"])):
+        tune(tmp_path / name, "--weights", best, *more)
+        assert json.loads((tmp_path / name / "args.json").read_text())["arch"] == "resnet18"
+        before = (tmp_path / name / "result.json").read_bytes()
+        for out in (tmp_path / name, tmp_path / "tuned"):
+            code, said = complaint(capsys, *SMALL, "--weights", best, *more, "--out", out, main=finetune.main)
+            assert code == 2 and "already holds a" in said
+        assert (tmp_path / name / "result.json").read_bytes() == before
+    assert json.loads((tmp_path / "tuned" / "result.json").read_text()) == result
+
+
+def test_args_json_of_a_demo_holds_the_batch_it_ran_with(few_images, tmp_path):
+    pretrain.main(["--batch-size", "8", "--image-size", "32", "--epochs", "0.3", "--workers", "0", "--sheets", "0", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["global_batch"] == 8             # the demo's own is 16
 
 
 def test_validation_leaves_out_what_cannot_be_read(tmp_path):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 import pretrain
-from data import NAMED, open_source
+from data import NAMED, open_source, split_folder
 from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
@@ -61,7 +61,7 @@ def slug(title: str) -> str:
 
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
-    if args.data not in NAMED and not (Path(args.data) / "train").is_dir():
+    if args.data not in NAMED and not split_folder(Path(args.data), "train"):
         raise ValueError(f"--data {args.data}: needs train/<class>/ and val/<class>/, so that pre-training does not see what is tested on")
     unlabelled, images = (len(open_source(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True))
     few = max(1, round(args.few * images)) / images
@@ -114,8 +114,8 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
             torch.save(build_encoder(arch, int(size)).backbone.state_dict(), part / "backbone.pt")
         else:
             resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
-            if not resume:
-                (part / "log.jsonl").unlink(missing_ok=True)
+            for left in ("result.json",) if resume else ("log.jsonl", "result.json"):
+                (part / left).unlink(missing_ok=True)
             {"pretrain": pretrain, "finetune": finetune}[program].main([*flags.split(), "--out", str(part), *resume])
     part.rename(done)
 
