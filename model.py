@@ -1,19 +1,18 @@
 """The model: a backbone cut into stages, a mask token between two of them, a linear decoder behind the last.
 
     Encoder        any backbone as a list of stages, run in a plain loop
-    build_encoder  the paper's backbones by name: ResNet, ConvNeXt, Swin (torchvision's, untouched), ViT and DeiT (below)
+    build_encoder  a backbone by name: the paper's (ResNet, ConvNeXt and Swin are torchvision's, ViT and DeiT are below),
+                   or any other of torchvision's
     A2MIM          the whole pre-training forward pass
-    load_backbone  weights in: our files, torchvision's, the authors' released checkpoints
+    Classifier     the encoder with a linear head, for fine-tuning
 """
 
 import math
-import re
-import zipfile
 from collections import OrderedDict
+from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from types import MethodType
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,8 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from engine.chain import cut, drop_residuals
+from engine.files import read_weights
 from masking import MaskToken, fill_hidden, mask_grid, resize_mask, spread_mask
 
 
@@ -82,11 +83,11 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per p x p patch: (B, 3, H, W) -> (B, N, C), N = HW / p^2."""
+    """One linear map per p x p patch: (B, channels, H, W) -> (B, N, C), N = HW / p^2."""
 
-    def __init__(self, dim: int, patch: int):
+    def __init__(self, dim: int, patch: int, channels: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -98,13 +99,13 @@ class ViT(nn.Module):
     Raises ValueError where the patch does not divide the image (H, W)."""
 
     def __init__(self, image_size: tuple[int, int], dim: int, depth: int, heads: int, mlp: int,
-                 patch: int = 16, drop_path: float = 0.1):
+                 patch: int = 16, drop_path: float = 0.1, channels: int = 3):
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             raise ValueError(f"image size {image_size[0]}x{image_size[1]}: not a multiple of the {patch}-pixel patch")
         self.image_size = image_size
         self.grid = grid = (image_size[0] // patch, image_size[1] // patch)
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = PatchEmbed(dim, patch, channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
         rates = torch.linspace(0, drop_path, depth).tolist()                 # deeper blocks are dropped more often
@@ -127,17 +128,23 @@ class Encoder(nn.Module):
     backbone    holds the parameters under its own names; `encoder.backbone.state_dict()` is what `backbone.pt` keeps
     stages      for each stage, the names of the modules (or methods) of `backbone` that it runs, in order
     mask_stage  where the token enters unless told otherwise; layout as in masking.spread_mask
-    levels      groups of module names that share a learning rate under layer decay, from the image on; the stages unless told otherwise
+    levels      groups of module names that share a learning rate under layer decay, from the image on; else the stages
+    head_name   where fine-tuning puts torchvision's own head back; "" = it makes a linear one
     Hand over a list of modules as `backbone`, and each is a stage: Encoder([stem, block1, block2])."""
 
     def __init__(self, backbone: nn.Module | Sequence[nn.Module], stages: list[list[str]] | None = None,
-                 mask_stage: int = -1, layout: str = "nchw", levels: list[list[str]] | None = None):
+                 mask_stage: int = -1, layout: str = "nchw", head_name: str = "", levels: list[list[str]] | None = None):
         super().__init__()
         if stages is None:
             backbone = nn.Sequential(*backbone)
             stages = [[str(i)] for i in range(len(backbone))]
         self.backbone, self.stages, self.layout, self.levels = backbone, stages, layout, levels or stages
-        self.mask_stage = mask_stage % len(stages)
+        self.mask_stage, self.head_name = mask_stage % len(stages), head_name
+
+    @property
+    def channels(self) -> int:
+        """Of the images it takes: those of its first convolution."""
+        return next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
 
     def run(self, stage: int, z: Tensor) -> Tensor:
         for name in self.stages[stage]:                      # by name, so that SyncBN or a fork may swap a module
@@ -154,12 +161,18 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def shapes(self, image_size: tuple[int, int]) -> list[torch.Size]:
         """The shape of what enters each stage for one image (H, W), and last of what leaves the encoder."""
-        training, z = self.training, next(self.parameters()).new_zeros(1, 3, *image_size)
+        training, z = self.training, next(self.parameters()).new_zeros(1, self.channels, *image_size)
         self.eval()
         shapes = [z.shape]
-        for stage in range(len(self.stages)):
-            z = self.run(stage, z)
-            shapes.append(z.shape)
+        try:
+            for stage in range(len(self.stages)):
+                z = self.run(stage, z)
+                shapes.append(z.shape)
+        except RuntimeError as error:
+            if "allocate" in str(error):
+                raise
+            H, W = image_size
+            raise ValueError(f"image size {H}x{W}: does not fit this encoder ({str(error).splitlines()[0]})") from None
         self.train(training)
         return shapes
 
@@ -169,27 +182,49 @@ VITS = {  # width, depth, heads, MLP width; "small" is the authors' own, wide an
     "deit_tiny": (192, 12, 3, 768), "deit_small": (384, 12, 6, 1536),
 }
 SWINS = {"swin_tiny": (96, (2, 2, 6, 2)), "swin_small": (96, (2, 2, 18, 2)), "swin_base": (128, (2, 2, 18, 2))}
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
-CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
-ARCHS = (*RESNETS, *CONVNEXTS, *VITS, *SWINS)
 
 
-def family(arch: str) -> str:
-    """'resnet', 'convnext', 'swin' or 'vit' (DeiT too). Raises ValueError for an architecture not in ARCHS."""
-    if arch not in ARCHS:
-        raise ValueError(f"arch {arch!r}: must be one of {', '.join(ARCHS)}")
-    return "vit" if arch in VITS else arch.rstrip("0123456789").split("_")[0]
+class Family(NamedTuple):
+    """What the backbones of one family have in common."""
+    name: str                                                # of its recipe, too
+    archs: tuple[str, ...]
+    mask_stage: int                                          # where the token enters, as released
+    head: str                                                # the classification head in torchvision's names
+    layout: str = "nchw"
+    convolutional: bool = True                               # faster in channels_last
+
+
+FAMILIES = [
+    Family("resnet", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"), 4, "fc"),
+    Family("convnext", ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"), 4, "classifier.2"),
+    Family("vit", tuple(VITS), 1, "head", convolutional=False),
+    Family("swin", tuple(SWINS), 1, "head", "nhwc", convolutional=False),
+]
+ARCHS = tuple(arch for kind in FAMILIES for arch in kind.archs)
+
+
+def family(arch: str) -> Family:
+    """The family of a backbone: the paper's, or 'torchvision' for its other nets. Raises ValueError for an unknown name."""
+    others = tuple(tv.list_models(module=tv))
+    for kind in (*FAMILIES, Family("torchvision", others, -1, "", convolutional=not arch.startswith(("swin", "maxvit")))):
+        if arch in kind.archs:
+            return kind
+    near = get_close_matches(arch, (*ARCHS, *others), 1)
+    raise ValueError(f"arch {arch!r}: must be one of {', '.join(ARCHS)}, or a net of torchvision"
+                     + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path: float | None = None,
                   patch_size: int = 16, window: int = 7) -> Encoder:
-    """A backbone of the paper by name, random weights, no classification head; names as in torchvision (ViT: BEiT).
+    """A backbone by name, random weights, no classification head; names as in torchvision (ViT: BEiT).
 
-    image_size (H, W) matters to ViT alone (position tables). drop_path: the deepest rate of stochastic depth; by default
-    0.1 for ViT and 0 elsewhere, as released. window: Swin's, 7 as in torchvision; the authors train at 192 px with 6.
-    Raises ValueError for an unknown name or, for ViT, an image that the patch does not divide."""
+    image_size (H, W) matters to ViT and MaxViT alone. drop_path: the deepest rate of stochastic depth; by default 0.1 for
+    ViT and 0 elsewhere, as released. window: Swin's, 7 as in torchvision; the authors train at 192 px with 6.
+    Raises ValueError for an unknown name, a net that cannot be cut, or an image that does not fit."""
     kind = family(arch)
-    if kind == "resnet":                                     # last BatchNorm of each block starts at 0
+    if kind.name == "torchvision":
+        return Encoder(*cut(arch, pair(image_size), drop_path or 0.0))
+    if kind.name == "resnet":                                 # last BatchNorm of each block starts at 0
         if arch == "resnet200":                              # torchvision has the blocks, not the name
             net = tv.ResNet(tv.resnet.Bottleneck, [3, 24, 36, 3], zero_init_residual=True)
         else:
@@ -197,43 +232,33 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
         net.fc = nn.Identity()
         if drop_path:
             drop_residuals(net, drop_path)
-        return Encoder(net, [["conv1", "bn1", "relu", "maxpool"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]], mask_stage=4)
-    if kind == "vit":
+        stages = [["conv1", "bn1", "relu", "maxpool"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
+        return Encoder(net, stages, kind.mask_stage)
+    if kind.name == "vit":
         dim, depth, heads, mlp = VITS[arch]
         net = ViT(pair(image_size), dim, depth, heads, mlp, patch_size, 0.1 if drop_path is None else drop_path)
         stages = [["patch_embed"], *([f"blocks.{i}"] for i in range(depth))]
         stages[1].insert(0, "embed_position")                # after the token: a hidden patch keeps its position
         stages[-1].append("norm")
-        return Encoder(net, stages, mask_stage=1)
+        return Encoder(net, stages, kind.mask_stage)
     # ConvNeXt and Swin: each downsampling closes the stage before it, so that stage k opens at its own resolution
-    stages = [["features.0"], ["features.1", "features.2"], ["features.3", "features.4"], ["features.5", "features.6"], ["features.7"]]
-    if kind == "convnext":
+    stages = [["features.0"], ["features.1", "features.2"], ["features.3", "features.4"], ["features.5", "features.6"],
+              ["features.7"]]
+    if kind.name == "convnext":
         net = getattr(tv, arch)(stochastic_depth_prob=drop_path or 0.0)
         net.classifier[2] = nn.Identity()
         stages[4].append("classifier.0")                     # the final LayerNorm, which torchvision keeps beside the head
-        # levels as released: a downsampling goes with what it leads to, and the long third stage is cut into groups of three blocks
+        # levels as released: a downsampling goes with what it leads to, and the third stage is cut into groups of three
         groups = [[f"features.5.{i}" for i in range(first, first + 3)] for first in range(0, len(net.features[5]), 3)]
         groups[0].insert(0, "features.4")
         levels = [["features.0"], ["features.1"], ["features.2", "features.3"], *groups, ["features.6", "features.7"]]
-        return Encoder(net, stages, mask_stage=4, levels=levels)
+        return Encoder(net, stages, kind.mask_stage, levels=levels)
     dim, depths = SWINS[arch]
     net = tv.SwinTransformer([4, 4], dim, list(depths), [dim // 32 * 2**i for i in range(4)], [window, window],
                              stochastic_depth_prob=drop_path or 0.0)
     net.head = nn.Identity()
     stages[4].append("norm")
-    return Encoder(net, stages, mask_stage=1, layout="nhwc")
-
-
-def drop_residuals(net: tv.ResNet, drop_path: float) -> None:
-    """Stochastic depth for torchvision's ResNet, which has none: on each block's residual branch, 0 to `drop_path` over depth."""
-    def forward(block: nn.Module, x: Tensor) -> Tensor:
-        z = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
-        if hasattr(block, "conv3"):
-            z = block.bn3(block.conv3(block.relu(z)))
-        return block.relu(block.drop_path(z) + (x if block.downsample is None else block.downsample(x)))
-    blocks = [block for block in net.modules() if isinstance(block, (tv.resnet.BasicBlock, tv.resnet.Bottleneck))]
-    for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
-        block.drop_path, block.forward = StochasticDepth(rate, mode="row"), MethodType(forward, block)
+    return Encoder(net, stages, kind.mask_stage, kind.layout)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -241,6 +266,14 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 # ---- A2MIM ----
+
+def build_decoder(width: int, channels: int, stride: int) -> nn.Module:
+    """One linear layer: each feature (B, width, h, w) paints its own square of pixels, (B, channels, h stride, w stride)."""
+    paint = nn.Conv2d(width, channels * stride**2, 1)
+    nn.init.trunc_normal_(paint.weight, std=0.02)
+    nn.init.zeros_(paint.bias)
+    return nn.Sequential(paint, nn.PixelShuffle(stride))
+
 
 class A2MIM(nn.Module):
     """Masked image modeling for any encoder (paper, Fig. 3): fill, encode with the token in the middle, decode linearly.
@@ -271,9 +304,7 @@ class A2MIM(nn.Module):
 
         self.stride = self.find_stride(last)
         width = last[1] if len(last) == 4 and self.encoder.layout == "nchw" else last[-1]
-        self.decoder = nn.Sequential(nn.Conv2d(width, 3 * self.stride**2, 1), nn.PixelShuffle(self.stride))
-        nn.init.trunc_normal_(self.decoder[0].weight, std=0.02)
-        nn.init.zeros_(self.decoder[0].bias)
+        self.decoder = build_decoder(width, self.encoder.channels, self.stride)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised; mask (B, gh, gw), True = hidden. Returns the painted images (B, 3, H, W)."""
@@ -317,104 +348,87 @@ class A2MIM(nn.Module):
         return fill_hidden(images, mask, self.fill), painted, torch.where(resize_mask(mask, self.image_size), painted, images)
 
 
-# ---- weights in ----
+# ---- a classifier, for fine-tuning ----
 
-RENAMES = [  # the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); their ResNet has torchvision's already
-    (r"^downsample_layers\.(\d)\.", lambda m: f"features.{2 * int(m[1])}."),
-    (r"^stages\.(\d)\.(\d+)\.gamma$", lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.layer_scale"),
-    (r"^stages\.(\d)\.(\d+)\.(depthwise_conv|norm|pointwise_conv1|pointwise_conv2)\.", lambda m: "features.{}.{}.block.{}.".format(
-        2 * int(m[1]) + 1, m[2], {"depthwise_conv": 0, "norm": 2, "pointwise_conv1": 3, "pointwise_conv2": 5}[m[3]])),
-    (r"^norm3\.", "classifier.0."),
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^ln1\.", "norm."),
-    (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-    (r"^layers\.(\d+)\.", r"blocks.\1."),
-]
+class Classifier(nn.Module):
+    """Encoder, mean over positions, linear head. With `frozen` the head alone learns, and the encoder stays in eval mode.
 
+    ViT: the mean of the patch tokens (no class token), then a fresh LayerNorm; the pre-training one is dropped. ConvNeXt:
+    its own final norm comes after the mean, as in torchvision. torchvision's other nets: their own head, in its place."""
 
-def load_checked(path: str | Path):
-    """torch.load of plain values alone; a `.pt` is a zip, whose checksums torch.load never looks at: a flipped byte raises here."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():
-                raise OSError(f"{path}: {damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    def __init__(self, arch: str, encoder: Encoder, classes: int, frozen: bool = False):
+        super().__init__()
+        self.family, self.encoder, self.frozen, self.norm = family(arch), encoder, frozen, nn.Identity()
+        if encoder.head_name:
+            head = getattr(tv.get_model(arch, num_classes=classes), encoder.head_name)
+            setattr(encoder.backbone, encoder.head_name, head)
+            self.__dict__["head"] = head                     # a second name, not a second module: it is saved once
+        else:
+            self.make_head(encoder, classes)
+        if frozen:
+            encoder.requires_grad_(False)
+            self.norm.requires_grad_(False)
+            self.head.requires_grad_(True)
 
+    def make_head(self, encoder: Encoder, classes: int) -> None:
+        kind = self.family.name
+        width = encoder.shapes((224, 224) if kind != "vit" else encoder.backbone.image_size)[-1]
+        width = width[1] if kind in ("resnet", "convnext") else width[-1]
+        if kind == "vit":
+            encoder.stages[-1].remove("norm")
+            encoder.backbone.norm, self.norm = nn.Identity(), nn.LayerNorm(width, eps=1e-6)
+        elif kind == "convnext":
+            encoder.stages[-1].remove("classifier.0")
+        self.head = nn.Linear(width, classes)
+        if kind == "convnext":                               # as released
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+        else:
+            nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A file of weights -> {plain backbone name: tensor}, whatever it was wrapped in.
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()                              # BatchNorm statistics stay as they are
+            self.head.train(mode)
+        return self
 
-    Takes `backbone.pt`, `checkpoint.pt`, a torchvision state dict, or a released checkpoint (`state_dict`, `module.`,
-    `backbone.`, the authors' names). Nothing in the file is executed. Raises ValueError where it holds no weights, or damaged ones."""
-    try:
-        state = load_checked(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception:                                        # torch.load has no one type for a broken file
-        raise ValueError(f"{path}: not a file of weights (truncated, damaged, another format, or holding code to run)") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no weights; expected a state dict of tensors")
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{path}: holds a tensor under {name!r}; expected a state dict with names as keys")
-        if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex()):
-            raise ValueError(f"{path}: {name} is no plain tensor (meta, sparse, quantized or complex); save the weights as dense real numbers")
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity; these weights are of no use, take an earlier file")
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    for prefix in ("module.", "encoder.", "backbone."):
-        if any(name.startswith(prefix) for name in state):   # the others are decoder, token, head: keep their names
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    for pattern, replacement in RENAMES:
-        state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
-    return state
+    def features(self, images: Tensor) -> Tensor:            # (B, 3, H, W) -> (B, C)
+        z = self.encoder(images)
+        if self.family.name == "vit":
+            return self.norm(z[:, 1:].mean(1))
+        z = z.mean((1, 2)) if self.encoder.layout == "nhwc" else z.mean((2, 3))
+        if self.family.name == "convnext":
+            return self.encoder.backbone.classifier[0](z[:, :, None, None]).flatten(1)
+        return z
 
+    def forward(self, images: Tensor) -> Tensor:             # (B, 3, H, W) -> (B, classes)
+        return self.encoder.backbone(images) if self.encoder.head_name else self.head(self.features(images))
 
-def load_backbone(encoder: Encoder, path: str | Path) -> dict[str, list[str]]:
-    """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'resized', 'skipped', 'missing'}.
+    def plain_state(self) -> dict[str, Tensor]:
+        """All weights under torchvision's names, head included (ViT: BEiT's names, `fc_norm` and `head`)."""
+        if self.encoder.head_name:
+            return self.encoder.backbone.state_dict()
+        state = self.encoder.backbone.state_dict() | {f"fc_norm.{k}": v for k, v in self.norm.state_dict().items()}
+        return state | {f"{self.family.head}.{k}": v for k, v in self.head.state_dict().items()}
 
-    resized: position tables of another image size (bicubic), used too; skipped: in the file, not in the backbone (heads,
-    decoder, token) or of another shape; missing: in the backbone, not in the file. Raises ValueError as `read_weights`
-    does, or where less than nine tenths of the backbone's parameters are found."""
-    state, own = read_weights(path), encoder.backbone.state_dict()
-    used, resized = {}, []
-    for name, tensor in state.items():
-        if name not in own:
-            continue
-        if tensor.squeeze().shape != own[name].squeeze().shape and name.endswith(("pos_embed", "relative_position_bias_table")):
-            tensor = resize_positions(name, tensor, encoder.backbone)
-            resized.append(name)
-        if tensor is not None and tensor.squeeze().shape == own[name].squeeze().shape:
-            used[name] = tensor.reshape(own[name].shape)     # (C) for (C, 1, 1), 1x1 convolution for linear
-    parameters = [name for name, _ in encoder.backbone.named_parameters()]
-    found = sum(name in used for name in parameters)
-    if found < 0.9 * len(parameters):
-        raise ValueError(f"{path}: fits {found} of this backbone's {len(parameters)} parameters; is it another architecture?")
-    encoder.backbone.load_state_dict(used, strict=False)
-    return {"used": sorted(used), "resized": [n for n in resized if n in used], "skipped": sorted(set(state) - set(used)),
-            "missing": sorted(set(own) - set(used))}
+    def load_head(self, path: str | Path) -> set[str]:
+        """The head (ViT: and its norm) from best.pt, a checkpoint, torchvision's or a released file. Returns its names there.
 
-
-def resize_positions(name: str, table: Tensor, backbone: nn.Module) -> Tensor | None:
-    """A position table of one image size, bicubically resized to the backbone's; None where the old grid was not square.
-
-    pos_embed (1, 1 + hw, C), class token first; ViT's bias table ((2h-1)(2w-1) + 3, heads), class pairs last; Swin's has no extras."""
-    if not isinstance(backbone, ViT):
-        new, first, last = (math.isqrt(len(backbone.state_dict()[name])),) * 2, 0, 0
-    elif name.endswith("pos_embed"):
-        table, new, first, last = table[0], backbone.grid, 1, 0
-    else:
-        new, first, last = (2 * backbone.grid[0] - 1, 2 * backbone.grid[1] - 1), 0, 3
-    middle = table[first:len(table) - last]
-    side = math.isqrt(len(middle))
-    if side * side != len(middle):
-        return None
-    middle = middle.T.reshape(1, -1, side, side).float()     # (1, C, side, side)
-    middle = F.interpolate(middle, new, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
-    table = torch.cat([table[:first], middle, table[len(table) - last:]])
-    return table[None] if name.endswith("pos_embed") else table
+        Raises ValueError if the file holds no head, or one for another number of classes."""
+        state = read_weights(path, self.encoder.backbone.state_dict())
+        heads = (self.encoder.head_name or self.family.head, "head", "head.fc")
+        found = {(own, k): next((f"{name}.{k}" for name in names if f"{name}.{k}" in state), None)
+                 for own, names in ((self.head, heads), (self.norm, ("fc_norm", "norm"))) for k in own.state_dict()}
+        if None in found.values():
+            raise ValueError(f"{path}: holds no classification head; --eval-only needs one, such as best.pt of a "
+                             f"fine-tuned run")
+        last, mine = [(k, w) for k, w in self.head.state_dict().items() if k.endswith("weight")][-1]
+        weight = state[found[self.head, last]]
+        if weight.dim() == mine.dim() and len(weight) != len(mine):
+            raise ValueError(f"{path}: its head tells {len(weight)} classes apart, the data has {len(mine)}")
+        if any(state[name].shape != own.state_dict()[k].shape for (own, k), name in found.items()):
+            raise ValueError(f"{path}: holds a classification head of another shape; is it another architecture?")
+        for own in (self.head, self.norm):
+            own.load_state_dict({k: state[found[own, k]] for k in own.state_dict()})
+        return set(found.values())

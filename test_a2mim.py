@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -31,6 +32,7 @@ import loss
 import masking
 import model
 import pretrain
+from engine import files, images, journal, optim
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -103,6 +105,14 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
     (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), stand_in="none"), "stand-in 'none': must be one of"),
     (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), spectrum="all"), "spectrum 'all': must be one of batch, image"),
     (lambda: build_encoder("resnet51"), "arch 'resnet51': must be one of resnet18"),
+    (lambda: build_encoder("resnet51"), "or a net of torchvision; did you mean resnet50?"),
+    (lambda: build_encoder("vit_b_16"), "arch 'vit_b_16': does not run its modules one after another, so a token cannot "
+                                        "enter between them; use vit_base"),
+    (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
+    (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
+    (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
+    (lambda: build_encoder("maxvit_t", 64), "arch 'maxvit_t' at 64x64 px: Input size (16, 16) of block 0 is not divisible"),
+    (lambda: A2MIM(build_encoder("squeezenet1_1"), 16, 16), "image size 16x16: does not fit this encoder"),
     (lambda: build_encoder("vit_base", 100), "image size 100x100: not a multiple of the 16-pixel patch"),
     (lambda: A2MIM(build_encoder("resnet18"), 64, mask_stage=5), "mask stage 5: this encoder has stages 0 to 4"),
     (lambda: A2MIM(build_encoder("resnet18"), 64, mask_cell=8), "mask of 8x8 cells on a 4x4 feature grid"),
@@ -208,8 +218,8 @@ def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequenci
         return torch.autograd.grad(fn(pred, image, mask, **options), pred)[0]
     assert gradient(loss.spatial_loss)[visible].abs().max() == 0
     assert gradient(loss.spatial_loss)[~visible].abs().min() > 0
-    assert gradient(loss.fourier_loss, u=0.0)[visible].abs().max() == 0
-    full, share = gradient(loss.fourier_loss, u=1.0), gradient(loss.fourier_loss, u=0.25, stand_in="prediction")
+    assert gradient(loss.fourier_loss, visible_weight=0.0)[visible].abs().max() == 0
+    full, share = gradient(loss.fourier_loss, visible_weight=1.0), gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction")
     close(share[visible], 0.25 * full[visible])              # the value is the same, as the stand-in is the prediction
 
 
@@ -249,7 +259,7 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
         expected = (weight * modulus**2).mean()
     else:
         expected = (modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)).mean()             # the pixel criterion again, on the full plane
-    got = loss.fourier_loss(pred, image, mask, stand_in=stand_in, u=u, spectrum=spectrum, focal=focal, alpha=alpha, log_weight=log_weight)
+    got = loss.fourier_loss(pred, image, mask, stand_in=stand_in, visible_weight=u, spectrum=spectrum, focal=focal, alpha=alpha, log_weight=log_weight)
     assert got.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -417,6 +427,92 @@ def test_reconstruct_pastes_into_hidden_cells_only_and_leaves_the_model_as_it_wa
     assert net.training and torch.equal(net.encoder.backbone.bn1.running_mean, statistics)
 
 
+# ---- torchvision's other nets ----
+
+TORCHVISION = [  # one of each kind: image, mask cell, what the token enters
+    ("alexnet", 64, 32, (192, 7, 7)), ("vgg11", 64, 32, (512, 8, 8)), ("squeezenet1_1", 48, 16, (256, 5, 5)), ("densenet121", 64, 32, (1024, 4, 4)),
+    ("mobilenet_v2", 64, 32, (96, 4, 4)), ("mobilenet_v3_small", 64, 32, (48, 4, 4)), ("mnasnet0_5", 64, 32, (48, 4, 4)), ("efficientnet_b0", 64, 32, (112, 4, 4)),
+    ("regnet_y_400mf", 64, 32, (208, 4, 4)), ("shufflenet_v2_x0_5", 64, 32, (96, 4, 4)),
+    ("resnext50_32x4d", 64, 32, (1024, 4, 4)), ("swin_v2_t", 64, 32, (16, 16, 96)), ("maxvit_t", 224, 32, (256, 14, 14)),
+]
+
+
+@pytest.mark.parametrize("arch, size, cell, where", TORCHVISION)
+def test_torchvisions_other_nets_learn_and_their_chain_is_torchvisions_forward(arch, size, cell, where, tmp_path):
+    encoder = build_encoder(arch, size)
+    net, entered = A2MIM(encoder, size, cell), []
+    net.mask_token.register_forward_hook(lambda module, inputs, output: entered.append(tuple(output.shape[1:])))
+    x = torch.randn(1 if size == 224 else 2, 3, size, size)
+    mask = masking.random_mask(len(x), net.grid)
+    loss.a2mim_loss(net(x, mask), x, mask)[0].backward()
+    assert entered == [where] and all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    torch.optim.SGD(net.parameters(), lr=1e-3).step()
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
+    plain = tv.get_model(arch, num_classes=2).eval()
+    report = plain.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+    assert not report.unexpected_keys and all(name.startswith(f"{encoder.head_name}.") for name in report.missing_keys)
+    report, handed = files.load_backbone(encoder, tmp_path / "backbone.pt"), []
+    assert not report["missing"] and not report["skipped"]
+    plain.get_submodule(encoder.head_name).register_forward_pre_hook(lambda module, inputs: handed.append(inputs[0]))
+    encoder.eval()
+    with torch.no_grad():
+        plain(x)
+        z = encoder(x).movedim(-1, 1) if encoder.layout == "nhwc" else encoder(x)
+    handed = handed[0].view(*z.shape[:2], -1).mean(2)        # pooled already, or not: SqueezeNet's and MaxViT's heads pool
+    close(z.mean((2, 3)) / z.std(), handed / z.std(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["mnasnet0_5", "squeezenet1_1", "densenet121", "mobilenet_v3_small"])
+def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_path):
+    net, x = model.Classifier(arch, build_encoder(arch, 64), 3, frozen=True), torch.randn(2, 3, 64, 64)
+    learns = {name for name, p in net.named_parameters() if p.requires_grad}
+    head = f"encoder.backbone.{net.encoder.head_name}."
+    assert learns == {name for name, _ in net.named_parameters() if name.startswith(head)} == {name for name in net.state_dict() if name.startswith(head)}
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    loss.class_loss(net.train()(x), torch.eye(3)[:2], "ce", 0.1).backward()
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1).step()
+    assert {name for name, p in net.state_dict().items() if not torch.equal(p, before[name])} <= learns
+    assert not torch.equal(net.eval()(x), model.Classifier(arch, net.encoder, 3).eval()(x))             # it learnt, and another head is another
+    net = model.Classifier(arch, build_encoder(arch, 64), 3).eval()
+    assert optim.layer_groups(net, 0.05, 0.5)[-1]["scale"] == 1.0 and net.features(x).shape[0] == 2
+    plain = tv.get_model(arch, num_classes=3).eval()
+    plain.load_state_dict(net.plain_state())
+    assert torch.equal(net(x), plain(x)) and not torch.equal(plain(x), plain(x.flip(0)))
+    torch.save(net.plain_state(), tmp_path / "best.pt")
+    again = model.Classifier(arch, build_encoder(arch, 64), 3).eval()
+    head, report = again.load_head(tmp_path / "best.pt"), files.load_backbone(again.encoder, tmp_path / "best.pt")
+    assert torch.equal(again(x), net(x)) and set(report["skipped"]) == head and not report["missing"]
+    with pytest.raises(ValueError, match="its head tells 3 classes apart, the data has 4"):
+        model.Classifier(arch, build_encoder(arch, 64), 4).load_head(tmp_path / "best.pt")
+    copied = optim.moving_average(net, 0.9, 10).module        # the head of the average is the average's
+    assert copied.head is copied.get_submodule(f"encoder.backbone.{net.encoder.head_name}") is not net.head
+
+
+def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
+    encoder = build_encoder("densenet121", 64)
+    old = {re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): torch.randn_like(t.float()) for name, t in encoder.backbone.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "densenet121.pth")
+    assert not files.load_backbone(encoder, tmp_path / "densenet121.pth")["missing"]
+    assert torch.equal(encoder.backbone.features.denseblock4.denselayer16.conv2.weight, old["features.denseblock4.denselayer16.conv.2.weight"])
+
+
+def test_stochastic_depth_of_torchvisions_nets_rises_to_the_rate_asked_for():
+    rates = lambda arch, drop: [m.p for m in build_encoder(arch, 64, drop).backbone.modules() if isinstance(m, StochasticDepth)]
+    for arch in ("efficientnet_b0", "resnext50_32x4d"):
+        found = rates(arch, 0.3)
+        assert found == sorted(found) and found[0] == 0 and found[-1] == pytest.approx(0.3) and not any(rates(arch, None)), arch
+
+
+def test_a_net_that_is_not_its_chain_of_children_is_refused(monkeypatch):
+    class More(tv.MobileNetV2):                             # a forward that does more than its children
+        def forward(self, x):
+            return self.classifier(self.features[18](self.features[:18](x)).relu().add(1).mean((2, 3)))
+    monkeypatch.setattr(tv, "get_model", lambda arch, **options: More())
+    with pytest.raises(ValueError, match="arch 'mobilenet_v2': does not run its modules one after another"):
+        build_encoder("mobilenet_v2", 64)
+
+
 # ---- weights in and out ----
 
 @pytest.mark.parametrize("arch, plain, head", [
@@ -465,7 +561,7 @@ def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     if arch == "deit_tiny":
         state["module.backbone.layers.3.attn.relative_position_index"] = torch.zeros(197, 197, dtype=torch.long)
     torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
-    report = model.load_backbone(encoder, tmp_path / "released.pth")
+    report = files.load_backbone(encoder, tmp_path / "released.pth")
     assert set(names) <= set(report["used"]) and not report["missing"]
     assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (2 if arch == "deit_tiny" else 1)
     own = encoder.backbone.state_dict()
@@ -493,7 +589,7 @@ def paint(path, mode="RGB", colour=(200, 40, 90), size=(40, 30), **options):
     ("gray.png", "L", (93, 93, 93)), ("gray.jpg", "L", (93, 93, 93)), ("palette.png", "P", (200, 40, 90)), ("cmyk.jpg", "CMYK", (200, 40, 90)),
     ("alpha.png", "RGBA", (200, 40, 90)), ("gray_alpha.png", "LA", (93, 93, 93)), ("deep.png", "I;16", (120, 120, 120)), ("one_bit.png", "1", None)])
 def test_every_kind_of_image_becomes_rgb(name, mode, colour, tmp_path):
-    image = data.read_image(paint(tmp_path / name, mode))
+    image = images.read_image(paint(tmp_path / name, mode))
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
     if colour:                                               # luma of (200, 40, 90): 0.299 R + 0.587 G + 0.114 B = 93.5
         close(image.float().mean((1, 2)), torch.tensor(colour).float(), atol=3.0, rtol=0)
@@ -503,14 +599,14 @@ def test_a_photograph_taken_sideways_is_read_upright(tmp_path):
     image, exif = Image.new("RGB", (40, 30)), Image.Exif()
     exif[0x0112] = 6                                         # the camera was turned by 90 degrees
     image.save(tmp_path / "a.jpg", exif=exif)
-    assert data.read_image(str(tmp_path / "a.jpg")).shape == (3, 40, 30)
+    assert images.read_image(str(tmp_path / "a.jpg")).shape == (3, 40, 30)
 
 
 def test_folders_of_every_layout(tmp_path):
     layouts = {"imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"], "classes": ["cat/1.jpg", "dog/deep/er/2.png"],
                "flat": ["1.jpg", "2.bmp", "notes.txt", ".hidden.jpg"]}
-    for layout, files in layouts.items():
-        for file in files:
+    for layout, names in layouts.items():
+        for file in names:
             path = tmp_path / layout / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("") if path.suffix == ".txt" else paint(path)
@@ -525,7 +621,7 @@ def test_folders_of_every_layout(tmp_path):
         (tmp_path / "loud" / file).parent.mkdir(parents=True)
         paint(tmp_path / "loud" / file)
     for split in ("train", "val"):                           # two splits, in any capitals, and not two classes
-        loud = data.open_source(str(tmp_path / "loud"), split, (32, 32), labelled=True)
+        loud = data.open_images(str(tmp_path / "loud"), split, (32, 32), labelled=True)
         assert loud.classes == ["cat", "dog"] and len(loud) == 2
 
 
@@ -545,8 +641,8 @@ def test_torchvision_datasets_open_by_name(tmp_path):
         patch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
         patch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
         patch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
-        train = data.open_source("cifar10", "train", (32, 32), tmp_path)
-        assert len(train) == 5 and len(data.open_source("cifar10", "val", (32, 32), tmp_path)) == 1
+        train = data.open_images("cifar10", "train", (32, 32), tmp_path)
+        assert len(train) == 5 and len(data.open_images("cifar10", "val", (32, 32), tmp_path)) == 1
     assert torch.equal(train.read(2), torch.from_numpy(pixels).view(3, 32, 32))
 
 
@@ -579,7 +675,7 @@ def test_normalise_is_to_tensor_then_normalize():
 def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
     from torchvision.transforms import InterpolationMode, v2
     image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
-    fine_tuning = finetune.augment(SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0))
+    fine_tuning = data.augment(SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0))
     for ours, mode in ((data.CropAndFlip((48, 48), 0.2), InterpolationMode.BILINEAR), (fine_tuning, InterpolationMode.BICUBIC)):     # as released
         theirs = v2.Compose([v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True), v2.RandomHorizontalFlip()])
         for seed in range(12):
@@ -624,7 +720,7 @@ def test_processes_and_accumulation_cut_the_same_steps():
 
 def test_cosine_schedule_at_the_recipes_numbers():
     """ResNet, 300 epochs, 10 of warm-up, base 1.2e-3, floor 1e-5; epochs stand for iterations."""
-    lr = lambda t, base=1.2e-3: loss.lr_at(t, 300, 10, base, 1e-5, "cosine")
+    lr = lambda t, base=1.2e-3: optim.lr_at(t, 300, 10, base, 1e-5, "cosine")
     assert lr(0) == 0 and lr(10) == pytest.approx(1.2e-3) and lr(300) == pytest.approx(1e-5) and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
     assert lr(5) == pytest.approx(0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2))         # the ramp times the cosine
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)   # a second route, after warm-up
@@ -638,7 +734,7 @@ def test_cosine_schedule_at_the_recipes_numbers():
 
 
 def test_step_schedule_of_the_vit_recipe():
-    lr = lambda t: loss.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
+    lr = lambda t: optim.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
     assert [lr(t) for t in (0, 5, 10, 699, 700, 799)] == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
 
 
@@ -667,7 +763,7 @@ def test_what_decays_and_what_does_not(arch):
     names = {p: n for n, p in net.named_parameters()}
     norms = {p for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)) for p in m.parameters()}
     seen = set()
-    for group in loss.parameter_groups(net, 0.05, 0.1):
+    for group in optim.parameter_groups(net, 0.05, 0.1):
         for p in group["params"]:
             name = names[p]
             seen.add(p)
@@ -759,7 +855,7 @@ def torchrun(*arguments, processes=2, **options):
 
 
 def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_to_sigterm(tmp_path):
-    code = ("import pretrain\ndef bug(*given): raise RuntimeError('a bug of a fork')\npretrain.update = bug\n"
+    code = ("import pretrain\ndef bug(*given, **more): raise RuntimeError('a bug of a fork')\npretrain.a2mim_loss = bug\n"
             "pretrain.main('--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 1 --sheets 0 --workers 2 --out %s'.split())")
     done = subprocess.run([sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=90)
     assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
@@ -808,7 +904,7 @@ def complaint(capsys, *flags, main=pretrain.main):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--arch", "resnet51"], "argument --arch: invalid choice: 'resnet51'"),
+    (["--arch", "resnet51"], "argument --arch: arch 'resnet51': must be one of resnet18"),
     (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
     (["--lr", "nan"], "argument --lr: nan: must be a number"),
     (["--epochs", "0"], "argument --epochs: 0: must be a number from 0.001 to 100000"),
@@ -873,9 +969,9 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
     for name, words in (("gone.pt", "no such file"), ("cut.pt", "not a file of weights"), ("text.pt", "not a file of weights"), ("evil.pt", "code to run"),
                         ("empty.pt", "holds no weights"), ("vit.pt", "of this backbone's 60 parameters; is it another architecture?")):
         with pytest.raises(ValueError) as error:
-            model.load_backbone(encoder, tmp_path / name)
+            files.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
-    assert len(model.load_backbone(encoder, whole)["missing"]) == 0
+    assert len(files.load_backbone(encoder, whole)["missing"]) == 0
 
 
 def flip_a_byte(path):
@@ -900,7 +996,7 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
         if changed:
             torch.save({**state, **changed}, tmp_path / name)
         with pytest.raises(ValueError) as error:
-            model.load_backbone(encoder, tmp_path / name)
+            files.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
 
 
@@ -929,15 +1025,15 @@ def test_an_image_size_beyond_memory_gets_one_line(few_images, tmp_path):
 def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
     source = data.Shapes("train", (32, 32))
     for labels, each in (("0.05", 50), ("20/class", 20), (".0001", 1), ("1", 1000)):
-        part = finetune.some_labels(source, labels, seed=0)
+        part = data.some_labels(source, labels, seed=0)
         assert np.bincount(part.labels).tolist() == [each] * 10
         assert all(part.labels == source.labels[part.indices]) and len(set(part.indices)) == 10 * each
-    pick = lambda seed: finetune.some_labels(source, "20/class", seed).indices.tolist()
+    pick = lambda seed: data.some_labels(source, "20/class", seed).indices.tolist()
     assert pick(0) == pick(0) != pick(1)
-    assert set(pick(0)) < set(finetune.some_labels(source, "40/class", 0).indices)       # more labels are the same ones and others
+    assert set(pick(0)) < set(data.some_labels(source, "40/class", 0).indices)       # more labels are the same ones and others
     for wrong in ("0", "1.5", "0/class", "many", "-0.1", "2000/class"):
         with pytest.raises(ValueError, match=f"--labels {wrong}: "):
-            finetune.some_labels(source, wrong, 0)
+            data.some_labels(source, wrong, 0)
 
 
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
@@ -955,12 +1051,12 @@ def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
     images = labels.float().view(4, 1, 1, 1).expand(4, 3, 64, 64).contiguous()           # image i is i everywhere
     for mixup, cutmix in ((0.5, 0.0), (0.0, 1.0)):
         for _ in range(5):
-            mixed, targets = finetune.mix_batch(images, labels, 5, mixup, cutmix)
+            mixed, targets = loss.mix_batch(images, labels, 5, mixup, cutmix)
             assert targets.shape == (4, 5) and torch.allclose(targets.sum(1), torch.ones(4))
             close(mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0)  # the share of b, from the pixels
             if cutmix:
                 assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
-    mixed, targets = finetune.mix_batch(images, labels, 5, 0.0, 0.0)
+    mixed, targets = loss.mix_batch(images, labels, 5, 0.0, 0.0)
     assert torch.equal(mixed, images) and targets.argmax(1).tolist() == [0, 1, 2, 3]
 
 
@@ -968,7 +1064,7 @@ def test_mixup_or_cutmix_with_even_odds_and_always_one():
     images, labels = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
     pasted = 0
     for _ in range(400):
-        mixed, _ = finetune.mix_batch(images, labels, 2, 1.0, 1.0)
+        mixed, _ = loss.mix_batch(images, labels, 2, 1.0, 1.0)
         pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())            # cutmix copies pixels, mixup blends them
     assert 150 < pasted < 250                                # 5 standard deviations
 
@@ -979,17 +1075,17 @@ def test_bce_of_mixed_targets_is_the_mean_over_classes_of_two_logs():
     for i, c in product(range(3), range(4)):
         p, t = 1 / (1 + math.exp(-logits[i, c].item())), targets[i, c].item()
         total -= t * math.log(p) + (1 - t) * math.log(1 - p)
-    assert finetune.class_loss(logits, targets, "bce", 0.1).item() == pytest.approx(total / 12, rel=1e-5)
+    assert loss.class_loss(logits, targets, "bce", 0.1).item() == pytest.approx(total / 12, rel=1e-5)
 
 
 def test_smoothed_cross_entropy_mixes_in_the_uniform_target():
     logits, targets = torch.randn(3, 4), torch.eye(4)[:3]
     expected = -((0.9 * targets + 0.1 / 4) * logits.log_softmax(1)).sum(1).mean()
-    close(finetune.class_loss(logits, targets, "ce", 0.1), expected)
+    close(loss.class_loss(logits, targets, "ce", 0.1), expected)
 
 
 def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_keeps_its_form():
-    image, change = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), finetune.RandAugment(9.0)
+    image, change = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), data.RandAugment(9.0)
     out = [change(image) for _ in range(300)]
     assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
     same = sum(torch.equal(o, image) for o in out)
@@ -998,7 +1094,7 @@ def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_ke
 
 def test_randaugment_turns_bicubically_and_fills_corners_with_the_released_colour():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    change, image = finetune.RandAugment(9.0).by_bin[20], Image.fromarray(pixels)
+    change, image = data.RandAugment(9.0).by_bin[20], Image.fromarray(pixels)
     change._AUGMENTATION_SPACE = {"Rotate": change._AUGMENTATION_SPACE["Rotate"]}        # 20 of 30 bins: 20 degrees
     by_pillow = [image.rotate(angle, Image.BICUBIC, fillcolor=(104, 116, 124)) for angle in (20, -20)]
     assert any(np.array_equal(np.asarray(change(image)), np.asarray(turned)) for turned in by_pillow)
@@ -1006,9 +1102,9 @@ def test_randaugment_turns_bicubically_and_fills_corners_with_the_released_colou
 
 def test_random_erasing_paints_a_rectangle_of_normal_noise():
     images = torch.full((60, 3, 64, 64), 7.0)
-    erased, share = finetune.erase(images, 0.25), []
-    assert finetune.erase(images, 0.0) is images
-    for image in finetune.erase(images, 1.0):
+    erased, share = loss.erase(images, 0.25), []
+    assert loss.erase(images, 0.0) is images
+    for image in loss.erase(images, 1.0):
         hit = (image != 7).all(0)
         rows, cols = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
         assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()           # one whole rectangle, all colours
@@ -1025,7 +1121,7 @@ def test_lamb_takes_the_steps_of_its_paper():
     rng = np.random.default_rng(0)
     start = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)}
     tensors = {k: nn.Parameter(torch.tensor(v)) for k, v in start.items()}
-    lamb = loss.Lamb([dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1)
+    lamb = optim.Lamb([dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1)
     p, m, v = {k: x.copy() for k, x in start.items()}, dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
     for t, scale in ((1, 5.0), (2, 0.01)):                   # a global norm above 1 is brought to 1, one below stays
         grads = {k: scale * rng.normal(size=x.shape) for k, x in start.items()}
@@ -1047,13 +1143,13 @@ def test_lamb_takes_the_steps_of_its_paper():
 def test_lamb_moves_a_weight_of_zeros_with_ratio_one():
     w = nn.Parameter(torch.zeros(4))
     w.grad = torch.full((4,), 0.1)
-    loss.Lamb([w], lr=0.5).step()
+    optim.Lamb([w], lr=0.5).step()
     close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)             # Adam's first step is the sign
 
 
 @pytest.mark.parametrize("arch, decay", [("resnet18", 0.75), ("convnext_tiny", 0.7), ("convnext_small", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)])
 def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
-    net = finetune.Classifier(arch, build_encoder(arch, 64), 10)
+    net = model.Classifier(arch, build_encoder(arch, 64), 10)
     names = {p: n.removeprefix("encoder.backbone.") for n, p in net.named_parameters()}
 
     def depth(name):                                         # stages between a parameter and the head, told from its name alone
@@ -1071,20 +1167,20 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
             return 1
         return 5 - (int(name.split(".")[1]) + 1) // 2        # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
     seen = set()
-    for group in loss.layer_groups(net, 0.05, decay):
+    for group in optim.layer_groups(net, 0.05, decay):
         for p in group["params"]:
             seen.add(names[p])
             assert group["scale"] == pytest.approx(decay ** depth(names[p])), names[p]
             assert group["weight_decay"] == (0.05 if p.ndim > 1 and "bias" not in names[p] and not names[p].endswith(("pos_embed", "cls_token", "layer_scale")) else 0), names[p]
     assert seen >= set(names.values()) and {depth(n) for n in seen} == set(range({"deit_tiny": 14, "convnext_tiny": 8, "convnext_small": 14}.get(arch, 6)))
     if arch == "convnext_tiny":
-        stem = next(g["scale"] for g in loss.layer_groups(net, 0.05, decay) for p in g["params"] if names[p] == "features.0.0.weight")
+        stem = next(g["scale"] for g in optim.layer_groups(net, 0.05, decay) for p in g["params"] if names[p] == "features.0.0.weight")
         assert round(stem, 3) == 0.082                       # 0.7^7
 
 
 def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    ema, weights, expected = loss.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], net[0].weight.item()
+    ema, weights, expected = optim.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], net[0].weight.item()
     for n, w in enumerate(weights):
         with torch.no_grad():
             net[0].weight.fill_(w)
@@ -1097,17 +1193,19 @@ def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_m
 
 
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
-    args, run_ = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "rsb_a3"]), pretrain.SimpleNamespace(per_epoch=10, warmup=50, total=1000)
-    lr = lambda step: finetune.lr_of(step, 8e-3, args, run_)
+    lr = lambda step: optim.lr_at(step, 1000, 50, 8e-3, 1e-6, "cosine-by-epoch", per_epoch=10)
     cosine = lambda epoch: 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
-    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(1e-5 * 8e-3)          # the ramp starts at 1e-5
+    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(1e-5 * 8e-3)
     assert lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
-    args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", "linear"])
-    assert [finetune.lr_of(step, 30.0, args, run_) for step in (0, 599, 600, 799, 800)] == pytest.approx([30, 30, 3, 3, 0.3])
-    args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "convnext_base", "--recipe", "convnext"])
     for step in (0, 1, 25, 50, 51, 999):                     # ConvNeXt: counted from iteration 0, under the same ramp
         ramp = min(1, 1e-5 + (1 - 1e-5) * step / 50)
-        assert finetune.lr_of(step, 4e-3, args, run_) == pytest.approx(ramp * (1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / 1000)) / 2))
+        expected = ramp * (1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / 1000)) / 2)
+        assert optim.lr_at(step, 1000, 50, 4e-3, 1e-6, "cosine-from-0") == pytest.approx(expected)
+    probe = [optim.lr_at(step, 1000, 0, 30.0, 0.0, "probe") for step in (0, 599, 600, 799, 800)]
+    assert probe == pytest.approx([30, 30, 3, 3, 0.3])
+    for recipe, schedule in (("rsb_a3", "cosine-by-epoch"), ("convnext", "cosine-from-0"), ("linear", "probe")):
+        args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", recipe])
+        assert args.schedule == schedule
 
 
 def test_published_fine_tuning_recipes_come_out():
@@ -1132,14 +1230,14 @@ def test_published_fine_tuning_recipes_come_out():
 
 @pytest.mark.parametrize("arch, std", [("resnet18", 0.01), ("deit_tiny", 0.01), ("convnext_tiny", 0.02)])
 def test_the_head_starts_as_released(arch, std):
-    head = finetune.Classifier(arch, build_encoder(arch, 64), 1000).head
+    head = model.Classifier(arch, build_encoder(arch, 64), 1000).head
     assert head.weight.std().item() == pytest.approx(std, rel=0.02) and head.bias.abs().max() == 0
 
 
 def test_classifiers_keep_torchvisions_names_and_outputs():
     images = torch.randn(2, 3, 64, 64)
     for arch in ("resnet18", "convnext_tiny", "swin_tiny"):
-        net = finetune.Classifier(arch, build_encoder(arch, 64), 1000).eval()
+        net = model.Classifier(arch, build_encoder(arch, 64), 1000).eval()
         reference = getattr(tv, arch.replace("swin_tiny", "swin_t"))().eval()
         reference.load_state_dict(net.plain_state())
         close(net(images), reference(images), atol=1e-4, rtol=1e-4)
@@ -1149,7 +1247,7 @@ def test_a_vit_classifier_averages_patches_under_a_fresh_norm():
     encoder = build_encoder("deit_tiny", 64)
     with torch.no_grad():
         encoder.backbone.norm.bias.fill_(7)                  # pre-training's norm must have no say
-    net = finetune.Classifier("deit_tiny", encoder, 10).eval()
+    net = model.Classifier("deit_tiny", encoder, 10).eval()
     backbone, images = encoder.backbone, torch.randn(2, 3, 64, 64)
     x = backbone.blocks(backbone.embed_position(backbone.patch_embed(images)))
     x = nn.functional.layer_norm(sum(x[:, i] for i in range(1, 17)) / 16, (192,), eps=1e-6)
@@ -1194,7 +1292,7 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
             assert torch.equal(value, after[name]), name     # weights, and BatchNorm's statistics and counters
     trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
     assert all(torch.equal(v, trained[f"encoder.backbone.{k}"]) for k, v in before.items() if not k.startswith("fc."))
-    assert not torch.equal(trained["head.weight"], finetune.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight)
+    assert not torch.equal(trained["head.weight"], model.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight)
 
 
 def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch, capsys):
@@ -1233,9 +1331,9 @@ def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import finetune, torch
-def evaluate(model, me, run, real=finetune.evaluate):
-    result = real(model, me, run)
-    torch.save(list(model.buffers()), os.path.join({str(tmp_path)!r}, f"evaluated-{{me.rank}}.pt"))
+def evaluate(model, args, world, run, real=finetune.evaluate):
+    result = real(model, args, world, run)
+    torch.save(list(model.buffers()), os.path.join({str(tmp_path)!r}, f"evaluated-{{world.rank}}.pt"))
     return result
 finetune.evaluate = evaluate
 finetune.main()
@@ -1247,11 +1345,11 @@ if sys.platform == "linux":                                  # a thread of the p
     one, two = (torch.load(tmp_path / f"evaluated-{rank}.pt") for rank in (0, 1))
     assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
     best = tmp_path / "tuned" / "best.pt"
-    net = finetune.Classifier("resnet18", build_encoder("resnet18"), 3)
-    model.load_backbone(net.encoder, best)
+    net = model.Classifier("resnet18", build_encoder("resnet18"), 3)
+    files.load_backbone(net.encoder, best)
     net.load_head(best)
     net.eval()
-    right, source = torch.zeros(3), data.open_source(str(tmp_path / "set"), "val", (32, 32), labelled=True)
+    right, source = torch.zeros(3), data.open_images(str(tmp_path / "set"), "val", (32, 32), labelled=True)
     for i in range(len(source)):                             # one image at a time, by hand
         image = data.normalise(data.eval_transform((32, 32))(source.read(i))[None])
         right[source.labels[i]] += net(image).argmax(1).item() == source.labels[i]
@@ -1272,11 +1370,11 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     torch.save(tv.resnet18().state_dict(), tmp_path / "w.pth")
     result = tune(tmp_path / "knn", "--data", tmp_path / "set", "--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "knn", "--neighbours", "3")
     net = build_encoder("resnet18")
-    model.load_backbone(net, tmp_path / "w.pth")
+    files.load_backbone(net, tmp_path / "w.pth")
     net.eval()
 
     def features(split):
-        source = data.open_source(str(tmp_path / "set"), split, (32, 32), labelled=True)
+        source = data.open_images(str(tmp_path / "set"), split, (32, 32), labelled=True)
         with torch.no_grad():
             z = [net(data.normalise(data.eval_transform((32, 32))(source.read(i))[None])).mean((2, 3))[0].double() for i in range(len(source))]
         return [v / v.norm() for v in z], source.labels
@@ -1362,12 +1460,12 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, caps
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
-    data.save_atomically({"step": 1}, tmp_path / "checkpoint.pt")
+    files.save_atomically({"step": 1}, tmp_path / "checkpoint.pt")
     before, limits = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))          # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
     try:
         with pytest.raises(OSError, match="checkpoint.pt not written"):
-            data.save_atomically({"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True)
+            files.save_atomically({"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -1383,8 +1481,8 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
         return (total * math.nan if len(calls) == 3 else total), parts
     monkeypatch.setattr(pretrain, "a2mim_loss", once_nan)
     saved = {}
-    save = pretrain.save_atomically
-    monkeypatch.setattr(pretrain, "save_atomically", lambda state, path, **more: (saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}), save(state, path, **more)))
+    save = journal.save_atomically
+    monkeypatch.setattr(journal, "save_atomically", lambda state, path, **more: (saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}), save(state, path, **more)))
     log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
     assert [line["loss"] is None for line in log] == [False, False, True, False]
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
@@ -1427,7 +1525,7 @@ def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_pat
         paint(folder / f"{i:02}.png", colour=(10 * i, 90, 200 - 10 * i), size=(64, 64))
     bad = spoil(folder)
     (folder / "loop").symlink_to(folder)
-    source = data.open_source(str(folder), "train", (64, 64))
+    source = data.open_images(str(folder), "train", (64, 64))
     samples = data.Samples(source, data.eval_transform((64, 64)), seed=0)
     assert len(samples) == 25
     for i in range(25):

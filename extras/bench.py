@@ -38,23 +38,25 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import model
 import pretrain
-from data import IMAGENET_MEAN, IMAGENET_STD, CropAndFlip, Folder, Samples, Shapes, colours_last, normalise
+from data import MEAN, STD, CropAndFlip, Folder, Samples, Shapes, normalise
+from engine.command import World
+from engine.images import colours_last
 from loss import fourier_loss
 from masking import random_mask, resize_mask
 from model import ARCHS, Attention, build_encoder, family
 
-ME = pretrain.Processes()
+WORLD = World()
 
 
 # ---- two things in turns ----
 
 def clock(f) -> float:
     """Seconds of one call, the GPU's work included."""
-    if ME.on_gpu:
+    if WORLD.on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
     f()
-    if ME.on_gpu:
+    if WORLD.on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -111,9 +113,9 @@ def textbook_fourier(pred, image, mask, spectrum: str, u: float = 1e-3):
 
 
 def fourier(table: Table, args) -> None:
-    image, pred = torch.randn(2, 64, 3, 224, 224, device=ME.device).unbind()
+    image, pred = torch.randn(2, 64, 3, 224, 224, device=WORLD.device).unbind()
     pred.requires_grad_()
-    mask = random_mask(64, (7, 7), device=ME.device)
+    mask = random_mask(64, (7, 7), device=WORLD.device)
     for spectrum, target in (("batch", 4.0), ("image", 1.7)):
         def ours():
             pred.grad = None
@@ -146,26 +148,26 @@ def forever(batch: int, size: int):
 def a2mim_step(args, arch: str, batch: int, *more: str):
     """pretrain.py's own step, and its run."""
     settings = pretrain.parse(flags(args, arch, batch, *more))
-    settings.out, settings.epochs = "unused", 1.0
-    run = pretrain.prepare(settings, ME, None)
+    settings.out, settings.epochs, settings.amp = "unused", 1.0, settings.amp or WORLD.default_amp()
+    run, _ = pretrain.prepare(settings, WORLD, None)
     run.model.train()
     stream, numbers = forever(batch, args.image_size), itertools.count()
-    return lambda: pretrain.train_step(next(numbers), stream, settings, ME, run), run
+    return lambda: pretrain.train_step(next(numbers), stream, settings, WORLD, run), run
 
 
 def bare_step(args, arch: str, batch: int):
     """What a supervised step of the same backbone costs: its features, pooled, a linear head, cross-entropy, AdamW."""
-    net = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(ME.device)
-    layout = torch.channels_last if family(arch) in ("resnet", "convnext") else torch.contiguous_format
+    net = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(WORLD.device)
+    layout = torch.channels_last if family(arch).convolutional else torch.contiguous_format
     net = net.to(memory_format=layout).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    labels, stream = torch.randint(1000, (batch,), device=ME.device), forever(batch, args.image_size)
-    scaler = torch.amp.GradScaler(ME.device.type, enabled=args.amp == "fp16")
+    labels, stream = torch.randint(1000, (batch,), device=WORLD.device), forever(batch, args.image_size)
+    scaler = torch.amp.GradScaler(WORLD.device.type, enabled=args.amp == "fp16")
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
 
     def step():
-        images = normalise(next(stream)[0], ME.device).contiguous(memory_format=layout)
-        with torch.autocast(ME.device.type, dtype, enabled=args.amp != "off"):
+        images = normalise(next(stream)[0], WORLD.device).contiguous(memory_format=layout)
+        with torch.autocast(WORLD.device.type, dtype, enabled=args.amp != "off"):
             logits = net(images)
         scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
         scaler.step(optimizer)
@@ -196,7 +198,7 @@ def parts(run):
     spent = []
 
     def now() -> float:
-        if ME.on_gpu:
+        if WORLD.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -232,7 +234,7 @@ def memory(table: Table, args) -> None:
 def allocated(f) -> float:
     """The most memory that a call had allocated at once beyond what there was before, MB."""
     gc.collect()                                             # what is left over must not be freed meanwhile
-    if ME.on_gpu:
+    if WORLD.on_gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         f()
@@ -245,11 +247,11 @@ def allocated(f) -> float:
 
 def tuning(table: Table, args) -> None:
     settings = finetune.parse([*flags(args, args.arch, args.batch_size), "--recipe", "rsb_a2", "--repeats", "1", "--drop-path", "0", "--init", "scratch"])
-    settings.out = "unused"
-    run = finetune.prepare(settings, ME, None)
+    settings.out, settings.amp = "unused", settings.amp or WORLD.default_amp()
+    run = finetune.prepare(settings, WORLD, None)
     run.model.train()
     stream, numbers = forever(args.batch_size, args.image_size), itertools.count()
-    a, b = in_turns(lambda: finetune.train_step(next(numbers), stream, settings, ME, run), bare_step(args, args.arch, args.batch_size), args.rounds)
+    a, b = in_turns(lambda: finetune.train_step(next(numbers), stream, settings, WORLD, run), bare_step(args, args.arch, args.batch_size), args.rounds)
     table.add(f"fine-tuning step, {args.arch}, mixup or cutmix, EMA, LAMB", "bare step with AdamW", over(a, b), ("<=", 1.10), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
 
 
@@ -257,7 +259,7 @@ def modes(table: Table, args) -> None:
     """Reported without a target: precision with memory format, and the compiler."""
     plain = argparse.Namespace(**{**vars(args), "amp": "off"})
     contiguous = a2mim_step(plain, args.arch, args.batch_size, "--no-channels-last")[0]
-    low = "bf16" if not ME.on_gpu or torch.cuda.is_bf16_supported() else "fp16"
+    low = "bf16" if not WORLD.on_gpu or torch.cuda.is_bf16_supported() else "fp16"
     fast = a2mim_step(argparse.Namespace(**{**vars(args), "amp": low}), args.arch, args.batch_size)[0]
     b, a = in_turns(contiguous, fast, args.rounds)
     table.add(f"{low} autocast + channels_last, {args.arch}", "fp32 contiguous", over(b, a), None, f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
@@ -281,8 +283,8 @@ def explicit_attention(block: Attention, x):
 
 
 def attention(table: Table, args) -> None:
-    block = Attention(768, 12, (14, 14)).to(ME.device)
-    x = torch.randn(8, 197, 768, device=ME.device, requires_grad=True)
+    block = Attention(768, 12, (14, 14)).to(WORLD.device)
+    x = torch.randn(8, 197, 768, device=WORLD.device, requires_grad=True)
     torch.testing.assert_close(block(x), explicit_attention(block, x), atol=1e-4, rtol=1e-4)
     theirs = lambda x: explicit_attention(block, x)
     for name, ours, textbook in (("training", lambda: block(x).sum().backward(), lambda: theirs(x).sum().backward()),
@@ -302,7 +304,7 @@ class Peers(Dataset):
         self.files = files
         self.transform = transforms.Compose([
             transforms.RandomResizedCrop(224, (0.8, 1.0)), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+            transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -367,7 +369,7 @@ def loader(table: Table, args) -> None:
 
 def processes(table: Table, args) -> None:
     """Two processes of one thread against one of two, as torchrun starts them: pretrain.py itself, by its own log."""
-    arch, batch, size = "resnet18" if not ME.on_gpu else args.arch, 32, 128
+    arch, batch, size = "resnet18" if not WORLD.on_gpu else args.arch, 32, 128
 
     def rate(world: int, folder: str) -> float:
         call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "pretrain.py", "--data", "shapes", "--arch", arch, "--image-size", str(size),
@@ -431,12 +433,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns that count (7)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="runs/bench")
     args = parser.parse_args()
-    args.batch_size = args.batch_size or (128 if ME.on_gpu else 16)
-    ME.start()
+    args.batch_size = args.batch_size or (128 if WORLD.on_gpu else 16)
+    WORLD.start()
     table, found, began = Table(), [], time.time()
     for name in args.rows:
         found = ROWS[name](table, args) or found
-    device = torch.cuda.get_device_name() if ME.on_gpu else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
+    device = torch.cuda.get_device_name() if WORLD.on_gpu else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
     lines = [f"{device}, torch {torch.__version__}, torchvision {torchvision.__version__}, amp {args.amp}, {args.image_size} px, {args.rounds} turns; {(time.time() - began) / 60:.0f} minutes", "", table.text()]
     if found:
         lines += ["", "| what grows | value | images/s |", "|---|---|---|", *(f"| {grows} | {value} | {speed:.1f} |" for grows, value, speed in found)]

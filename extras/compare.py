@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 import pretrain
-from data import NAMED, open_source, split_folder
+from data import NAMED, open_images
+from engine.images import split_folder
 from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
@@ -63,9 +64,9 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
     if args.data not in NAMED and not split_folder(Path(args.data), "train"):
         raise ValueError(f"--data {args.data}: needs train/<class>/ and val/<class>/, so that pre-training does not see what is tested on")
-    unlabelled, images = (len(open_source(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True))
+    unlabelled, images = (len(open_images(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True))
     few = max(1, round(args.few * images)) / images
-    kind = family(args.arch)
+    kind = family(args.arch).name
     both = f"--data {args.data} --image-size {args.image_size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
     token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
@@ -168,7 +169,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     if BASE in found:
         lines += ["", f"Ablations: pre-training {args.ablation_images:,} images, {kinds['few']}, {args.ablation_seeds} seed{'s' * (args.ablation_seeds > 1)}", "",
                   "| change | top-1 | against none |", "|---|---|---|"]
-        lines += [f"| {title + (' (' + ', '.join(OWN[family(args.arch)]) + ', fill mean, Fourier mixed with the image spectrum)') * (title == BASE)} | {say(values)} | "
+        lines += [f"| {title + (' (' + ', '.join(OWN[family(args.arch).name]) + ', fill mean, Fourier mixed with the image spectrum)') * (title == BASE)} | {say(values)} | "
                   + ("" if title == BASE else f"{statistics.mean(values) - statistics.mean(found[BASE]):+.1f}") + " |" for title, values in found.items()]
     (out / "results.json").write_text(json.dumps(dict(args=vars(args), **got, ablations=found), indent=1) + "\n")
     plot(out / "plot.png", {kinds[k]: {arms[a]: v for a, v in got[k].items()} for k in kinds}, found, lines[0])
@@ -217,10 +218,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, an eighth of the images: shows that it works, not what it is worth")
     parser.add_argument("--out", default=None, metavar="DIR", help="runs/compare-<data>-<arch>[-quick]")
     args = parser.parse_args()
-    for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), BUDGETS[family(args.arch)]):
+    for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), BUDGETS[family(args.arch).name]):
         setattr(args, name, (getattr(args, name) or images) // (8 if args.quick else 1))
     args.seeds = 1 if args.quick else args.seeds
-    args.tune_lr = args.tune_lr or (5e-4 if family(args.arch) in ("vit", "swin") else 1e-3)
+    args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     out = Path(args.out)

@@ -1,0 +1,180 @@
+"""From torchrun's processes to the exit code, with errors of one line.
+
+A mistake of the user (ValueError) ends a run with exit code 2, a failed run (Failed, no memory) with 1, a signal with
+128 + its number. Each is told in one line: what was given, what is allowed, how to fix it.
+"""
+
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")       # a 1x1 convolution fits both
+
+# ---- processes: one, or as many as torchrun started ----
+
+@dataclass
+class World:
+    """Who we are among the processes of torchrun: `rank` of `size`, on `device`. Without torchrun: rank 0 of 1."""
+    size: int = int(os.environ.get("WORLD_SIZE", 1))
+    rank: int = int(os.environ.get("RANK", 0))
+    local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
+    local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def __post_init__(self):
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
+
+    def take_gpu(self) -> None:
+        """This process's own GPU becomes the current one. Raises ValueError if there are more processes than GPUs."""
+        if self.on_gpu:
+            if self.local_size > torch.cuda.device_count():
+                has = torch.cuda.device_count()
+                raise ValueError(f"--nproc_per_node={self.local_size}: this machine has {has} GPUs")
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+
+    def meeting_place(self):
+        """The store where the processes meet. A restart by torchrun has its own: it must not read the addresses of the dead."""
+        store, *_ = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        return dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store
+
+    def default_amp(self) -> str:
+        """bf16 if the device computes in it natively; else fp16 on a GPU, off on a CPU."""
+        if self.on_gpu:
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def agree(self, decide):
+        """Rank 0 decides; every rank gets its answer, or its ValueError."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = decide()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over the processes; all take part."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values / self.size
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes."""
+        if self.size == 1:
+            return list(numbers)
+        values = torch.tensor(numbers)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Every process takes rank 0's BatchNorm statistics, which are saved: without SyncBN each has its own."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """The rows of all processes, in the order of their ranks, on every one; each may have its own number."""
+        if self.size == 1:
+            return rows
+        parts = [None] * self.size
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts, dim).to(self.device)
+
+
+# ---- the end of a run ----
+
+class Failed(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal came, and the run was saved: exit code 128 + the signal."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Signals:
+    """Notes SIGTERM and Ctrl-C, so that the step can be finished and saved. A second Ctrl-C ends it at once."""
+    number = 0
+
+    def __enter__(self) -> "Signals":
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(130)
+        self.number = number
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def what_went_wrong(error: BaseException, world: World) -> tuple[int, str]:
+    """An exception as (exit code, one line). A bug is told with its traceback, and has no line."""
+    text = str(error)
+    first, last = (text.splitlines() or [""])[0], (text.splitlines() or [""])[-1].strip()
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "Unable to allocate" in text:
+        return 1, f"not enough memory ({last or 'no more is said'}); use a smaller --image-size or --batch-size"
+    if isinstance(error, ValueError):                        # a loader worker sends a traceback, the message last
+        return 2, f"error: {last}"
+    if isinstance(error, Stopped):
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C"
+    if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
+        return 1, "lost another process (killed, or ended by an error of its own); --resume goes on from the checkpoint"
+    if isinstance(error, (Failed, OSError, torch.OutOfMemoryError)):
+        return 1, first
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):        # such as no C++ compiler
+        return 1, f"--compile: {first}; repair that, or run without it"
+    traceback.print_exception(error)
+    return 1, ""
+
+
+def command_line(program: str, parse, train, argv: list[str] | None) -> None:
+    """Runs train(parse(argv), world), and turns what went wrong into one line on stderr and an exit code."""
+    world, code, message = World(), 0, ""
+    try:
+        train(parse(argv), world)
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = what_went_wrong(error, world)
+    # here the exception and its frames are gone, and with them the loader and its workers
+    failed = code in (1, 2)
+    if failed and world.rank:                                # rank 0 speaks first; the others if it does not
+        time.sleep(10)
+        message = message and f"rank {world.rank}: {message}"
+    if message and (failed or not world.rank):
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
+    if failed and world.size > 1:
+        os._exit(code)                                       # the others may be waiting for us; the launcher ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()                                         # DDP keeps the group; its threads must end before Python
+    if code:
+        sys.exit(code)

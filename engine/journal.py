@@ -1,0 +1,241 @@
+"""The course of a run: where it starts, what happens around every step, how it stops and goes on.
+
+    open_run         the output folder, and with --resume the run that is in it
+    Steps            how many steps there are, and where this start begins
+    Journal          what happens around every step: count, log, save, stop
+"""
+
+import math
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .command import Failed, Signals, Stopped, World
+from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
+from .images import save_curve
+
+# ---- the start of a run ----
+
+def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple[SimpleNamespace, dict | None]:
+    """The output folder into args.out, and with --resume the checkpoint in it and the flags it was made with.
+
+    own: the program's default flags. Raises ValueError if the folder is taken, not writable, or of another program."""
+    args.out = world.agree(lambda: choose_folder(args, name))
+    saved = read_checkpoint(Path(args.out)) if args.resume else None
+    step = saved["step"] if saved else -1
+    if world.largest(step, -step) != [step, -step]:
+        raise ValueError(f"--resume: the processes see different checkpoints in {args.out}; --out must be one folder "
+                         f"that all nodes share")
+    if saved:                                                # the run's own settings, then what was typed now
+        if saved["args"]["program"] != args.program:
+            made_by = saved["args"]["program"]
+            raise ValueError(f"{saved['path']}: of another model, made by {made_by}; choose another --out")
+        more = dict(given=args.given, demo=False, out=args.out)
+        args = SimpleNamespace(**{**own, **saved["args"], **args.given, **more})
+        world.say(f"going on from {saved['path']}, step {step}")
+    elif args.resume:
+        if "data" not in args.given:
+            raise ValueError(f"--resume: no checkpoint in {args.out}; give --data and the flags of the run to start it")
+        world.say(f"{args.out}: no checkpoint yet, starting from the beginning")
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+        if "warmup_epochs" in args.given:
+            raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
+        args.warmup_epochs = None                            # a short run of a long recipe: a tenth of it
+    return args, saved
+
+
+def choose_folder(args: SimpleNamespace, name: str) -> str:
+    """--out, by default runs/<name>, numbered if taken; --resume takes the newest. Tries to write there, and leaves
+    nothing: a refused command makes no folder."""
+    numbered = lambda n: Path("runs") / (name if n == 1 else f"{name}-{n}")
+    if args.out is None:
+        taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", "result.json"))]
+        args.out = str(numbered(max(taken, default=1) if args.resume else max(taken, default=0) + 1))
+    out = Path(args.out)
+    begun = (out / "log.jsonl").exists()
+    if begun and not args.resume:
+        raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
+    if (out / "result.json").exists() and not begun:
+        raise ValueError(f"--out {out}: already holds a result.json; choose another folder")
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        for folder in made:
+            folder.rmdir()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return str(out)
+
+
+@dataclass
+class Steps:
+    """The steps of a run: `start` (0, or from the checkpoint) to `total`, `per_epoch` of them an epoch."""
+    batch: int                                               # images per process and forward pass
+    global_batch: int                                        # images per step: batch x accum x processes
+    per_epoch: int
+    total: int
+    start: int
+    warmup: int
+
+    @classmethod
+    def plan(cls, args: SimpleNamespace, world: World, images: int, saved: dict | None) -> "Steps":
+        """From the flags and the number of images. Raises ValueError if the data set is smaller than one step."""
+        if args.global_batch and not args.batch_size and args.global_batch % world.size:
+            raise ValueError(f"{world.size} processes do not divide the global batch of {args.global_batch}; "
+                             f"give --batch-size, images per process")
+        shared = args.global_batch and args.global_batch // world.size
+        batch = args.batch_size or shared or (256 if world.on_gpu else 32)
+        global_batch = batch * args.accum * world.size
+        per_epoch = steps_per_epoch(images, global_batch)
+        total, start = max(1, round(per_epoch * args.epochs)), 0
+        if saved:                                            # at its place in epochs
+            start = min(total, math.floor(saved["step"] / saved["per_epoch"] * per_epoch + 1e-6))
+            if saved["world"] != world.size or saved["per_epoch"] != per_epoch:
+                world.say(f"the checkpoint is of {saved['world']} processes and {saved['per_epoch']} steps an epoch, "
+                          f"this is {world.size} and {per_epoch}: the schedule goes on at epoch "
+                          f"{start / per_epoch:.2f}, but not bit by bit as it would have")
+        epochs = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+        return cls(batch, global_batch, per_epoch, total, start, round(per_epoch * epochs))
+
+
+def steps_per_epoch(images: int, global_batch: int) -> int:
+    if images < global_batch:
+        raise ValueError(f"the data set has {images} images, one step takes {global_batch} "
+                         f"(--batch-size x --accum x processes); use a smaller --batch-size")
+    return images // global_batch
+
+
+# ---- during the run ----
+
+class Journal(Signals):
+    """What happens around every step of a run: it is counted, logged, saved, and stopped if a signal came.
+
+        with Journal(...) as journal:
+            for step in journal.steps():
+                journal.after(step, {"loss": ..., and its parts})
+
+    A step whose loss is not finite is undone: GradScaler has skipped its update, BatchNorm's statistics are put back.
+    Raises Failed if the run cannot go on, Stopped after a signal."""
+
+    def __init__(self, args, world: World, plan: Steps, keep: dict, saved: dict | None, export: dict | None = None):
+        """keep: name -> what a checkpoint holds (model, optimizer, broken, ...), filled from `saved` to resume.
+        export: file name -> a function that gives what this file holds; written beside every checkpoint."""
+        self.args, self.world, self.plan, self.keep, self.export = args, world, plan, keep, export or {}
+        self.out, self.done = Path(args.out), plan.start
+        self.log = self.out / "log.jsonl"
+        if saved:
+            self.load(saved)
+        make_folder(args, world, plan.global_batch)
+        if world.rank == 0:
+            trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
+        count = lambda n: torch.tensor(n, device=world.device)
+        self.in_a_row, self.skipped, self.last_loss = count(0), count(saved["skipped"] if saved else 0), "none yet"
+        self.saved_at = self.logged_at = time.time()
+        self.logged = self.done
+
+    def __enter__(self) -> "Journal":
+        super().__enter__()
+        self.bar = tqdm(total=self.plan.total, initial=self.done, unit="step", disable=self.world.rank != 0)
+        return self
+
+    def __exit__(self, *error) -> None:
+        super().__exit__()
+        self.bar.close()
+
+    def steps(self):
+        """The numbers of the steps to make. Before each, BatchNorm's statistics are set aside."""
+        statistics = [b for b in self.keep["model"].buffers() if b.is_floating_point()]
+        for step in range(self.plan.start, self.plan.total):
+            self.before_step = [(b, b.clone()) for b in statistics]
+            yield step
+
+    def after(self, step: int, record: dict[str, Tensor]) -> None:
+        """After a step. record: this process's 'loss' and its parts, still on the device."""
+        args, plan, done = self.args, self.plan, step + 1
+        bad, self.done = ~torch.isfinite(record["loss"]), done
+        for now, old in self.before_step:
+            now.copy_(torch.where(bad, old, now))
+        self.in_a_row, self.skipped = (self.in_a_row + bad) * bad, self.skipped + bad
+        self.bar.update()
+        epoch_ends = done % plan.per_epoch == 0 or done == plan.total
+        logs = done % args.log_every == 0 or epoch_ends or done == 1
+        streak = int(self.in_a_row) if logs or not self.world.on_gpu else 0  # a GPU is waited for only when logging
+        stop, streak = self.world.largest(self.number, streak)
+        if streak >= 10:
+            raise Failed(self.not_finite(streak))
+        if logs:
+            self.write_line(record)
+        every = int(args.save_every.removesuffix("m"))
+        due = done % every == 0 if args.save_every.isdecimal() else time.time() - self.saved_at > 60 * every
+        if self.world.rank == 0 and (epoch_ends or due or stop) and not int(self.in_a_row):
+            self.write("checkpoint", self.save)
+            self.saved_at = time.time()
+        if stop:
+            raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {plan.total}; "
+                                f"go on with --out {self.out} --resume")
+
+    def write(self, what: str, action, *given) -> None:
+        """Writes a file by action(*given). A full disk does not end the run: the files of before are kept."""
+        try:
+            action(*given)
+        except OSError as error:
+            self.world.say(f"step {self.done}: {what} not written ({error}); going on")
+
+    def write_line(self, record: dict[str, Tensor]) -> None:
+        """A line of log.jsonl: averages over the processes, which all take part."""
+        broken = self.keep["broken"]
+        broken.tell(self.world)
+        means = self.world.mean(torch.stack(list(record.values()))).tolist()
+        values = {k: round(v, 6) if math.isfinite(v) else None for k, v in zip(record, means)}
+        self.last_loss = values["loss"] or self.last_loss
+        if self.world.rank == 0:
+            speed = (self.done - self.logged) * self.plan.global_batch / max(time.time() - self.logged_at, 1e-9)
+            line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4), lr=self.lr(), **values)
+            line |= {"skipped": int(self.skipped)} if self.skipped else {}
+            line |= {"broken": len(broken.seen)} if broken.seen else {}
+            line |= dict(images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(self.world.device))
+            self.write("log.jsonl", append_line, self.log, line)
+            self.bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
+            self.logged_at, self.logged = time.time(), self.done
+
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.keep["optimizer"].param_groups)
+
+    def not_finite(self, streak: int) -> str:
+        there = (self.out / "checkpoint.pt").exists()
+        kept = f"{self.out}/checkpoint.pt is kept" if there else "there is no checkpoint yet"
+        return (f"loss is not finite, {streak} times in a row at step {self.done} (lr {self.lr():.1e}, amp "
+                f"{self.args.amp}, last finite loss {self.last_loss}); {kept}; try a lower --lr"
+                + (" or --amp bf16" if self.args.amp == "fp16" else ""))
+
+    def save(self) -> None:
+        state = {name: keeper.state_dict() for name, keeper in self.keep.items()}
+        state |= dict(step=self.done, per_epoch=self.plan.per_epoch, world=self.world.size, args=settings(self.args),
+                      skipped=int(self.skipped))
+        save_atomically(state, self.out / "checkpoint.pt", keep_previous=True)
+        for name, content in self.export.items():
+            save_atomically(content(), self.out / name)
+        save_curve(self.out / "loss.png", self.log)
+
+    def load(self, saved: dict) -> None:
+        """Puts a checkpoint back. lr scale and weight decay are the flags' of now."""
+        groups = self.keep["optimizer"].param_groups
+        typed = [(group["scale"], group["weight_decay"]) for group in groups]
+        try:
+            for name, keeper in self.keep.items():
+                keeper.load_state_dict(saved[name])
+            for group, (scale, weight_decay) in zip(self.keep["optimizer"].param_groups, typed):
+                group.update(scale=scale, weight_decay=weight_decay)
+        except (RuntimeError, ValueError, KeyError):
+            made = saved["args"]
+            raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
+                             f"{made.get('image_size')} px); resume with the run's own flags, or choose another --out"
+                             ) from None
