@@ -1,8 +1,7 @@
 """Data: images from a folder, a torchvision dataset or the built-in `shapes`, as uint8 batches in a reproducible order.
 
-Two rules keep a run the same for any number of workers, and let it stop and go on anywhere:
-the order of samples depends on (seed, epoch) alone, the augmentation of a sample on (seed, epoch, index) alone.
-Images stay uint8 until `normalise`, on the device: a quarter of the bytes to move.
+Two rules keep a run the same for any number of workers, and let it go on where it stopped: the order of samples depends
+on (seed, epoch) alone, the augmentation of a sample on (seed, epoch, index) alone. Images stay uint8 until `normalise`.
 """
 
 import functools
@@ -56,10 +55,10 @@ def denormalise(images: Tensor) -> Tensor:
 # ---- folders ----
 
 class Folder:
-    """Images below `root`, which is cut as ImageNet is (train/, val/, in any capitals), or holds class folders, or images.
+    """Images below `root`, cut as ImageNet is (train/, val/, in any capitals), or in class folders, or just there.
 
-    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root. `labels` are the indices of
-    the first-level folders in sorted order; a flat folder is one class. Raises ValueError if there is nothing to read."""
+    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root. `labels` are the indices
+    of the first-level folders in sorted order; a flat folder is one class. Raises ValueError if there is no image."""
 
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
@@ -121,9 +120,7 @@ class TorchvisionSet:
             raise ValueError(f"--data {name}: cannot be {doing} --data-root {root} ({error})") from None
         self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
         labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
-        if labels is None:                                   # Imagenette
-            labels = [label for _, label in self.data._samples]
-        self.labels = np.array(labels)
+        self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -313,8 +310,7 @@ class Samples(Dataset):
             except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):   # as Pillow raises
                 broken = index
         if image is None:
-            first = self.source.name(index)
-            raise ValueError(f"many images in a row cannot be read, from {first} on; is the disk there?")
+            raise ValueError(f"many images in a row cannot be read: {self.source.name(index)} ...; is the disk there?")
         with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
             torch.default_generator.manual_seed(seed_for(self.seed, visit, index))
             return self.transform(image), used, broken
@@ -375,10 +371,10 @@ def some_labels(source, labels: str | None, seed: int):
 
 
 class RandAugment(nn.Module):
-    """Two operations, each with probability 0.5 and a magnitude of N(m, 0.5) in [0, 10]: timm's 'rand-m<m>-mstd0.5-inc1'.
+    """Two operations, each with probability 0.5 and a magnitude of N(m, 0.5) in [0, 10], bicubic, as released.
 
-    The operations are torchvision's, which grow with the magnitude too: without timm's Invert and SolarizeAdd, with
-    Identity; magnitudes in 31 bins. Bicubic, and corners filled with (104, 116, 124), as released."""
+    Released: timm's 'rand-m<m>-mstd0.5-inc1'. The operations here are torchvision's, which grow with the magnitude too:
+    without timm's Invert and SolarizeAdd, with Identity; magnitudes in 31 bins. Corners are filled with the colour."""
 
     def __init__(self, magnitude: float):
         super().__init__()

@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader
 
 from data import NAMED, Batches, Samples, augment, eval_transform, normalise, open_images, seed_for, some_labels
 from engine.command import World, command_line
-from engine.files import load_backbone, make_folder, save_atomically, told
+from engine.files import make_folder, save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked, defaults, number,
                           path, remembered)
 from engine.images import Broken, make_loader, save_confusion
 from engine.journal import Journal, Steps, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
+from engine.weights import load_backbone, load_head, told
 from loss import class_loss, erase, mix_batch
 from model import Classifier, build_encoder, family
 
@@ -116,8 +117,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 # ---- the run ----
 
-class Best(dict):
-    """The best epoch so far, kept in the checkpoint beside the rest."""
+class Best(dict):                                            # the best epoch so far, kept in the checkpoint
     state_dict, load_state_dict = dict.copy, dict.update
 
 
@@ -147,7 +147,8 @@ def train(args: SimpleNamespace, world: World) -> None:
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
     keep |= {"ema": run.ema} if run.ema else {}
     journal = Journal(args, world, steps, keep, saved)
-    world.say(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps")
+    world.say(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} "
+              f"steps")
 
     def evaluate_after(done: int) -> None:
         """At the end of every --eval-every epochs, and of the run."""
@@ -164,7 +165,7 @@ def train(args: SimpleNamespace, world: World) -> None:
     run.model.train()
     batches = iter(run.loader)
     with journal:
-        evaluate_after(steps.start)                          # a checkpoint is written before an evaluation: no signal waits
+        evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
         for step in journal.steps():
             for group in run.optimizer.param_groups:
                 base = peak * group["scale"]
@@ -172,8 +173,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # counts, logs, saves, and stops if a signal came
             evaluate_after(step + 1)
-    more = dict(best_top1=best["top1"], best_epoch=best["epoch"], labels=len(run.labels))
-    report(result, args, world, run, **more)
+    report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"], labels=len(run.labels))
 
 
 def trains(args: SimpleNamespace) -> bool:
@@ -192,7 +192,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}"
                          f"{', ...' if len(odd) > 3 else ''})")
     if test != size and (family(args.arch).name == "vit" or args.arch.startswith("maxvit")) and trains(args):
-        raise ValueError(f"--test-size {test[0]}: {args.arch} has one grid of positions; use the --image-size, {size[0]}")
+        raise ValueError(f"--test-size {test[0]}: {args.arch} has one grid of positions; use --image-size, {size[0]}")
     if len(val) < world.size:
         raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
     source = some_labels(source, args.labels, args.seed)
@@ -206,8 +206,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     at_once = 256 if world.on_gpu else 64                    # images per forward pass of an evaluation
     batches, transform = every_image_once(len(source), at_once, world), eval_transform(size, args.test_crop)
     if trains(args):
-        batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total,
-                          args.repeats)
+        batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
+                          steps.total, args.repeats)
         transform = augment(args)
     loader = make_loader(Samples(source, transform, args.seed), batches, args.workers, world)
     val_samples = Samples(val, eval_transform(test, args.test_crop), args.seed)
@@ -216,14 +216,12 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
     encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window)
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
-    head = model.load_head(args.weights) if args.eval_only else set()
+    head = load_head(model, args.weights) if args.eval_only else set()
     if args.weights and not saved:
-        found = load_backbone(encoder, args.weights)
-        world.say(f"{args.weights}: " + told(found, head))
-    model = net = model.to(world.device)
+        world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights), head))
     channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = net = model.to(memory_format=memory_format)
+    model = net = model.to(world.device).to(memory_format=memory_format)
     if world.size > 1 and world.on_gpu:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
@@ -242,8 +240,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     ema = moving_average(model, args.ema, 20 * steps.per_epoch) if args.ema else None
     broken = Broken(source, args.max_bad, args.out)
-    return Run(steps, source.classes, loader, labels, val_loader, val_labels, model, net, optimizer, scaler, memory_format,
-               broken, ema)
+    return Run(steps, source.classes, loader, labels, val_loader, val_labels, model, net, optimizer, scaler,
+               memory_format, broken, ema)
 
 
 # ---- evaluation ----
@@ -255,18 +253,19 @@ def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[in
 
 
 def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
-    """The counts of all processes, added up: {'top1', 'top5', 'images', 'confusion'}. best (N, 5) classes, likeliest first.
+    """The counts of all processes, added up: {'top1', 'top5', 'images', 'confusion'}. best (N, 5), likeliest first.
 
     confusion (C, C): images of each class (row) by prediction (column)."""
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
     counts = torch.cat([confusion, (best == labels[:, None]).sum()[None]]).double()
     counts = (world.mean(counts) * world.size).round().long().cpu()
     confusion, images = counts[:-1].view(classes, classes), counts[:-1].sum().item()
-    return dict(top1=confusion.diag().sum().item() / images, top5=counts[-1].item() / images, images=images, confusion=confusion)
+    top1, top5 = confusion.diag().sum().item() / images, counts[-1].item() / images
+    return dict(top1=top1, top5=top5, images=images, confusion=confusion)
 
 
-def outputs(f, loader: DataLoader, labels: Tensor, args: SimpleNamespace, world: World, run: Run) -> tuple[Tensor, Tensor]:
-    """f(images) in float32 and the labels, over this process's part of a set: (N, C), (N,). Unreadable images stay out."""
+def outputs(f, loader: DataLoader, labels: Tensor, args, world: World, run: Run) -> tuple[Tensor, Tensor]:
+    """f(images) in float32 and the labels, over this process's part of a set, without unreadable ones: (N, C), (N,)."""
     parts, left_out = [], 0
     for images, index, broken in loader:
         images, index, left_out = images[broken < 0], index[broken < 0], left_out + int((broken >= 0).sum())
@@ -336,7 +335,7 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), "folder of labelled images (ImageNet's train/ and val/, or class folders), or "
                  + ", ".join(NAMED)),
-        "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count such as 20/class (all)"),
+        "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count such as 20/class"),
         "image_size": (None, number(int, 1, MAX_SIDE), "side of the square crop (as pre-trained, else 224)"),
         "test_size": (None, number(int, 1, MAX_SIDE), "side of the test crop (--image-size)"),
         "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized shorter side"),
@@ -367,8 +366,7 @@ FLAGS = {
         "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of the next"),
         "weight_decay": (0.05, positive, "of weights, not of norms and biases"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none"),
-        "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "cosine: after the warm-up; by-epoch, "
-                     "from-0: from the first epoch or iteration on, under the warm-up; probe: x0.1 at 60 and 80 %% of the run"),
+        "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "see engine/optim.py, lr_at"),
         "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
         "min_lr": (1e-6, positive, "floor of the cosine"),
         "loss": ("ce", ("ce", "bce"), "cross-entropy, or binary cross-entropy per class"),
@@ -381,7 +379,7 @@ FLAGS = {
         "eval_every": (10, count, "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights that hold a head (best.pt), and stop")},
 }
-OWN = {**defaults(FLAGS), "global_batch": 16}
+OWN = {**defaults(FLAGS), "global_batch": 16}               # and what a recipe alone can set
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
@@ -390,8 +388,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("finetune.py", usage, __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     recipe = {**OWN, **RECIPES[given.get("recipe", "default")]}
-    # the backbone's own settings, and its image size if the recipe has none
-    names = ["arch", "patch_size", "window"] + ["image_size"] * (not recipe["image_size"])
+    names = ["arch", "patch_size", "window"] + ["image_size"] * (not recipe["image_size"])   # as pre-trained
     names += ["test_size", "test_crop"] if "eval_only" in given else []
     recipe |= remembered(given.get("weights"), parser, names)
     recipe |= EXCEPTIONS.get((given.get("recipe"), given.get("arch", recipe["arch"])), {})

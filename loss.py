@@ -1,12 +1,11 @@
-"""The loss, L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section), and how it is minimised.
+"""The loss, L = L_spatial + lambda * L_fourier (paper, Fig. 3 and the loss of its approach section).
 
     spatial_loss   the painted pixels against the true ones, over hidden pixels only
     fourier_loss   move 3: the same error seen as frequencies, where the large ones are weighted up
     a2mim_loss     both, with their parts for the log
-    lr_at          the released schedules
-    parameter_groups, layer_groups    who decays, who learns slowly: pre-training, fine-tuning; then LAMB and EMA
+    mix_batch, class_loss, erase    fine-tuning's: mixed images and targets, cross-entropies, random erasing
 
-Images are normalised, (B, 3, H, W); masks (B, gh, gw), True = hidden. Everything runs in float32, whatever autocast says.
+Images are normalised, (B, 3, H, W); masks (B, gh, gw), True = hidden. All runs in float32, whatever autocast says.
 """
 
 import torch
@@ -26,34 +25,33 @@ def focal_l1(d: Tensor, alpha: float = 0.2) -> Tensor:
     """|d| (2 sigmoid(alpha |d|) - 1), elementwise, >= 0: small errors count less than in plain |d|.
 
     Source: Yang et al. 2021 (gamma 1), as in the released CNN configs; the ViT configs use plain L1."""
-    return d * (d * (alpha / 2)).tanh_()                     # 2 sigmoid(a) - 1 = tanh(a / 2); two odd factors need no |.|
+    return d.abs() * (2 * torch.sigmoid(alpha * d.abs()) - 1)
 
 
 def spatial_loss(pred: Tensor, image: Tensor, mask: Tensor, focal: bool = True) -> Tensor:
     """sum(|pred - image| m) / (sum(m) + 1e-5) / 3 over hidden pixels m; `focal` puts focal_l1 for |.|. A scalar."""
     m = resize_mask(mask, image.shape[-2:])                  # (B, 1, H, W)
-    d = (pred.float() - image.float()).mul_(m)               # focal_l1(0) = 0: the mask may go inside
+    d = pred.float() - image.float()
     error = focal_l1(d) if focal else d.abs()
-    return error.sum() / (m.sum() + 1e-5) / image.shape[1]
+    return (error * m).sum() / (m.sum() + 1e-5) / image.shape[1]
 
 
 # ---- move 3: over frequencies ----
 
-def residual(pred: Tensor, image: Tensor, mask: Tensor, stand_in: str, visible_weight: float, average: bool = False) -> Tensor:
-    """p - image, where p = pred w + stand_in (1 - w) and w = m + (1 - m) u: what the Fourier loss looks at. (B, 3, H, W)
+def residual(pred: Tensor, image: Tensor, mask: Tensor, stand_in: str, visible_weight: float) -> Tensor:
+    """What the Fourier loss looks at: the prediction at hidden pixels, a stand-in at visible ones, minus the image.
 
-    At visible pixels the prediction is swapped for a stand-in, so they pull on it by `u` at most. With `average` its mean
-    over the batch, (1, 3, H, W)."""
-    if stand_in not in STAND_INS:
-        raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
-    mean = (lambda x: x.mean(0, keepdim=True)) if average else (lambda x: x)              # early: what follows is B times smaller
-    w = torch.where(resize_mask(mask, image.shape[-2:]), 1.0, visible_weight)            # (B, 1, H, W)
+    p - image with p = w pred + (1 - w) stand_in, and w = 1 at hidden, `visible_weight` at visible pixels. (B, 3, H, W)
+    The stand-in is detached: the network was given the visible pixels, so to paint them teaches nothing."""
     d = pred - image
-    wd = mean(w * d)
-    if stand_in == "mean":                                   # the true image's mean colour
-        return wd + mean((1 - w) * (image.mean((2, 3), keepdim=True) - image))
-    share = {"prediction": 1.0, "mixed": 0.5, "target": 0.0}[stand_in]      # how much of d the stand-in keeps
-    return torch.add(wd, (mean(d) - wd).detach(), alpha=share)
+    if stand_in == "mean":                                   # of the true image's colours
+        stand = image.mean((2, 3), keepdim=True) - image
+    elif stand_in in STAND_INS:
+        stand = {"prediction": 1.0, "mixed": 0.5, "target": 0.0}[stand_in] * d.detach()
+    else:
+        raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
+    w = torch.where(resize_mask(mask, image.shape[-2:]), 1.0, visible_weight)            # (B, 1, H, W)
+    return torch.lerp(stand, d, w)                           # stand + w (d - stand)
 
 
 def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "mixed", visible_weight: float = 1e-3,
@@ -61,41 +59,46 @@ def fourier_loss(pred: Tensor, image: Tensor, mask: Tensor, *, stand_in: str = "
     """Focal frequency loss (Jiang et al., ICCV 2021) with A2MIM's stand-in for visible pixels. A scalar.
 
     D = F(p) - F(image), F = orthonormal 2-D FFT per channel; weight = log(1 + |D|^alpha) (log_weight=False: |D|^alpha)
-    over its maximum, in [0, 1], detached; loss = mean(weight |D|^2). focal=False: mean of focal_l1(|D|) over the full plane,
-    as released for ResNet-101, whose head takes its pixel criterion again.
+    over its maximum, in [0, 1], detached; loss = mean(weight |D|^2). focal=False: mean of focal_l1(|D|) over the full
+    plane, as released for ResNet-101, whose head takes its pixel criterion again.
 
-    stand_in  'mixed' (released): half prediction, half image; 'prediction': the paper; 'target'; 'mean' colour
-    u         share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (ViT, ConvNeXt, Swin)
-    spectrum  'batch' (released): the spectra are averaged over the local batch before D is formed, one maximum over all.
-              Errors of different images then cancel: the term sees the batch's mean residual only, and depends on the
-              batch per process and on accumulation. 'image' (the paper): one D and one maximum per image and channel.
+    stand_in        'mixed' (released): half prediction, half image; 'prediction': the paper; 'target'; 'mean' colour
+    visible_weight  share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (ViT, ConvNeXt, Swin)
+    spectrum        'batch' (released): the spectra are averaged over the local batch before D is formed, one maximum
+                    over all. Errors of different images then cancel: the term sees the batch's mean residual only, and
+                    depends on the batch per process and on accumulation. 'image' (the paper): one D and one maximum per
+                    image and channel. The default is the released one, so that a run here is a run there; small runs
+                    take 'image', as a mean over few images says little.
     Raises ValueError for another stand-in or spectrum."""
     if spectrum not in SPECTRA:
         raise ValueError(f"spectrum {spectrum!r}: must be one of {', '.join(SPECTRA)}")
     with torch.autocast(image.device.type, enabled=False):
-        # F is linear: F(p) - F(image) = F(p - image), and the mean of spectra is the spectrum of the mean: one FFT, not B
-        r = residual(pred.float(), image.float(), mask, stand_in, visible_weight, average=spectrum == "batch")
-        D = torch.fft.rfft2(r, norm="ortho")                 # (B or 1, 3, H, W//2 + 1): a real image's other half mirrors it
+        r = residual(pred.float(), image.float(), mask, stand_in, visible_weight)
+        if spectrum == "batch":
+            r = r.mean(0, keepdim=True)                      # F is linear: mean of spectra = spectrum of the mean
+        D = torch.fft.rfft2(r, norm="ortho")                 # (B or 1, 3, H, W//2 + 1)
+        power = D.real.square() + D.imag.square()            # |D|^2
         if focal:
-            size = torch.view_as_real(D).square().sum(-1)    # |D|^2
-            weight = size.detach().sqrt() ** alpha
+            weight = power.detach().sqrt() ** alpha
             weight = torch.log1p(weight) if log_weight else weight
             peak = weight.amax() if spectrum == "batch" else weight.amax((2, 3), keepdim=True)
-            size = (weight / peak).nan_to_num(0).clamp(0, 1) * size         # 0/0 where nothing is wrong: no loss
+            error = (weight / peak).nan_to_num(0).clamp(0, 1) * power        # 0/0 if nothing is wrong: no loss
         else:
-            size = focal_l1(D.abs())
-        twice = torch.full((D.shape[-1],), 2.0, device=D.device)            # each inner column stands for its mirror too
-        twice[0] = 1
+            error = focal_l1(D.abs())
+        # a real image's spectrum is symmetric, and rfft2 keeps half of its columns: count the inner ones twice
+        times = torch.full((D.shape[-1],), 2.0, device=D.device)
+        times[0] = 1
         if image.shape[-1] % 2 == 0:
-            twice[-1] = 1
-        return (size * twice).sum() / r.numel()
+            times[-1] = 1
+        return (error * times).sum() / r.numel()
 
 
 # ---- together ----
 
 def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: float = 0.5, focal_pixels: bool = True,
-               focal_fourier: bool = True, stand_in: str = "mixed", visible_weight: float = 1e-3, spectrum: str = "batch",
-               alpha: float = 1.0, log_weight: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+               focal_fourier: bool = True, stand_in: str = "mixed", visible_weight: float = 1e-3,
+               spectrum: str = "batch", alpha: float = 1.0, log_weight: bool = True
+               ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_spatial + fourier_weight * L_fourier, and {'spatial', 'fourier'}, the detached parts (unweighted).
 
     The target is the true image, hidden pixels included. The defaults are the released ResNet-50 configuration.
@@ -116,7 +119,8 @@ def mix_batch(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix
     """(B, 3, H, W) and (B,) -> mixed images and targets (B, classes), lam * one_hot(a) + (1 - lam) * one_hot(b).
 
     With both alphas, mixup or cutmix with even odds per batch, always one; cutmix's lam is the share really pasted."""
-    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    choices = [make(alpha=alpha, num_classes=classes) for make, alpha in both if alpha]
     if not choices:
         return images, F.one_hot(labels, classes).float()
     return choices[int(torch.randint(len(choices), ()))](images, labels)
@@ -131,7 +135,7 @@ def class_loss(logits: Tensor, targets: Tensor, loss: str, smoothing: float) -> 
 
 
 def erase(images: Tensor, probability: float) -> Tensor:
-    """Random erasing (Zhong et al. 2020) of normalised images (B, 3, H, W): a rectangle of normal noise, as released."""
+    """Random erasing (Zhong et al. 2020) of normalised images (B, 3, H, W): a box of normal noise, as released."""
     if not probability:
         return images
     one = v2.RandomErasing(probability, value="random")

@@ -132,7 +132,7 @@ class MaskToken(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6)) if form == "gamma" else None
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        """z (B, C, h, w), (B, h, w, C) or (B, N, C); mask (B, gh, gw), True = hidden. Visible features stay bit-equal."""
+        """z (B, C, h, w), (B, h, w, C) or (B, N, C); mask (B, gh, gw), True = hidden. Visible features stay."""
         m = spread_mask(mask, z, self.layout)
         shape = (1, -1, 1, 1) if z.dim() == 4 and self.layout == "nchw" else (-1,)
         token = self.token.view(shape).to(z.dtype)           # under autocast the features may be bf16

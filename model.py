@@ -1,8 +1,8 @@
 """The model: a backbone cut into stages, a mask token between two of them, a linear decoder behind the last.
 
     Encoder        any backbone as a list of stages, run in a plain loop
-    build_encoder  a backbone by name: the paper's (ResNet, ConvNeXt and Swin are torchvision's, ViT and DeiT are below),
-                   or any other of torchvision's
+    build_encoder  a backbone by name: the paper's (ResNet, ConvNeXt and Swin from torchvision, ViT and DeiT below), or
+                   any other of torchvision's
     A2MIM          the whole pre-training forward pass
     Classifier     the encoder with a linear head, for fine-tuning
 """
@@ -11,7 +11,6 @@ import math
 from collections import OrderedDict
 from difflib import get_close_matches
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from engine.chain import cut, drop_residuals
-from engine.files import read_weights
 from masking import MaskToken, fill_hidden, mask_grid, resize_mask, spread_mask
 
 
@@ -50,7 +48,7 @@ class Attention(nn.Module):
         q, k, v = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         position = self.relative_position_bias_table.T.index_select(1, self.relative_position_index.flatten())
         position = position.view(1, self.heads, N, N).to(q.dtype)                           # (1, heads, 1 + N, 1 + N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position)                     # (B, heads, 1 + N, C / heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position)      # (B, heads, 1 + N, C / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -133,7 +131,8 @@ class Encoder(nn.Module):
     Hand over a list of modules as `backbone`, and each is a stage: Encoder([stem, block1, block2])."""
 
     def __init__(self, backbone: nn.Module | Sequence[nn.Module], stages: list[list[str]] | None = None,
-                 mask_stage: int = -1, layout: str = "nchw", head_name: str = "", levels: list[list[str]] | None = None):
+                 mask_stage: int = -1, layout: str = "nchw", head_name: str = "",
+                 levels: list[list[str]] | None = None):
         super().__init__()
         if stages is None:
             backbone = nn.Sequential(*backbone)
@@ -204,9 +203,10 @@ ARCHS = tuple(arch for kind in FAMILIES for arch in kind.archs)
 
 
 def family(arch: str) -> Family:
-    """The family of a backbone: the paper's, or 'torchvision' for its other nets. Raises ValueError for an unknown name."""
+    """The family of a backbone, 'torchvision' for its other nets. Raises ValueError for an unknown name."""
     others = tuple(tv.list_models(module=tv))
-    for kind in (*FAMILIES, Family("torchvision", others, -1, "", convolutional=not arch.startswith(("swin", "maxvit")))):
+    rest = Family("torchvision", others, -1, "", convolutional=not arch.startswith(("swin", "maxvit")))
+    for kind in (*FAMILIES, rest):
         if arch in kind.archs:
             return kind
     near = get_close_matches(arch, (*ARCHS, *others), 1)
@@ -218,8 +218,8 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
                   patch_size: int = 16, window: int = 7) -> Encoder:
     """A backbone by name, random weights, no classification head; names as in torchvision (ViT: BEiT).
 
-    image_size (H, W) matters to ViT and MaxViT alone. drop_path: the deepest rate of stochastic depth; by default 0.1 for
-    ViT and 0 elsewhere, as released. window: Swin's, 7 as in torchvision; the authors train at 192 px with 6.
+    image_size (H, W) matters to ViT and MaxViT alone. drop_path: the deepest rate of stochastic depth; by default 0.1
+    for ViT and 0 elsewhere, as released. window: Swin's, 7 as in torchvision; the authors train at 192 px with 6.
     Raises ValueError for an unknown name, a net that cannot be cut, or an image that does not fit."""
     kind = family(arch)
     if kind.name == "torchvision":
@@ -247,7 +247,7 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     if kind.name == "convnext":
         net = getattr(tv, arch)(stochastic_depth_prob=drop_path or 0.0)
         net.classifier[2] = nn.Identity()
-        stages[4].append("classifier.0")                     # the final LayerNorm, which torchvision keeps beside the head
+        stages[4].append("classifier.0")                     # the final LayerNorm; torchvision keeps it beside the head
         # levels as released: a downsampling goes with what it leads to, and the third stage is cut into groups of three
         groups = [[f"features.5.{i}" for i in range(first, first + 3)] for first in range(0, len(net.features[5]), 3)]
         groups[0].insert(0, "features.4")
@@ -268,7 +268,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 # ---- A2MIM ----
 
 def build_decoder(width: int, channels: int, stride: int) -> nn.Module:
-    """One linear layer: each feature (B, width, h, w) paints its own square of pixels, (B, channels, h stride, w stride)."""
+    """One linear layer, (B, width, h, w) -> (B, channels, h stride, w stride): each feature paints its own square."""
     paint = nn.Conv2d(width, channels * stride**2, 1)
     nn.init.trunc_normal_(paint.weight, std=0.02)
     nn.init.zeros_(paint.bias)
@@ -276,7 +276,7 @@ def build_decoder(width: int, channels: int, stride: int) -> nn.Module:
 
 
 class A2MIM(nn.Module):
-    """Masked image modeling for any encoder (paper, Fig. 3): fill, encode with the token in the middle, decode linearly.
+    """Masked image modeling for any encoder (paper, Fig. 3): fill, encode with a token in the middle, decode linearly.
 
     encoder     an Encoder, or a plain list of nn.Module stages
     image_size  pixels, one side or (H, W); every stride and the mask cell must divide it
@@ -286,8 +286,9 @@ class A2MIM(nn.Module):
     token, fill as in masking.MaskToken and masking.fill_hidden
     Raises ValueError where sizes do not fit, before anything is trained."""
 
-    def __init__(self, encoder: Encoder | Sequence[nn.Module], image_size: int | tuple[int, int] = 224, mask_cell: int = 32,
-                 mask_stage: int | None = None, token: str = "gamma", fill: str = "mean", layout: str = "nchw"):
+    def __init__(self, encoder: Encoder | Sequence[nn.Module], image_size: int | tuple[int, int] = 224,
+                 mask_cell: int = 32, mask_stage: int | None = None, token: str = "gamma", fill: str = "mean",
+                 layout: str = "nchw"):
         super().__init__()
         self.encoder = encoder if isinstance(encoder, Encoder) else Encoder(encoder, layout=layout)
         self.mask_stage = self.encoder.mask_stage if mask_stage is None else mask_stage
@@ -297,7 +298,8 @@ class A2MIM(nn.Module):
         self.grid = mask_grid(self.image_size, mask_cell)
 
         shapes = self.encoder.shapes(self.image_size)
-        here, last, layout = shapes[self.mask_stage], shapes[-1], "nchw" if self.mask_stage == 0 else self.encoder.layout
+        here, last = shapes[self.mask_stage], shapes[-1]
+        layout = "nchw" if self.mask_stage == 0 else self.encoder.layout
         spread_mask(torch.zeros(1, *self.grid), torch.empty(here), layout)    # raises where the mask does not fit
         channels = here[1] if len(here) == 4 and layout == "nchw" else here[-1]
         self.mask_token = MaskToken(channels, token, layout)
@@ -324,7 +326,7 @@ class A2MIM(nn.Module):
         return z.permute(0, 3, 1, 2) if self.encoder.layout == "nhwc" else z
 
     def find_stride(self, last: torch.Size) -> int:
-        """Pixels per feature of the encoder's output; ValueError where it is not one whole number in both directions."""
+        """Pixels per feature of the encoder's output; ValueError if it is not one whole number in both directions."""
         H, W = self.image_size
         if len(last) == 3:                                   # (1, N, C), perhaps with one class token
             for patches in (last[1], last[1] - 1):
@@ -335,26 +337,27 @@ class A2MIM(nn.Module):
             h, w = last[1:3] if self.encoder.layout == "nhwc" else last[2:]
             if H % h == 0 and W % w == 0 and H // h == W // w:
                 return H // h
-        raise ValueError(f"image size {H}x{W}: the encoder turns it into features {tuple(last[1:])}, which do not tile it; "
-                         f"use sides that are multiples of the encoder's stride")
+        raise ValueError(f"image size {H}x{W}: the encoder turns it into features {tuple(last[1:])}, which do not tile "
+                         f"it; use sides that are multiples of the encoder's stride")
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For pictures, in eval mode: (what the encoder sees, the painted image, the true image with hidden cells painted)."""
+        """For pictures, in eval mode: (what the encoder sees, what it paints, the image with hidden cells painted)."""
         training = self.training
         self.eval()
         painted = self(images, mask).float()
         self.train(training)
-        return fill_hidden(images, mask, self.fill), painted, torch.where(resize_mask(mask, self.image_size), painted, images)
+        pasted = torch.where(resize_mask(mask, self.image_size), painted, images)
+        return fill_hidden(images, mask, self.fill), painted, pasted
 
 
 # ---- a classifier, for fine-tuning ----
 
 class Classifier(nn.Module):
-    """Encoder, mean over positions, linear head. With `frozen` the head alone learns, and the encoder stays in eval mode.
+    """Encoder, mean over positions, linear head. `frozen`: the head alone learns, the encoder stays in eval mode.
 
-    ViT: the mean of the patch tokens (no class token), then a fresh LayerNorm; the pre-training one is dropped. ConvNeXt:
-    its own final norm comes after the mean, as in torchvision. torchvision's other nets: their own head, in its place."""
+    ViT: the mean of the patch tokens (no class token), then a fresh LayerNorm; the pre-training one is dropped.
+    ConvNeXt: its own final norm comes after the mean. torchvision's other nets: their own head, in its place."""
 
     def __init__(self, arch: str, encoder: Encoder, classes: int, frozen: bool = False):
         super().__init__()
@@ -411,24 +414,3 @@ class Classifier(nn.Module):
             return self.encoder.backbone.state_dict()
         state = self.encoder.backbone.state_dict() | {f"fc_norm.{k}": v for k, v in self.norm.state_dict().items()}
         return state | {f"{self.family.head}.{k}": v for k, v in self.head.state_dict().items()}
-
-    def load_head(self, path: str | Path) -> set[str]:
-        """The head (ViT: and its norm) from best.pt, a checkpoint, torchvision's or a released file. Returns its names there.
-
-        Raises ValueError if the file holds no head, or one for another number of classes."""
-        state = read_weights(path, self.encoder.backbone.state_dict())
-        heads = (self.encoder.head_name or self.family.head, "head", "head.fc")
-        found = {(own, k): next((f"{name}.{k}" for name in names if f"{name}.{k}" in state), None)
-                 for own, names in ((self.head, heads), (self.norm, ("fc_norm", "norm"))) for k in own.state_dict()}
-        if None in found.values():
-            raise ValueError(f"{path}: holds no classification head; --eval-only needs one, such as best.pt of a "
-                             f"fine-tuned run")
-        last, mine = [(k, w) for k, w in self.head.state_dict().items() if k.endswith("weight")][-1]
-        weight = state[found[self.head, last]]
-        if weight.dim() == mine.dim() and len(weight) != len(mine):
-            raise ValueError(f"{path}: its head tells {len(weight)} classes apart, the data has {len(mine)}")
-        if any(state[name].shape != own.state_dict()[k].shape for (own, k), name in found.items()):
-            raise ValueError(f"{path}: holds a classification head of another shape; is it another architecture?")
-        for own in (self.head, self.norm):
-            own.load_state_dict({k: state[found[own, k]] for k in own.state_dict()})
-        return set(found.values())

@@ -51,8 +51,8 @@ EXCEPTIONS = {  # as released
     "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
-# The demo has two minutes: a small net at a high lr, and small cells. Its batches are small, too: with 16 images the mean
-# residual of a batch says little, so it takes one spectrum per image (see loss.fourier_loss).
+# The demo has two minutes: a small net at a high lr, and small cells. Its batches are small, too: the mean residual of
+# 16 images says little, so it takes one spectrum per image (see loss.fourier_loss).
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image",
             log_every=5)
 DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)
@@ -103,8 +103,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
                 painted = run.net(images, mask)              # (B, 3, H, W)
             loss, parts = a2mim_loss(                        # in float32
                 painted, target, mask, fourier_weight=args.fourier_weight, stand_in=args.stand_in,
-                visible_weight=args.visible_weight, spectrum=args.spectrum, alpha=args.alpha, log_weight=args.log_weight,
-                focal_pixels=args.focal_pixels, focal_fourier=args.fourier_focal)
+                visible_weight=args.visible_weight, spectrum=args.spectrum, alpha=args.alpha,
+                log_weight=args.log_weight, focal_pixels=args.focal_pixels, focal_fourier=args.fourier_focal)
             run.scaler.scale(loss / args.accum).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
             record[name] = record.get(name, 0) + value / args.accum
@@ -136,12 +136,13 @@ def train(args: SimpleNamespace, world: World) -> None:
     keep = dict(model=model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken)
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
-    cells, hidden = math.prod(model.grid), hidden_count(math.prod(model.grid), args.mask_ratio)
-    world.say(f"{args.arch}: {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters, token before "
-              f"stage {model.mask_stage}\n{args.data}: {len(run.broken.source)} images at {args.image_size} px, {hidden} of "
-              f"{cells} cells hidden\n{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers "
-              f"each; global batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} "
-              f"steps" + (f", from step {steps.start}" if saved else "") + f"\nwriting {args.out}/")
+    millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
+    world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
+              f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
+              f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
+              f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
+              f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
+              + (f", from step {steps.start}" if saved else "") + f"\nwriting {args.out}/")
     look = draw_masks(len(previews), model.grid, args, world.device, args.seed)
     pictured = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 
@@ -150,7 +151,8 @@ def train(args: SimpleNamespace, world: World) -> None:
         if world.rank == 0 and done in pictured:
             titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
             columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, look)))
-            journal.write("a picture", save_sheet, journal.out / f"reconstruction-{done:06d}.png", dict(zip(titles, columns)))
+            file = journal.out / f"reconstruction-{done:06d}.png"
+            journal.write("a picture", save_sheet, file, dict(zip(titles, columns)))
 
     model.train()
     batches = iter(run.loader)
@@ -209,25 +211,25 @@ def main(argv: list[str] | None = None) -> None:
     command_line("pretrain.py", parse, train, argv)
 
 
-# ---- flags: name -> (default, kind, help); a recipe of RECIPES overrides the default, what is typed overrides both ----
+# ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides both ----
 
 yes_no, share, positive, count = bool, number(float, 0, 1), number(float, 0), number(int, 1)
 FLAGS = {
     "data": {
-        "data": (None, path("DIR"), f"folder of images (ImageNet's train/, class folders, or any), or {', '.join(NAMED)}; "
-                 "none: the demo"),
+        "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), or "
+                 f"{', '.join(NAMED)}; none: the demo"),
         "image_size": (224, number(int, 1, MAX_SIDE), "side of the square crop"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),
         **DATA_FLAGS},
     "masking": {
         "mask_ratio": (0.6, number(float, -math.inf), "share of cells hidden per image, 0 < R < 1"),
         "mask_cell": (32, count, "side of a hidden square in pixels, at least the stride at the token"),
-        "mask_stage": (None, number(int, 0), "token enters before stage K: 1 = after stem or patch embedding (ViT: block "
-                       "K), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
+        "mask_stage": (None, number(int, 0), "token enters before stage K: 1 = after stem or patch embedding (ViT: "
+                       "before block K), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
         "token": ("gamma", masking.TOKENS, "how the token joins the features"),
         "fill": ("mean", masking.FILLS, "colour of hidden pixels at the input"),
-        "baseline": (None, ("simmim",), "run SimMIM instead: the token replaces features after the stem, zero fill, plain "
-                     "L1, no Fourier loss")},
+        "baseline": (None, ("simmim",), "run SimMIM instead: the token replaces features after the stem, zero fill, "
+                     "plain L1, no Fourier loss")},
     "model": {
         "arch": ("resnet50", checked("NAME", family), "a backbone of the paper, or any of torchvision's"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT 0.1, else 0)"),
@@ -235,10 +237,10 @@ FLAGS = {
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 px")},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
-        "stand_in": ("mixed", STAND_INS, "what visible pixels show the Fourier loss: mixed as released, prediction as in "
-                     "the paper"),
+        "stand_in": ("mixed", STAND_INS, "what visible pixels show the Fourier loss: mixed as released, prediction as "
+                     "in the paper"),
         "visible_weight": (0.0, share, "share of gradient that visible pixels keep in it, 0 to 1"),
-        "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per image as in the paper"),
+        "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per image as the paper"),
         "fourier_focal": (True, yes_no, "focal frequency loss, or mean focal L1 of |D|"),
         "alpha": (1.0, positive, "exponent of the frequency weight"),
         "log_weight": (True, yes_no, "log(1 + |D|^alpha) as frequency weight"),
@@ -260,7 +262,7 @@ OWN = {**defaults(FLAGS), "global_batch": None}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Flags over the recipe of the backbone; `given` holds what was typed. Raises ValueError for a value that is off."""
+    """Flags over the recipe of the backbone; `given` holds what was typed. Raises ValueError for a wrong value."""
     parser = Parser("pretrain.py", "%(prog)s [--data DIR] [--arch NAME] [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     demo = DEMO if "data" not in given else {}
@@ -269,7 +271,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     quick = {**demo, **(DEMO_RESNET if demo and kind == "resnet" else {})}
     baseline = SIMMIM if given.get("baseline") == "simmim" else {}
     recipe = {**RECIPES[kind], **EXCEPTIONS.get(arch, {}), **quick, **baseline}
-    return SimpleNamespace(**{**OWN, "arch": arch, **recipe, **given}, program="pretrain.py", given=given, demo=bool(demo))
+    more = dict(program="pretrain.py", given=given, demo=bool(demo))
+    return SimpleNamespace(**{**OWN, "arch": arch, **recipe, **given}, **more)
 
 
 if __name__ == "__main__":

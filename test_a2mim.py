@@ -32,7 +32,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import files, images, journal, optim
+from engine import files, images, journal, optim, weights
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -451,7 +451,7 @@ def test_torchvisions_other_nets_learn_and_their_chain_is_torchvisions_forward(a
     plain = tv.get_model(arch, num_classes=2).eval()
     report = plain.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
     assert not report.unexpected_keys and all(name.startswith(f"{encoder.head_name}.") for name in report.missing_keys)
-    report, handed = files.load_backbone(encoder, tmp_path / "backbone.pt"), []
+    report, handed = weights.load_backbone(encoder, tmp_path / "backbone.pt"), []
     assert not report["missing"] and not report["skipped"]
     plain.get_submodule(encoder.head_name).register_forward_pre_hook(lambda module, inputs: handed.append(inputs[0]))
     encoder.eval()
@@ -480,10 +480,10 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     assert torch.equal(net(x), plain(x)) and not torch.equal(plain(x), plain(x.flip(0)))
     torch.save(net.plain_state(), tmp_path / "best.pt")
     again = model.Classifier(arch, build_encoder(arch, 64), 3).eval()
-    head, report = again.load_head(tmp_path / "best.pt"), files.load_backbone(again.encoder, tmp_path / "best.pt")
+    head, report = weights.load_head(again, tmp_path / "best.pt"), weights.load_backbone(again.encoder, tmp_path / "best.pt")
     assert torch.equal(again(x), net(x)) and set(report["skipped"]) == head and not report["missing"]
     with pytest.raises(ValueError, match="its head tells 3 classes apart, the data has 4"):
-        model.Classifier(arch, build_encoder(arch, 64), 4).load_head(tmp_path / "best.pt")
+        weights.load_head(model.Classifier(arch, build_encoder(arch, 64), 4), tmp_path / "best.pt")
     copied = optim.moving_average(net, 0.9, 10).module        # the head of the average is the average's
     assert copied.head is copied.get_submodule(f"encoder.backbone.{net.encoder.head_name}") is not net.head
 
@@ -493,7 +493,7 @@ def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
     old = {re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): torch.randn_like(t.float()) for name, t in encoder.backbone.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "densenet121.pth")
-    assert not files.load_backbone(encoder, tmp_path / "densenet121.pth")["missing"]
+    assert not weights.load_backbone(encoder, tmp_path / "densenet121.pth")["missing"]
     assert torch.equal(encoder.backbone.features.denseblock4.denselayer16.conv2.weight, old["features.denseblock4.denselayer16.conv.2.weight"])
 
 
@@ -561,7 +561,7 @@ def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     if arch == "deit_tiny":
         state["module.backbone.layers.3.attn.relative_position_index"] = torch.zeros(197, 197, dtype=torch.long)
     torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
-    report = files.load_backbone(encoder, tmp_path / "released.pth")
+    report = weights.load_backbone(encoder, tmp_path / "released.pth")
     assert set(names) <= set(report["used"]) and not report["missing"]
     assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (2 if arch == "deit_tiny" else 1)
     own = encoder.backbone.state_dict()
@@ -808,9 +808,9 @@ def same_weights(a, b, **tolerance):
 def test_the_same_run_twice_and_with_workers_gives_the_same_log_and_weights(few_images, tmp_path):
     log, final = run(tmp_path / "a", "--epochs", "2", "--drop-path", "0.2")
     for name, workers in (("b", "0"), ("c", "2")):
-        again, weights = run(tmp_path / name, "--epochs", "2", "--drop-path", "0.2", "--workers", workers)
+        again, repeated = run(tmp_path / name, "--epochs", "2", "--drop-path", "0.2", "--workers", workers)
         assert again == log
-        same_weights(final, weights)
+        same_weights(final, repeated)
     other, _ = run(tmp_path / "d", "--epochs", "2", "--drop-path", "0.2", "--seed", "1")
     assert other != log
     assert [line["step"] for line in log] == list(range(1, 9)) and log[-1]["epoch"] == 2
@@ -969,9 +969,9 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
     for name, words in (("gone.pt", "no such file"), ("cut.pt", "not a file of weights"), ("text.pt", "not a file of weights"), ("evil.pt", "code to run"),
                         ("empty.pt", "holds no weights"), ("vit.pt", "of this backbone's 60 parameters; is it another architecture?")):
         with pytest.raises(ValueError) as error:
-            files.load_backbone(encoder, tmp_path / name)
+            weights.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
-    assert len(files.load_backbone(encoder, whole)["missing"]) == 0
+    assert len(weights.load_backbone(encoder, whole)["missing"]) == 0
 
 
 def flip_a_byte(path):
@@ -996,7 +996,7 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
         if changed:
             torch.save({**state, **changed}, tmp_path / name)
         with pytest.raises(ValueError) as error:
-            files.load_backbone(encoder, tmp_path / name)
+            weights.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
 
 
@@ -1346,8 +1346,8 @@ if sys.platform == "linux":                                  # a thread of the p
     assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
     best = tmp_path / "tuned" / "best.pt"
     net = model.Classifier("resnet18", build_encoder("resnet18"), 3)
-    files.load_backbone(net.encoder, best)
-    net.load_head(best)
+    weights.load_backbone(net.encoder, best)
+    weights.load_head(net, best)
     net.eval()
     right, source = torch.zeros(3), data.open_images(str(tmp_path / "set"), "val", (32, 32), labelled=True)
     for i in range(len(source)):                             # one image at a time, by hand
@@ -1370,7 +1370,7 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     torch.save(tv.resnet18().state_dict(), tmp_path / "w.pth")
     result = tune(tmp_path / "knn", "--data", tmp_path / "set", "--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "knn", "--neighbours", "3")
     net = build_encoder("resnet18")
-    files.load_backbone(net, tmp_path / "w.pth")
+    weights.load_backbone(net, tmp_path / "w.pth")
     net.eval()
 
     def features(split):
@@ -1453,10 +1453,10 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, caps
     log, final = run(tmp_path / "run", *FLAGS)
     spoil(tmp_path / "run" / "checkpoint.pt")
     assert torch.load(tmp_path / "run" / "checkpoint-previous.pt", weights_only=True)["step"] == 7
-    again, weights = run(tmp_path / "run", *FLAGS, "--resume")
+    again, repeated = run(tmp_path / "run", *FLAGS, "--resume")
     assert "checkpoint-previous.pt, step 7" in capsys.readouterr().err
     assert again == log
-    same_weights(final, weights)
+    same_weights(final, repeated)
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):

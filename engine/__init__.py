@@ -1,8 +1,11 @@
-"""What makes a run survive, and what no paper describes. Nothing here knows about masks or labels.
+"""What makes a run survive, and what no paper describes. Nothing here knows about masks or losses.
 
     flags     one table says all about a flag
     command   processes, signals, and errors of one line
     journal   the course of a run: steps, exact resume
-    files     checkpoints, log lines, broken images, pictures
+    files     the output folder, checkpoints, log lines
+    images    image files in, batches from workers, pictures out
+    weights   our files, torchvision's, the authors'
+    chain     torchvision's nets as chains of modules
     optim     learning rates, parameter groups, LAMB, the moving average of the weights
 """

@@ -16,14 +16,15 @@ SIDE = 224                                                   # pixels at which a
 
 
 def cut(arch: str, image_size: tuple[int, int], drop_path: float) -> tuple[nn.Module, list[list[str]], int, str, str]:
-    """(net, stages, mask_stage, layout, name of its head) for a net that runs its children one after another, then pools.
+    """A net that runs its children one after another, then pools: (net, stages, mask_stage, layout, name of its head).
 
-    A stage opens where the resolution falls, and the token enters before the last one (Swin: after the patch embedding),
-    as in the paper. The head becomes Identity. What the chain gives must be what torchvision's own forward pools.
+    A stage opens where the resolution falls; the token enters before the last one (Swin: after the patch embedding), as
+    in the paper. The head becomes Identity. What the chain gives must be what torchvision's own forward pools.
     Raises ValueError if the net is no chain, lacks stochastic depth, or cannot take the image."""
     (H, W), by_size = image_size, arch.startswith("maxvit")  # MaxViT is built for one image size
+    near = "vit_base" if "vit" in arch else "resnet50"
     no_chain = ValueError(f"arch {arch!r}: does not run its modules one after another, so a token cannot enter between "
-                          f"them; use {'vit_base' if 'vit' in arch else 'resnet50'}, or cut it yourself: model.Encoder([...])")
+                          f"them; use {near}, or cut it yourself: model.Encoder([...])")
     if arch.startswith(("vit_", "googlenet", "inception")):  # known: not built for nothing
         raise no_chain
     try:
@@ -47,7 +48,7 @@ def cut(arch: str, image_size: tuple[int, int], drop_path: float) -> tuple[nn.Mo
 
 @torch.no_grad()
 def look(net: nn.Module, head: str, layout: str, size: tuple[int, int]) -> list[list[str]]:
-    """The names of the modules of each stage; [] if their chain does not give what the net's forward hands to its head."""
+    """The names of the modules of each stage; [] if their chain does not give what the net hands to its head."""
     names, stages, rows, dims = [], [], None, (1, 2) if layout == "nhwc" else (2, 3)
     for name, child in net.named_children():
         if name in (head, "avgpool", "permute"):
@@ -83,7 +84,7 @@ def set_drop_path(arch: str, net: nn.Module, drop_path: float) -> None:
 
 
 def drop_residuals(net: tv.ResNet, drop_path: float) -> None:
-    """Stochastic depth for torchvision's ResNet, which has none: on each residual branch, 0 to `drop_path` over depth."""
+    """Stochastic depth for torchvision's ResNet, which has none: on residual branches, 0 to `drop_path` over depth."""
     def forward(block: nn.Module, x: Tensor) -> Tensor:
         z = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
         if hasattr(block, "conv3"):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")       # a 1x1 convolution fits both
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")   # a 1x1 convolution: both
 
 # ---- processes: one, or as many as torchrun started ----
 
@@ -44,7 +44,7 @@ class World:
             torch.set_float32_matmul_precision("high")
 
     def meeting_place(self):
-        """The store where the processes meet. A restart by torchrun has its own: it must not read the addresses of the dead."""
+        """The store where the processes meet. A restart by torchrun has its own, without the addresses of the dead."""
         store, *_ = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         return dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store

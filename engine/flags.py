@@ -138,6 +138,6 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
                 right = False
             if not right:
                 flag = action.option_strings[0]
-                raise ValueError(f"{beside}: {action.dest} is {value!r}, which {flag} would refuse; repair it, or move the "
-                                 f"file away and give the flags")
+                raise ValueError(f"{beside}: {action.dest} is {value!r}, which {flag} would refuse; repair it, or move "
+                                 f"the file away and give the flags")
     return kept

@@ -101,8 +101,9 @@ class Broken:
                 (self.out / "broken.txt").write_text("".join(f"{self.source.name(i)}\n" for i in sorted(self.seen)))
         if len(self.seen) > self.most:
             now = self.most / len(self.source)
-            raise Failed(f"{len(self.seen)} of {len(self.source)} images cannot be read, listed in {self.out}/broken.txt; "
-                         f"repair or remove them, or allow more with --max-bad (now {now:g})")
+            bad = f"{len(self.seen)} of {len(self.source)} images cannot be read"
+            raise Failed(f"{bad}, listed in {self.out}/broken.txt; repair or remove them, or allow more with "
+                         f"--max-bad (now {now:g})")
 
 
 # ---- batches ----
@@ -111,8 +112,8 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu, collate_fn=colours_last,
-                      prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
+                      collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 
 
 def colours_last(samples: list[tuple[Tensor, int, int]]) -> list[Tensor]:
