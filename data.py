@@ -41,9 +41,8 @@ def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 on `device`, with MEAN and STD."""
-    images = images.to(device, non_blocking=True).float()
-    mean, std = (v * 255 for v in mean_and_std(images.device))
-    return images.sub_(mean).div_(std)
+    mean, std = (255 * v for v in mean_and_std(torch.device(device)))
+    return images.to(device, non_blocking=True).float().sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:

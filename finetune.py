@@ -1,8 +1,7 @@
 """Fine-tuning: what pre-trained weights are worth on a labelled set. Linear and k-NN probes, and plain evaluation, too.
 
     python finetune.py --weights runs/shapes-resnet18/backbone.pt --data shapes --labels 0.05      after the demo
-    torchrun --nproc_per_node=8 finetune.py --weights runs/imagenet-resnet50/backbone.pt --data /path/to/imagenet \\
-        --recipe rsb_a2
+    torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data /path/to/imagenet --recipe rsb_a2
 
 Recipes: RECIPES below. Leaves in --out: args.json, log.jsonl, checkpoint.pt (the last state), best.pt (the best epoch's
 weights under torchvision's names, head included), result.json (accuracies, per class too), loss.png, confusion.png.
@@ -11,6 +10,7 @@ weights under torchvision's names, head included), result.json (accuracies, per 
 import contextlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +62,10 @@ EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
 }
 
 # ---- one step ----
+
+class Best(dict):                                            # the best epoch so far, kept in the checkpoint
+    state_dict, load_state_dict = dict.copy, dict.update
+
 
 @dataclass
 class Run:
@@ -117,38 +121,32 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 # ---- the run ----
 
-class Best(dict):                                            # the best epoch so far, kept in the checkpoint
-    state_dict, load_state_dict = dict.copy, dict.update
-
-
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
     world.take_gpu()
     if world.size > 1 and not dist.is_initialized():         # gloo too: small agreements do not wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
         dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
-    how = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
-    name = f"{Path(args.data or '').resolve().name}-{args.arch}-{how}"
+    kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
+    name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
     args, saved = open_run(args, world, own=OWN, name=name)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
-    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: "
-              + ("" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, ")
-              + f"{len(run.classes)} classes, {len(run.val_labels)} images for validation\n"
-              + ("evaluation only" if args.eval_only else f"recipe {args.recipe}")
-              + f"; {world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
+    labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, "
+    how = "evaluation only" if args.eval_only else f"recipe {args.recipe}"
+    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {labelled}{len(run.classes)} classes, "
+              f"{len(run.val_labels)} images for validation\n"
+              f"{how}; {world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
     if not trains(args):
         make_folder(args, world, run.steps.global_batch)
-        if args.eval_only:
-            return report(evaluate(run.tested, args, world, run), args, world, run)
-        return report(neighbours(run.tested, args, world, run), args, world, run, labels=len(run.labels))
+        measure = evaluate if args.eval_only else neighbours
+        return report(measure(run.tested, args, world, run), args, world, run)
 
     steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, Best(top1=-1.0), {}
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
     keep |= {"ema": run.ema} if run.ema else {}
     journal = Journal(args, world, steps, keep, saved)
-    world.say(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} "
-              f"steps")
+    world.say(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} x {steps.per_epoch} steps")
 
     def evaluate_after(done: int) -> None:
         """At the end of every --eval-every epochs, and of the run."""
@@ -173,7 +171,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # counts, logs, saves, and stops if a signal came
             evaluate_after(step + 1)
-    report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"], labels=len(run.labels))
+    report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"])
 
 
 def trains(args: SimpleNamespace) -> bool:
@@ -187,17 +185,15 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True, labelled=True)))
     source = open_images(args.data, "train", size, args.data_root, labelled=True)
     val = open_images(args.data, "val", test, args.data_root, labelled=True)
-    if list(source.classes) != list(val.classes):
-        odd = sorted(set(source.classes) ^ set(val.classes))
-        raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}"
-                         f"{', ...' if len(odd) > 3 else ''})")
+    if odd := sorted(set(source.classes) ^ set(val.classes)):
+        more = ", ..." if len(odd) > 3 else ""
+        raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")
     if test != size and (family(args.arch).name == "vit" or args.arch.startswith("maxvit")) and trains(args):
         raise ValueError(f"--test-size {test[0]}: {args.arch} has one grid of positions; use --image-size, {size[0]}")
     if len(val) < world.size:
         raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
     source = some_labels(source, args.labels, args.seed)
     labels, val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(val.labels).long()
-
     if not trains(args):
         args.batch_size = 1                                  # no step is too large if none is made
     elif args.global_batch and not args.batch_size:
@@ -210,8 +206,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
                           steps.total, args.repeats)
         transform = augment(args)
     loader = make_loader(Samples(source, transform, args.seed), batches, args.workers, world)
-    val_samples = Samples(val, eval_transform(test, args.test_crop), args.seed)
-    val_loader = make_loader(val_samples, every_image_once(len(val), at_once, world), args.workers, world)
+    val_once, val_crop = every_image_once(len(val), at_once, world), eval_transform(test, args.test_crop)
+    val_loader = make_loader(Samples(val, val_crop, args.seed), val_once, args.workers, world)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
     encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window)
@@ -230,12 +226,9 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
 
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
-    if args.optimizer == "lamb":
-        optimizer = Lamb(groups, lr=0.0)
-    elif args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    make = {"lamb": Lamb, "sgd": partial(torch.optim.SGD, momentum=0.9),
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)}
+    optimizer = make[args.optimizer](groups, lr=0.0)         # the lr comes with each step
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     ema = moving_average(model, args.ema, 20 * steps.per_epoch) if args.ema else None
@@ -319,8 +312,8 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
     if len(run.classes) <= 20:
         world.say("per class: " + ", ".join(f"{name} {100 * share:.0f}" for name, share in per_class.items()))
     if world.rank == 0:
-        written = {**result, **more, "weights": args.weights or args.init, "per_class": per_class}
-        (out / "result.json").write_text(json.dumps(written, indent=1) + "\n")
+        more |= {"weights": args.weights or args.init} | ({} if args.eval_only else {"labels": len(run.labels)})
+        (out / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n")
         save_confusion(out / "confusion.png", shares, run.classes)
 
 
@@ -333,8 +326,7 @@ def main(argv: list[str] | None = None) -> None:
 yes_no, share, positive, count = bool, number(float, 0, 1), number(float, 0), number(int, 1)
 FLAGS = {
     "data": {
-        "data": (None, path("DIR"), "folder of labelled images (ImageNet's train/ and val/, or class folders), or "
-                 + ", ".join(NAMED)),
+        "data": (None, path("DIR"), f"labelled images (train/ and val/, or class folders), or {', '.join(NAMED)}"),
         "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count such as 20/class"),
         "image_size": (None, number(int, 1, MAX_SIDE), "side of the square crop (as pre-trained, else 224)"),
         "test_size": (None, number(int, 1, MAX_SIDE), "side of the test crop (--image-size)"),
@@ -384,8 +376,7 @@ OWN = {**defaults(FLAGS), "global_batch": 16}               # and what a recipe 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is off."""
-    usage = "%(prog)s --weights FILE --data DIR [--recipe NAME] [options]"
-    parser = Parser("finetune.py", usage, __doc__, FLAGS, RECIPES)
+    parser = Parser("finetune.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     recipe = {**OWN, **RECIPES[given.get("recipe", "default")]}
     names = ["arch", "patch_size", "window"] + ["image_size"] * (not recipe["image_size"])   # as pre-trained

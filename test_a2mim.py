@@ -23,6 +23,7 @@ import torchvision.models as tv
 from PIL import Image
 from torch import nn
 from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import functional as tvf
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -57,7 +58,9 @@ def test_224_px_have_49_cells_of_which_30_are_hidden():
     assert mask.sum((1, 2)).unique().tolist() == [30]        # ceil(0.6 * 49) = ceil(29.4)
 
 
-@pytest.mark.parametrize("cells, ratio, hidden", [(16, 0.6, 10), (36, 0.75, 27), (100, 0.55, 55), (10, 0.7, 7), (2, 0.01, 1), (49, 0.5, 25)])
+@pytest.mark.parametrize(
+    "cells, ratio, hidden", [(16, 0.6, 10), (36, 0.75, 27), (100, 0.55, 55), (10, 0.7, 7), (2, 0.01, 1), (49, 0.5, 25)]
+)
 def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(cells, ratio, hidden):
     assert masking.hidden_count(cells, ratio) == hidden      # 0.55 * 100 = 55.000000000000007 must not become 56
 
@@ -93,31 +96,58 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
         assert torch.equal(odd[:, 0, y, x], mask[:, y * 7 // 10, x * 7 // 12])
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: masking.mask_grid((100, 128), 32), "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
-    (lambda: masking.mask_grid((16, 16), 32), "image side 16: not a multiple of the 32-pixel mask cell; use 32"),
-    (lambda: masking.random_mask(1, (2, 2), 0.0), "mask ratio 0.0: must lie between 0 and 1"),
-    (lambda: masking.random_mask(1, (2, 2), 1.0), "mask ratio 1.0: must lie between 0 and 1"),
-    (lambda: masking.resize_mask(checkerboard(1, 4, 4), (2, 2)), "smaller than the stride"),
-    (lambda: masking.fill_hidden(torch.zeros(1, 3, 4, 4), checkerboard(), "grey"), "fill 'grey': must be one of mean, zero, random"),
-    (lambda: masking.MaskToken(3, "swap"), "mask token 'swap': must be one of gamma, add, replace"),
-    (lambda: masking.spread_mask(checkerboard(), torch.zeros(1, 7, 3)), "7 tokens does not fit a mask of 2x2 cells"),
-    (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), stand_in="none"), "stand-in 'none': must be one of"),
-    (lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), spectrum="all"), "spectrum 'all': must be one of batch, image"),
-    (lambda: build_encoder("resnet51"), "arch 'resnet51': must be one of resnet18"),
-    (lambda: build_encoder("resnet51"), "or a net of torchvision; did you mean resnet50?"),
-    (lambda: build_encoder("vit_b_16"), "arch 'vit_b_16': does not run its modules one after another, so a token cannot "
-                                        "enter between them; use vit_base"),
-    (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
-    (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
-    (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
-    (lambda: build_encoder("maxvit_t", 64), "arch 'maxvit_t' at 64x64 px: Input size (16, 16) of block 0 is not divisible"),
-    (lambda: A2MIM(build_encoder("squeezenet1_1"), 16, 16), "image size 16x16: does not fit this encoder"),
-    (lambda: build_encoder("vit_base", 100), "image size 100x100: not a multiple of the 16-pixel patch"),
-    (lambda: A2MIM(build_encoder("resnet18"), 64, mask_stage=5), "mask stage 5: this encoder has stages 0 to 4"),
-    (lambda: A2MIM(build_encoder("resnet18"), 64, mask_cell=8), "mask of 8x8 cells on a 4x4 feature grid"),
-    (lambda: A2MIM(build_encoder("resnet18"), 80, mask_cell=16), "image size 80x80: the encoder turns it into features"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: masking.mask_grid((100, 128), 32),
+            "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128",
+        ),
+        (lambda: masking.mask_grid((16, 16), 32), "image side 16: not a multiple of the 32-pixel mask cell; use 32"),
+        (lambda: masking.random_mask(1, (2, 2), 0.0), "mask ratio 0.0: must lie between 0 and 1"),
+        (lambda: masking.random_mask(1, (2, 2), 1.0), "mask ratio 1.0: must lie between 0 and 1"),
+        (lambda: masking.resize_mask(checkerboard(1, 4, 4), (2, 2)), "smaller than the stride"),
+        (
+            lambda: masking.fill_hidden(torch.zeros(1, 3, 4, 4), checkerboard(), "grey"),
+            "fill 'grey': must be one of mean, zero, random",
+        ),
+        (lambda: masking.MaskToken(3, "swap"), "mask token 'swap': must be one of gamma, add, replace"),
+        (
+            lambda: masking.spread_mask(checkerboard(), torch.zeros(1, 7, 3)),
+            "7 tokens does not fit a mask of 2x2 cells",
+        ),
+        (
+            lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), stand_in="none"),
+            "stand-in 'none': must be one of",
+        ),
+        (
+            lambda: loss.fourier_loss(*[torch.zeros(1, 3, 4, 4)] * 2, checkerboard(), spectrum="all"),
+            "spectrum 'all': must be one of batch, image",
+        ),
+        (lambda: build_encoder("resnet51"), "arch 'resnet51': must be one of resnet18"),
+        (lambda: build_encoder("resnet51"), "or a net of torchvision; did you mean resnet50?"),
+        (
+            lambda: build_encoder("vit_b_16"),
+            "arch 'vit_b_16': does not run its modules one after another, so a token cannot "
+            "enter between them; use vit_base",
+        ),
+        (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
+        (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
+        (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
+        (
+            lambda: build_encoder("maxvit_t", 64),
+            "arch 'maxvit_t' at 64x64 px: Input size (16, 16) of block 0 is not divisible",
+        ),
+        (lambda: A2MIM(build_encoder("squeezenet1_1"), 16, 16), "image size 16x16: does not fit this encoder"),
+        (lambda: build_encoder("vit_base", 100), "image size 100x100: not a multiple of the 16-pixel patch"),
+        (lambda: A2MIM(build_encoder("resnet18"), 64, mask_stage=5), "mask stage 5: this encoder has stages 0 to 4"),
+        (lambda: A2MIM(build_encoder("resnet18"), 64, mask_cell=8), "mask of 8x8 cells on a 4x4 feature grid"),
+        (
+            lambda: A2MIM(build_encoder("resnet18"), 80, mask_cell=16),
+            "image size 80x80: the encoder turns it into features",
+        ),
+    ],
+)
 def test_impossible_sizes_and_options_give_one_clear_line(call, words):
     with pytest.raises(ValueError) as error:
         call()
@@ -149,7 +179,7 @@ def test_the_other_fills_are_zero_and_one_random_colour_per_image():
 
 def test_hidden_pixels_reach_the_network_only_through_the_mean_colour():
     net = A2MIM(build_encoder("resnet18"), 64).eval()
-    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])              # top left is hidden
+    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])  # top left is hidden
     y = x.clone()
     y[..., :32, :32] = x[..., :32, :32].flip(-1)             # the same colours, elsewhere
     close(net(x, mask), net(y, mask))
@@ -206,7 +236,9 @@ def test_the_spatial_loss_is_the_mean_error_of_hidden_pixels(focal):
     for b, r, c in mask.nonzero().tolist():
         d = (pred - image)[b, :, 4 * r:4 * r + 4, 4 * c:4 * c + 4].double().abs()
         error += (d * (2 * torch.sigmoid(0.2 * d) - 1) if focal else d).sum().item()
-    assert loss.spatial_loss(pred, image, mask, focal).item() == pytest.approx(error / (mask.sum().item() * 16) / 3, rel=1e-5)
+    assert loss.spatial_loss(pred, image, mask, focal).item() == pytest.approx(
+        error / (mask.sum().item() * 16) / 3, rel=1e-5
+    )
 
 
 def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequencies():
@@ -219,7 +251,10 @@ def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequenci
     assert gradient(loss.spatial_loss)[visible].abs().max() == 0
     assert gradient(loss.spatial_loss)[~visible].abs().min() > 0
     assert gradient(loss.fourier_loss, visible_weight=0.0)[visible].abs().max() == 0
-    full, share = gradient(loss.fourier_loss, visible_weight=1.0), gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction")
+    full, share = (
+        gradient(loss.fourier_loss, visible_weight=1.0),
+        gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction"),
+    )
     close(share[visible], 0.25 * full[visible])              # the value is the same, as the stand-in is the prediction
 
 
@@ -236,20 +271,37 @@ def dft(x):
     return real / math.sqrt(H * W), imag / math.sqrt(H * W)
 
 
-@pytest.mark.parametrize("spectrum, stand_in, focal, alpha, log_weight, width", [
-    ("batch", "mixed", True, 1.0, True, 6), ("image", "prediction", True, 1.0, True, 6), ("image", "mixed", True, 0.5, False, 5),
-    ("batch", "target", True, 2.0, True, 5), ("batch", "mean", True, 1.0, False, 6), ("image", "mixed", False, 1.0, True, 5),
-    ("batch", "prediction", False, 1.0, True, 6)])
-def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectrum, stand_in, focal, alpha, log_weight, width):
+@pytest.mark.parametrize(
+    "spectrum, stand_in, focal, alpha, log_weight, width",
+    [
+        ("batch", "mixed", True, 1.0, True, 6),
+        ("image", "prediction", True, 1.0, True, 6),
+        ("image", "mixed", True, 0.5, False, 5),
+        ("batch", "target", True, 2.0, True, 5),
+        ("batch", "mean", True, 1.0, False, 6),
+        ("image", "mixed", False, 1.0, True, 5),
+        ("batch", "prediction", False, 1.0, True, 6),
+    ],
+)
+def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(
+    spectrum, stand_in, focal, alpha, log_weight, width
+):
     pred, image = torch.randn(2, 2, 4, width), torch.randn(2, 2, 4, width)
     mask, u = torch.tensor([[[True], [False]], [[False], [True]]]), 0.125
     P, X = pred.double().numpy(), image.double().numpy()
     hidden = np.zeros_like(P)
     hidden[0, :, :2], hidden[1, :, 2:] = 1, 1
-    stand = {"prediction": P, "mixed": (P + X) / 2, "target": X, "mean": np.broadcast_to(X.mean((2, 3), keepdims=True), X.shape)}[stand_in]
+    stand = {
+        "prediction": P,
+        "mixed": (P + X) / 2,
+        "target": X,
+        "mean": np.broadcast_to(X.mean((2, 3), keepdims=True), X.shape),
+    }[stand_in]
     w = hidden + (1 - hidden) * u
     p = P * w + stand * (1 - w)
-    spectra = np.array([[dft(p[b, c]) for c in range(2)] for b in range(2)]) - np.array([[dft(X[b, c]) for c in range(2)] for b in range(2)])
+    spectra = np.array([[dft(p[b, c]) for c in range(2)] for b in range(2)]) - np.array(
+        [[dft(X[b, c]) for c in range(2)] for b in range(2)]
+    )
     if spectrum == "batch":
         spectra = spectra.mean(0, keepdims=True)             # the spectra are averaged, as released
     modulus = np.sqrt(spectra[:, :, 0] ** 2 + spectra[:, :, 1] ** 2)         # (B or 1, C, H, W)
@@ -258,15 +310,31 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
         weight = weight / weight.max(axis=None if spectrum == "batch" else (2, 3), keepdims=True)
         expected = (weight * modulus**2).mean()
     else:
-        expected = (modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)).mean()             # the pixel criterion again, on the full plane
-    got = loss.fourier_loss(pred, image, mask, stand_in=stand_in, visible_weight=u, spectrum=spectrum, focal=focal, alpha=alpha, log_weight=log_weight)
+        expected = (
+            modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)
+        ).mean()  # the pixel criterion again, on the full plane
+    got = loss.fourier_loss(
+        pred,
+        image,
+        mask,
+        stand_in=stand_in,
+        visible_weight=u,
+        spectrum=spectrum,
+        focal=focal,
+        alpha=alpha,
+        log_weight=log_weight,
+    )
     assert got.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 21), (8, 13)])
 def test_half_a_spectrum_is_enough_and_one_transform_of_the_mean_does_for_the_batch(size):
     """rfft2 of the mean image = the mean of complex fft2 of every image, in value and in gradient."""
-    pred, image, mask = torch.randn(5, 3, *size, requires_grad=True), torch.randn(5, 3, *size), torch.ones(5, 1, 1, dtype=torch.bool)
+    pred, image, mask = (
+        torch.randn(5, 3, *size, requires_grad=True),
+        torch.randn(5, 3, *size),
+        torch.ones(5, 1, 1, dtype=torch.bool),
+    )
     D = (torch.fft.fft2(pred, norm="ortho") - torch.fft.fft2(image, norm="ortho")).mean(0)
     weight = torch.log(1 + D.abs()).detach()
     expected = (weight / weight.max() * D.abs() ** 2).mean()
@@ -362,8 +430,14 @@ def test_each_feature_paints_its_own_square():
 
 def test_parameter_counts_are_the_published_ones():
     """Millions, classification head included. Source: the authors' table; torchvision's for the names it shares."""
-    for arch, head, published in (("vit_small", 768, 48.8), ("vit_base", 768, 86.7), ("resnet50", 2048, 25.6), ("resnet200", 2048, 64.7),
-                                  ("convnext_small", 768, 50.2), ("deit_small", 384, 22.1)):
+    for arch, head, published in (
+        ("vit_small", 768, 48.8),
+        ("vit_base", 768, 86.7),
+        ("resnet50", 2048, 25.6),
+        ("resnet200", 2048, 64.7),
+        ("convnext_small", 768, 50.2),
+        ("deit_small", 384, 22.1),
+    ):
         count = sum(p.numel() for p in build_encoder(arch).parameters()) + 1000 * (head + 1)
         assert count / 1e6 == pytest.approx(published, abs=0.06 if arch != "deit_small" else 0.2), arch
 
@@ -374,7 +448,10 @@ def test_initial_values_that_the_recipes_rely_on():
     vit = build_encoder("deit_tiny", 224).backbone
     block = vit.blocks[3]
     assert block.gamma_1.unique().tolist() == block.gamma_2.unique().tolist() == [pytest.approx(0.1)]
-    assert block.attn.relative_position_bias_table.shape == (732, 3) and block.attn.relative_position_bias_table.abs().max() == 0
+    assert (
+        block.attn.relative_position_bias_table.shape == (732, 3)
+        and block.attn.relative_position_bias_table.abs().max() == 0
+    )
     assert [round(b.drop_path.p, 4) for b in vit.blocks] == [round(0.1 * i / 11, 4) for i in range(12)]
 
 
@@ -398,8 +475,17 @@ def test_attention_is_softmax_of_scaled_products_plus_position_bias():
         q = x[0] @ weight[0, head].T + attention.q_bias.view(3, 4)[head]
         k = x[0] @ weight[1, head].T                         # no bias
         v = x[0] @ weight[2, head].T + attention.v_bias.view(3, 4)[head]
-        bias = torch.stack([torch.stack([attention.relative_position_bias_table[attention.relative_position_index[i, j], head]
-                                         for j in range(5)]) for i in range(5)])
+        bias = torch.stack(
+            [
+                torch.stack(
+                    [
+                        attention.relative_position_bias_table[attention.relative_position_index[i, j], head]
+                        for j in range(5)
+                    ]
+                )
+                for i in range(5)
+            ]
+        )
         out.append(torch.softmax(q @ k.T / math.sqrt(4) + bias, -1) @ v)
     close(attention(x)[0], attention.proj(torch.cat(out, 1)))
 
@@ -430,10 +516,19 @@ def test_reconstruct_pastes_into_hidden_cells_only_and_leaves_the_model_as_it_wa
 # ---- torchvision's other nets ----
 
 TORCHVISION = [  # one of each kind: image, mask cell, what the token enters
-    ("alexnet", 64, 32, (192, 7, 7)), ("vgg11", 64, 32, (512, 8, 8)), ("squeezenet1_1", 48, 16, (256, 5, 5)), ("densenet121", 64, 32, (1024, 4, 4)),
-    ("mobilenet_v2", 64, 32, (96, 4, 4)), ("mobilenet_v3_small", 64, 32, (48, 4, 4)), ("mnasnet0_5", 64, 32, (48, 4, 4)), ("efficientnet_b0", 64, 32, (112, 4, 4)),
-    ("regnet_y_400mf", 64, 32, (208, 4, 4)), ("shufflenet_v2_x0_5", 64, 32, (96, 4, 4)),
-    ("resnext50_32x4d", 64, 32, (1024, 4, 4)), ("swin_v2_t", 64, 32, (16, 16, 96)), ("maxvit_t", 224, 32, (256, 14, 14)),
+    ("alexnet", 64, 32, (192, 7, 7)),
+    ("vgg11", 64, 32, (512, 8, 8)),
+    ("squeezenet1_1", 48, 16, (256, 5, 5)),
+    ("densenet121", 64, 32, (1024, 4, 4)),
+    ("mobilenet_v2", 64, 32, (96, 4, 4)),
+    ("mobilenet_v3_small", 64, 32, (48, 4, 4)),
+    ("mnasnet0_5", 64, 32, (48, 4, 4)),
+    ("efficientnet_b0", 64, 32, (112, 4, 4)),
+    ("regnet_y_400mf", 64, 32, (208, 4, 4)),
+    ("shufflenet_v2_x0_5", 64, 32, (96, 4, 4)),
+    ("resnext50_32x4d", 64, 32, (1024, 4, 4)),
+    ("swin_v2_t", 64, 32, (16, 16, 96)),
+    ("maxvit_t", 224, 32, (256, 14, 14)),
 ]
 
 
@@ -458,7 +553,7 @@ def test_torchvisions_other_nets_learn_and_their_chain_is_torchvisions_forward(a
     with torch.no_grad():
         plain(x)
         z = encoder(x).movedim(-1, 1) if encoder.layout == "nhwc" else encoder(x)
-    handed = handed[0].view(*z.shape[:2], -1).mean(2)        # pooled already, or not: SqueezeNet's and MaxViT's heads pool
+    handed = handed[0].view(*z.shape[:2], -1).mean(2)  # pooled already, or not: SqueezeNet's and MaxViT's heads pool
     close(z.mean((2, 3)) / z.std(), handed / z.std(), atol=1e-4, rtol=1e-4)
 
 
@@ -467,12 +562,18 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     net, x = model.Classifier(arch, build_encoder(arch, 64), 3, frozen=True), torch.randn(2, 3, 64, 64)
     learns = {name for name, p in net.named_parameters() if p.requires_grad}
     head = f"encoder.backbone.{net.encoder.head_name}."
-    assert learns == {name for name, _ in net.named_parameters() if name.startswith(head)} == {name for name in net.state_dict() if name.startswith(head)}
+    assert (
+        learns
+        == {name for name, _ in net.named_parameters() if name.startswith(head)}
+        == {name for name in net.state_dict() if name.startswith(head)}
+    )
     before = {name: p.clone() for name, p in net.state_dict().items()}
     loss.class_loss(net.train()(x), torch.eye(3)[:2], "ce", 0.1).backward()
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1).step()
     assert {name for name, p in net.state_dict().items() if not torch.equal(p, before[name])} <= learns
-    assert not torch.equal(net.eval()(x), model.Classifier(arch, net.encoder, 3).eval()(x))             # it learnt, and another head is another
+    assert not torch.equal(
+        net.eval()(x), model.Classifier(arch, net.encoder, 3).eval()(x)
+    )  # it learnt, and another head is another
     net = model.Classifier(arch, build_encoder(arch, 64), 3).eval()
     assert optim.layer_groups(net, 0.05, 0.5)[-1]["scale"] == 1.0 and net.features(x).shape[0] == 2
     plain = tv.get_model(arch, num_classes=3).eval()
@@ -480,7 +581,10 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     assert torch.equal(net(x), plain(x)) and not torch.equal(plain(x), plain(x.flip(0)))
     torch.save(net.plain_state(), tmp_path / "best.pt")
     again = model.Classifier(arch, build_encoder(arch, 64), 3).eval()
-    head, report = weights.load_head(again, tmp_path / "best.pt"), weights.load_backbone(again.encoder, tmp_path / "best.pt")
+    head, report = (
+        weights.load_head(again, tmp_path / "best.pt"),
+        weights.load_backbone(again.encoder, tmp_path / "best.pt"),
+    )
     assert torch.equal(again(x), net(x)) and set(report["skipped"]) == head and not report["missing"]
     with pytest.raises(ValueError, match="its head tells 3 classes apart, the data has 4"):
         weights.load_head(model.Classifier(arch, build_encoder(arch, 64), 4), tmp_path / "best.pt")
@@ -490,18 +594,28 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
 
 def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
     encoder = build_encoder("densenet121", 64)
-    old = {re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): torch.randn_like(t.float()) for name, t in encoder.backbone.state_dict().items()}
+    old = {
+        re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): torch.randn_like(t.float())
+        for name, t in encoder.backbone.state_dict().items()
+    }
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "densenet121.pth")
     assert not weights.load_backbone(encoder, tmp_path / "densenet121.pth")["missing"]
-    assert torch.equal(encoder.backbone.features.denseblock4.denselayer16.conv2.weight, old["features.denseblock4.denselayer16.conv.2.weight"])
+    assert torch.equal(
+        encoder.backbone.features.denseblock4.denselayer16.conv2.weight,
+        old["features.denseblock4.denselayer16.conv.2.weight"],
+    )
 
 
 def test_stochastic_depth_of_torchvisions_nets_rises_to_the_rate_asked_for():
-    rates = lambda arch, drop: [m.p for m in build_encoder(arch, 64, drop).backbone.modules() if isinstance(m, StochasticDepth)]
+    rates = lambda arch, drop: [
+        m.p for m in build_encoder(arch, 64, drop).backbone.modules() if isinstance(m, StochasticDepth)
+    ]
     for arch in ("efficientnet_b0", "resnext50_32x4d"):
         found = rates(arch, 0.3)
-        assert found == sorted(found) and found[0] == 0 and found[-1] == pytest.approx(0.3) and not any(rates(arch, None)), arch
+        assert (
+            found == sorted(found) and found[0] == 0 and found[-1] == pytest.approx(0.3) and not any(rates(arch, None))
+        ), arch
 
 
 def test_a_net_that_is_not_its_chain_of_children_is_refused(monkeypatch):
@@ -515,9 +629,15 @@ def test_a_net_that_is_not_its_chain_of_children_is_refused(monkeypatch):
 
 # ---- weights in and out ----
 
-@pytest.mark.parametrize("arch, plain, head", [
-    ("resnet18", tv.resnet18, "fc"), ("resnet50", tv.resnet50, "fc"), ("convnext_tiny", tv.convnext_tiny, "classifier.2"),
-    ("swin_tiny", tv.swin_t, "head")])
+@pytest.mark.parametrize(
+    "arch, plain, head",
+    [
+        ("resnet18", tv.resnet18, "fc"),
+        ("resnet50", tv.resnet50, "fc"),
+        ("convnext_tiny", tv.convnext_tiny, "classifier.2"),
+        ("swin_tiny", tv.swin_t, "head"),
+    ],
+)
 def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing(arch, plain, head, tmp_path):
     encoder = build_encoder(arch).eval()
     for p in encoder.parameters():
@@ -532,29 +652,54 @@ def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing
     pooled = []                                              # what torchvision's own head is given
     net.get_submodule(head).register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
     net(x)
-    if arch == "convnext_tiny":                              # torchvision averages before the final norm, we paint from a map: compare there
+    if arch == "convnext_tiny":  # torchvision averages before the final norm, we paint from a map: compare there
         z, pooled = encoder.backbone.features(x).flatten(1), [net.features(x).flatten(1)]
     close(z, pooled[0])
 
 
 AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixup's MIMConvNeXt and SimMIMViT)
-    "convnext_tiny": {"features.0.0.weight": "downsample_layers.0.0.weight", "features.4.1.bias": "downsample_layers.2.1.bias",
-                      "features.5.8.block.0.weight": "stages.2.8.depthwise_conv.weight", "features.1.0.block.2.bias": "stages.0.0.norm.bias",
-                      "features.3.1.block.3.weight": "stages.1.1.pointwise_conv1.weight", "features.7.2.block.5.bias": "stages.3.2.pointwise_conv2.bias",
-                      "features.7.0.layer_scale": "stages.3.0.gamma", "classifier.0.weight": "norm3.weight"},
-    "deit_tiny": {"patch_embed.proj.weight": "patch_embed.projection.weight", "blocks.4.gamma_1": "layers.4.gamma_1", "blocks.0.norm1.weight": "layers.0.ln1.weight",
-                  "blocks.11.norm2.bias": "layers.11.ln2.bias", "blocks.3.attn.q_bias": "layers.3.attn.q_bias", "blocks.3.attn.qkv.weight": "layers.3.attn.qkv.weight",
-                  "blocks.3.attn.relative_position_bias_table": "layers.3.attn.relative_position_bias_table", "blocks.7.mlp.fc1.weight": "layers.7.ffn.layers.0.0.weight",
-                  "blocks.7.mlp.fc2.bias": "layers.7.ffn.layers.1.bias", "norm.weight": "ln1.weight", "cls_token": "cls_token", "pos_embed": "pos_embed"},
-    "resnet18": {"conv1.weight": "conv1.weight", "layer4.1.bn2.running_var": "layer4.1.bn2.running_var", "layer2.0.downsample.0.weight": "layer2.0.downsample.0.weight"},
+    "convnext_tiny": {
+        "features.0.0.weight": "downsample_layers.0.0.weight",
+        "features.4.1.bias": "downsample_layers.2.1.bias",
+        "features.5.8.block.0.weight": "stages.2.8.depthwise_conv.weight",
+        "features.1.0.block.2.bias": "stages.0.0.norm.bias",
+        "features.3.1.block.3.weight": "stages.1.1.pointwise_conv1.weight",
+        "features.7.2.block.5.bias": "stages.3.2.pointwise_conv2.bias",
+        "features.7.0.layer_scale": "stages.3.0.gamma",
+        "classifier.0.weight": "norm3.weight",
+    },
+    "deit_tiny": {
+        "patch_embed.proj.weight": "patch_embed.projection.weight",
+        "blocks.4.gamma_1": "layers.4.gamma_1",
+        "blocks.0.norm1.weight": "layers.0.ln1.weight",
+        "blocks.11.norm2.bias": "layers.11.ln2.bias",
+        "blocks.3.attn.q_bias": "layers.3.attn.q_bias",
+        "blocks.3.attn.qkv.weight": "layers.3.attn.qkv.weight",
+        "blocks.3.attn.relative_position_bias_table": "layers.3.attn.relative_position_bias_table",
+        "blocks.7.mlp.fc1.weight": "layers.7.ffn.layers.0.0.weight",
+        "blocks.7.mlp.fc2.bias": "layers.7.ffn.layers.1.bias",
+        "norm.weight": "ln1.weight",
+        "cls_token": "cls_token",
+        "pos_embed": "pos_embed",
+    },
+    "resnet18": {
+        "conv1.weight": "conv1.weight",
+        "layer4.1.bn2.running_var": "layer4.1.bn2.running_var",
+        "layer2.0.downsample.0.weight": "layer2.0.downsample.0.weight",
+    },
 }
 
 
 @pytest.mark.parametrize("arch", AUTHORS)
 def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     encoder, names = build_encoder(arch), AUTHORS[arch]
-    state = {f"module.backbone.{theirs}": torch.randn_like(encoder.backbone.state_dict()[ours]) for ours, theirs in names.items()}
-    state |= {f"module.backbone.{name}": value for name, value in encoder.backbone.state_dict().items() if name not in names}
+    state = {
+        f"module.backbone.{theirs}": torch.randn_like(encoder.backbone.state_dict()[ours])
+        for ours, theirs in names.items()
+    }
+    state |= {
+        f"module.backbone.{name}": value for name, value in encoder.backbone.state_dict().items() if name not in names
+    }
     if arch == "convnext_tiny":                              # the authors keep LayerScale as (C,)
         state["module.backbone.stages.3.0.gamma"] = state["module.backbone.stages.3.0.gamma"].flatten()
     state["module.neck.decoder_pred.0.weight"] = torch.randn(4, 4)
@@ -563,7 +708,9 @@ def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
     report = weights.load_backbone(encoder, tmp_path / "released.pth")
     assert set(names) <= set(report["used"]) and not report["missing"]
-    assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (2 if arch == "deit_tiny" else 1)
+    assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (
+        2 if arch == "deit_tiny" else 1
+    )
     own = encoder.backbone.state_dict()
     for ours, theirs in names.items():
         assert torch.equal(own[ours].flatten(), state[f"module.backbone.{theirs}"].flatten()), ours
@@ -584,10 +731,23 @@ def paint(path, mode="RGB", colour=(200, 40, 90), size=(40, 30), **options):
     return str(path)
 
 
-@pytest.mark.parametrize("name, mode, colour", [
-    ("a.jpg", "RGB", (200, 40, 90)), ("a.png", "RGB", (200, 40, 90)), ("a.webp", "RGB", (200, 40, 90)), ("a.bmp", "RGB", (200, 40, 90)),
-    ("gray.png", "L", (93, 93, 93)), ("gray.jpg", "L", (93, 93, 93)), ("palette.png", "P", (200, 40, 90)), ("cmyk.jpg", "CMYK", (200, 40, 90)),
-    ("alpha.png", "RGBA", (200, 40, 90)), ("gray_alpha.png", "LA", (93, 93, 93)), ("deep.png", "I;16", (120, 120, 120)), ("one_bit.png", "1", None)])
+@pytest.mark.parametrize(
+    "name, mode, colour",
+    [
+        ("a.jpg", "RGB", (200, 40, 90)),
+        ("a.png", "RGB", (200, 40, 90)),
+        ("a.webp", "RGB", (200, 40, 90)),
+        ("a.bmp", "RGB", (200, 40, 90)),
+        ("gray.png", "L", (93, 93, 93)),
+        ("gray.jpg", "L", (93, 93, 93)),
+        ("palette.png", "P", (200, 40, 90)),
+        ("cmyk.jpg", "CMYK", (200, 40, 90)),
+        ("alpha.png", "RGBA", (200, 40, 90)),
+        ("gray_alpha.png", "LA", (93, 93, 93)),
+        ("deep.png", "I;16", (120, 120, 120)),
+        ("one_bit.png", "1", None),
+    ],
+)
 def test_every_kind_of_image_becomes_rgb(name, mode, colour, tmp_path):
     image = images.read_image(paint(tmp_path / name, mode))
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
@@ -603,15 +763,23 @@ def test_a_photograph_taken_sideways_is_read_upright(tmp_path):
 
 
 def test_folders_of_every_layout(tmp_path):
-    layouts = {"imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"], "classes": ["cat/1.jpg", "dog/deep/er/2.png"],
-               "flat": ["1.jpg", "2.bmp", "notes.txt", ".hidden.jpg"]}
+    layouts = {
+        "imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"],
+        "classes": ["cat/1.jpg", "dog/deep/er/2.png"],
+        "flat": ["1.jpg", "2.bmp", "notes.txt", ".hidden.jpg"],
+    }
     for layout, names in layouts.items():
         for file in names:
             path = tmp_path / layout / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("") if path.suffix == ".txt" else paint(path)
     imagenet, val = (data.Folder(tmp_path / "imagenet", split) for split in ("train", "val"))
-    assert len(imagenet) == 2 and imagenet.classes == ["cat", "dog"] and imagenet.labels.tolist() == [0, 1] and len(val) == 1
+    assert (
+        len(imagenet) == 2
+        and imagenet.classes == ["cat", "dog"]
+        and imagenet.labels.tolist() == [0, 1]
+        and len(val) == 1
+    )
     classes = data.Folder(tmp_path / "classes", "train")
     assert len(classes) == 2 and classes.classes == ["cat", "dog"] and classes.read(1).shape == (3, 30, 40)
     assert len(data.Folder(tmp_path / "flat", "train")) == 2
@@ -634,7 +802,9 @@ def test_torchvision_datasets_open_by_name(tmp_path):
     pixels = np.arange(3072, dtype=np.uint8)[None]
     sums = {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-        content = {"label_names": [str(i) for i in range(10)]} if name == "batches.meta" else {"data": pixels, "labels": [3]}
+        content = (
+            {"label_names": [str(i) for i in range(10)]} if name == "batches.meta" else {"data": pixels, "labels": [3]}
+        )
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     with pytest.MonkeyPatch.context() as patch:              # the real files' checksums are the only thing replaced
@@ -657,7 +827,9 @@ def test_shapes_come_from_seed_and_index_and_every_class_is_equally_common():
 def test_shapes_are_not_told_apart_by_colour():
     """A nearest-centroid classifier on each image's colour mean and spread stays near chance, 10 %."""
     source = data.Shapes("train", (48, 48))
-    features = torch.stack([torch.cat([x.mean((1, 2)), x.std((1, 2))]) for x in (source.read(i).float() for i in range(1200))])
+    features = torch.stack(
+        [torch.cat([x.mean((1, 2)), x.std((1, 2))]) for x in (source.read(i).float() for i in range(1200))]
+    )
     labels = torch.from_numpy(source.labels[:1200])
     centroids = torch.stack([features[:800][labels[:800] == c].mean(0) for c in range(10)])
     accuracy = (torch.cdist(features[800:], centroids).argmin(1) == labels[800:]).float().mean()
@@ -667,7 +839,9 @@ def test_shapes_are_not_told_apart_by_colour():
 def test_normalise_is_to_tensor_then_normalize():
     from torchvision.transforms import v2
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    reference = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
     close(data.normalise(images), reference(images))
     close(data.denormalise(data.normalise(images)) * 255, images.float())
 
@@ -676,8 +850,13 @@ def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
     from torchvision.transforms import InterpolationMode, v2
     image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
     fine_tuning = data.augment(SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0))
-    for ours, mode in ((data.CropAndFlip((48, 48), 0.2), InterpolationMode.BILINEAR), (fine_tuning, InterpolationMode.BICUBIC)):     # as released
-        theirs = v2.Compose([v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True), v2.RandomHorizontalFlip()])
+    for ours, mode in (
+        (data.CropAndFlip((48, 48), 0.2), InterpolationMode.BILINEAR),
+        (fine_tuning, InterpolationMode.BICUBIC),
+    ):  # as released
+        theirs = v2.Compose(
+            [v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+        )
         for seed in range(12):
             crops = []
             for transform in (theirs, ours):
@@ -704,9 +883,11 @@ def flat(batches):
 
 
 def test_processes_and_accumulation_cut_the_same_steps():
-    make = lambda batch, accum, world, rank, start=0: flat(data.Batches(50, batch, accum, world, rank, seed=3, start=start, stop=9))
+    make = lambda batch, accum, world, rank, start=0: flat(
+        data.Batches(50, batch, accum, world, rank, seed=3, start=start, stop=9)
+    )
     whole = make(12, 1, 1, 0)
-    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12       # 4 steps an epoch
+    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12  # 4 steps an epoch
     assert len({i for b in whole[:4] for _, i in b}) == 48   # no image twice in an epoch
     assert [a + b for a, b in zip(make(6, 1, 2, 0), make(6, 1, 2, 1))] == whole
     halves = make(6, 2, 1, 0)
@@ -721,8 +902,15 @@ def test_processes_and_accumulation_cut_the_same_steps():
 def test_cosine_schedule_at_the_recipes_numbers():
     """ResNet, 300 epochs, 10 of warm-up, base 1.2e-3, floor 1e-5; epochs stand for iterations."""
     lr = lambda t, base=1.2e-3: optim.lr_at(t, 300, 10, base, 1e-5, "cosine")
-    assert lr(0) == 0 and lr(10) == pytest.approx(1.2e-3) and lr(300) == pytest.approx(1e-5) and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
-    assert lr(5) == pytest.approx(0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2))         # the ramp times the cosine
+    assert (
+        lr(0) == 0
+        and lr(10) == pytest.approx(1.2e-3)
+        and lr(300) == pytest.approx(1e-5)
+        and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
+    )
+    assert lr(5) == pytest.approx(
+        0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2)
+    )  # the ramp times the cosine
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)   # a second route, after warm-up
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 290, eta_min=1e-5)
     for t in range(10, 300):
@@ -739,22 +927,51 @@ def test_step_schedule_of_the_vit_recipe():
 
 
 def test_published_recipes_come_out_of_eight_gpus_with_256_images():
-    for arch, lr, epochs, weight, clip in (("resnet50", 1.2e-3, 300, 0.5, 0), ("vit_base", 4e-4, 800, 0.1, 5.0), ("convnext_tiny", 1.2e-3, 300, 0, 0),
-                                           ("resnet101", 1.2e-3, 300, 0.1, 0), ("swin_tiny", 4e-4, 800, 0.5, 5.0), ("resnet200", 1.2e-3, 300, 0, 0)):
+    for arch, lr, epochs, weight, clip in (
+        ("resnet50", 1.2e-3, 300, 0.5, 0),
+        ("vit_base", 4e-4, 800, 0.1, 5.0),
+        ("convnext_tiny", 1.2e-3, 300, 0, 0),
+        ("resnet101", 1.2e-3, 300, 0.1, 0),
+        ("swin_tiny", 4e-4, 800, 0.5, 5.0),
+        ("resnet200", 1.2e-3, 300, 0, 0),
+    ):
         args = pretrain.parse(["--data", "x", "--arch", arch])
-        assert (args.lr * 2048 / 512, args.epochs, args.fourier_weight, args.clip_grad) == (pytest.approx(lr), epochs, weight, clip)
+        assert (args.lr * 2048 / 512, args.epochs, args.fourier_weight, args.clip_grad) == (
+            pytest.approx(lr),
+            epochs,
+            weight,
+            clip,
+        )
         assert (args.mask_ratio, args.mask_cell, args.weight_decay, args.min_lr) == (0.6, 32, 0.05, 1e-5)
     simmim = pretrain.parse(["--data", "x", "--baseline", "simmim", "--lr", "1"])
-    assert (simmim.token, simmim.mask_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == ("replace", 1, "zero", 0, 1)
+    assert (simmim.token, simmim.mask_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == (
+        "replace",
+        1,
+        "zero",
+        0,
+        1,
+    )
     for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):      # plain L1 on every backbone
         assert not pretrain.parse(["--data", "x", "--baseline", "simmim", "--arch", arch]).focal_pixels
     r101 = pretrain.parse(["--data", "x", "--arch", "resnet101"])
     assert (r101.fourier_focal, r101.spectrum) == (False, "image")
     for arch, stage in (("deit_small", 8), ("deit_tiny", 1)):
         deit = pretrain.parse(["--data", "x", "--arch", arch])
-        assert (deit.image_size, deit.lr, deit.schedule, deit.min_lr, deit.epochs, deit.clip_grad, deit.crop_min) == (192, 2e-4, "cosine", 1e-5, 800, 5.0, 0.67)
-        net = A2MIM(build_encoder(arch, 192), 192, deit.mask_cell, deit.mask_stage, deit.token)      # 6 x 6 cells on 12 x 12 patches
-        assert net.mask_stage == stage and net.grid == (6, 6) and net.encoder.stages[8] == ["blocks.7"]                 # the eighth block
+        assert (deit.image_size, deit.lr, deit.schedule, deit.min_lr, deit.epochs, deit.clip_grad, deit.crop_min) == (
+            192,
+            2e-4,
+            "cosine",
+            1e-5,
+            800,
+            5.0,
+            0.67,
+        )
+        net = A2MIM(
+            build_encoder(arch, 192), 192, deit.mask_cell, deit.mask_stage, deit.token
+        )  # 6 x 6 cells on 12 x 12 patches
+        assert (
+            net.mask_stage == stage and net.grid == (6, 6) and net.encoder.stages[8] == ["blocks.7"]
+        )  # the eighth block
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny"])
@@ -767,7 +984,21 @@ def test_what_decays_and_what_does_not(arch):
         for p in group["params"]:
             name = names[p]
             seen.add(p)
-            free = p in norms or "bias" in name or name.endswith(("mask_token.token", "mask_token.gamma", "layer_scale", "gamma_1", "gamma_2", "pos_embed", "cls_token"))
+            free = (
+                p in norms
+                or "bias" in name
+                or name.endswith(
+                    (
+                        "mask_token.token",
+                        "mask_token.gamma",
+                        "layer_scale",
+                        "gamma_1",
+                        "gamma_2",
+                        "pos_embed",
+                        "cls_token",
+                    )
+                )
+            )
             assert group["weight_decay"] == (0 if free else 0.05), name
             assert group["scale"] == (0.1 if name in ("mask_token.token", "mask_token.gamma") else 1.0), name
     assert seen == set(names)
@@ -775,8 +1006,30 @@ def test_what_decays_and_what_does_not(arch):
 
 # ---- pre-training: whole runs ----
 
-TINY = ["--data", "shapes", "--arch", "deit_tiny", "--image-size", "64", "--mask-cell", "16", "--batch-size", "8", "--workers", "0", "--amp", "off",
-        "--log-every", "1", "--sheets", "0", "--drop-path", "0", "--lr", "0.03"]
+TINY = [
+    "--data",
+    "shapes",
+    "--arch",
+    "deit_tiny",
+    "--image-size",
+    "64",
+    "--mask-cell",
+    "16",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--amp",
+    "off",
+    "--log-every",
+    "1",
+    "--sheets",
+    "0",
+    "--drop-path",
+    "0",
+    "--lr",
+    "0.03",
+]
 
 
 @pytest.fixture
@@ -831,12 +1084,14 @@ def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images,
         run(tmp_path / "cut", *flags)
     assert "the power fails" in capsys.readouterr().err      # a failure that nobody foresaw is told whole
     monkeypatch.setattr(pretrain, "train_step", step)
-    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])      # the other flags are remembered
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])  # the other flags are remembered
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
 
 
-def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(few_images, tmp_path):
+def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(
+    few_images, tmp_path
+):
     for spectrum in loss.SPECTRA:
         flags = ["--epochs", "1", "--fourier-weight", "1", "--spectrum", spectrum]
         log, whole = run(tmp_path / f"{spectrum}1", *flags)
@@ -850,14 +1105,33 @@ def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_wi
 
 
 def torchrun(*arguments, processes=2, **options):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, arguments)],
-                          cwd=HERE, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            *map(str, arguments),
+        ],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
 def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_to_sigterm(tmp_path):
-    code = ("import pretrain\ndef bug(*given, **more): raise RuntimeError('a bug of a fork')\npretrain.a2mim_loss = bug\n"
-            "pretrain.main('--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 1 --sheets 0 --workers 2 --out %s'.split())")
-    done = subprocess.run([sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=90)
+    code = (
+        "import pretrain\ndef bug(*given, **more): raise RuntimeError('a bug of a fork')\npretrain.a2mim_loss = bug\n"
+        "pretrain.main('--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 1 "
+        "--sheets 0 --workers 2 --out %s'.split())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
 
 
@@ -881,17 +1155,134 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
-    log, checkpoint = run(tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1")
+    log, checkpoint = run(
+        tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1"
+    )
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "loss.png",
-            "reconstruction-000000.png", "reconstruction-000015.png", "reconstruction-000030.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "args.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "checkpoint-previous.pt",
+        "backbone.pt",
+        "loss.png",
+        "reconstruction-000000.png",
+        "reconstruction-000015.png",
+        "reconstruction-000030.png",
+    }
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     quarter = sheet.shape[1] // 4
-    assert np.array_equal(sheet[:, :2 * quarter], first[:, :2 * quarter])    # the same images and masks in every picture
+    assert np.array_equal(sheet[:, :2 * quarter], first[:, :2 * quarter])  # the same images and masks in every picture
     assert not np.array_equal(sheet[:, 2 * quarter:], first[:, 2 * quarter:])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
-    assert tv.resnet18().load_state_dict(torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    assert tv.resnet18().load_state_dict(
+        torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), strict=False
+    ).missing_keys == ["fc.weight", "fc.bias"]
+
+
+# ---- forks: README, "Change it" ----
+
+FORK = "--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 8 --workers 0 --amp off"
+
+
+def fork(out, *flags):
+    """The run of a fork: an epoch of four steps, in which it learns. Returns its checkpoint."""
+    pretrain.main([*FORK.split(), *"--epochs 1 --sheets 0 --log-every 1 --lr 0.05".split(), "--out", str(out), *flags])
+    log = read_log(out)
+    assert len(log) == 4 and log[-1]["loss"] < log[0]["loss"]
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
+    """The cells nearest to a random centre, instead of cells anywhere: one function of pretrain.py."""
+    def block_mask(batch, grid, ratio, device, generator):
+        cells = torch.cartesian_prod(*map(torch.arange, grid)).float().to(device)        # (cells, 2)
+        centres = torch.rand(batch, 2, device=device, generator=generator) * torch.tensor(grid, device=device)
+        hidden = torch.cdist(centres, cells, p=math.inf).argsort(1)[:, : masking.hidden_count(len(cells), ratio)]
+        none = torch.zeros(batch, len(cells), dtype=torch.bool, device=device)
+        return none.scatter_(1, hidden, True).view(batch, *grid)
+
+    monkeypatch.setattr(pretrain, "random_mask", block_mask)
+    fork(tmp_path / "run")
+    args = SimpleNamespace(mask_ratio=0.5)
+    masks = pretrain.draw_masks(200, (8, 8), args, torch.device("cpu"), 0)
+    assert masks.sum((1, 2)).unique().tolist() == [32]
+    touching = (masks[:, 1:] == masks[:, :-1]).float().mean()
+    assert touching > 0.8                                    # a block: most neighbours are alike (at random, half are)
+
+
+def test_fork_paints_gradient_orientations(few_images, tmp_path, monkeypatch):
+    """A HOG-like target, 9 orientations per pixel: what is painted, and how much of it the decoder paints."""
+    def orientations(images):
+        gray = images.mean(1, keepdim=True)
+        dx, dy = gray - gray.roll(1, -1), gray - gray.roll(1, -2)
+        bins = (torch.atan2(dy, dx) % math.pi / math.pi * 9).long().clamp(max=8)         # (B, 1, H, W)
+        return torch.zeros_like(gray).repeat(1, 9, 1, 1).scatter_(1, bins, torch.hypot(dx, dy))
+
+    build = model.build_decoder
+    monkeypatch.setattr(pretrain, "target_of", orientations)
+    monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: build(width, 9, stride))
+    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape[0] == 9 * 32**2
+    slope = torch.arange(8.0).expand(1, 3, 8, 8)             # grows to the right: orientation 0, strength 1
+    assert orientations(slope)[0, :, 2:, 2:].amax((1, 2)).tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
+    build = model.build_decoder
+    monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: nn.Sequential(
+        nn.Conv2d(width, width, 1), nn.GELU(), *build(width, channels, stride)))
+    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape == (512, 512, 1, 1)
+
+
+def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
+    """A fourth channel, as of satellites: the reader, its mean and std, and the first convolution; the rest follows."""
+    read, build = data.Shapes.read, pretrain.build_encoder
+
+    def build_four(*given):
+        encoder = build(*given)
+        encoder.backbone.conv1 = nn.Conv2d(4, 64, 7, stride=2, padding=3, bias=False)
+        return encoder
+
+    monkeypatch.setattr(data, "MEAN", (*data.MEAN, 0.5))
+    monkeypatch.setattr(data, "STD", (*data.STD, 0.25))
+    monkeypatch.setattr(data.Shapes, "read", lambda self, i: torch.cat([read(self, i), 255 - read(self, i)[:1]]))
+    monkeypatch.setattr(pretrain, "build_encoder", build_four)
+    data.mean_and_std.cache_clear()
+    state = fork(tmp_path / "run")["model"]
+    data.mean_and_std.cache_clear()
+    assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 32**2
+
+
+def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monkeypatch):
+    def blurred(images, mask, fill="blur"):
+        hidden = masking.resize_mask(mask, images.shape[-2:])
+        blur = lambda x: tvf.gaussian_blur(x, [31, 31], [6.0, 6.0])
+        seen = (~hidden).float().expand_as(images)
+        return torch.where(hidden, blur(images * seen) / blur(seen).clamp(min=1e-3), images)
+
+    monkeypatch.setattr(model, "fill_hidden", blurred)
+    fork(tmp_path / "run")
+    images, mask = torch.full((1, 3, 32, 32), 7.0), checkerboard(1, 4, 4)
+    close(blurred(images, mask), images)                     # the blur of one colour is that colour
+
+
+# ---- the shape of the code ----
+
+def test_no_line_is_wider_than_120_columns_and_no_file_longer_than_promised():
+    most = {"pretrain.py": 350, "finetune.py": 400, "data.py": 400, "model.py": 420, "loss.py": 170, "masking.py": 150}
+    for file in [*HERE.glob("*.py"), *HERE.glob("engine/*.py"), *HERE.glob("extras/*.py")]:
+        lines = file.read_text().splitlines()
+        assert max(map(len, lines), default=0) <= 120, file
+        limit = 250 if file.parent.name == "engine" else most.get(file.name, math.inf)
+        assert len(lines) <= limit, file
+
+
+def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
+    stages = {"masking", "model", "loss", "data", "pretrain", "finetune"}
+    for file in [*HERE.glob("*.py"), *HERE.glob("engine/*.py")]:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.M))
+        assert "extras" not in imported and (file.parent == HERE or not imported & stages), file
 
 
 # ---- pre-training: the command line ----
@@ -903,29 +1294,38 @@ def complaint(capsys, *flags, main=pretrain.main):
     return exit.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--arch", "resnet51"], "argument --arch: arch 'resnet51': must be one of resnet18"),
-    (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
-    (["--lr", "nan"], "argument --lr: nan: must be a number"),
-    (["--epochs", "0"], "argument --epochs: 0: must be a number from 0.001 to 100000"),
-    (["--epochs", "1e18"], "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
-    (["--sheets", "2000000000"], "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
-    (["--image-size", "1000000"], "argument --image-size: 1000000: must be an integer from 1 to 8192"),
-    (["--data", ""], "argument --data: is empty (an unset shell variable?)"),
-    (["--out", ""], "argument --out: is empty"),
-    (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
-    (["--crop-min", "2"], "argument --crop-min: 2: must be a number from 0.01 to 1"),
-    (["--wings", "2"], "unrecognized arguments: --wings 2"),
-    (["--mask-ratio", "1.5"], "mask ratio 1.5: must lie between 0 and 1"),
-    (["--image-size", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
-    (["--mask-stage", "9", "--image-size", "64"], "mask stage 9: this encoder has stages 0 to 4"),
-    (["--mask-cell", "8", "--image-size", "64"], "the mask cell is smaller than the stride"),
-    (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
-    (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
-    (["--data", "no/such/folder"], "--data no/such/folder: no such folder; give a folder of images or one of shapes, cifar10"),
-    (["--data", "cifar10"], "--data cifar10: not found in --data-root datasets; add --download to fetch it"),
-    (["--data", "cifar10", "--download", "--data-root", "/dev/null/x"], "--data-root /dev/null/x: cannot be written (Not a directory)"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--arch", "resnet51"], "argument --arch: arch 'resnet51': must be one of resnet18"),
+        (["--lr", "-1"], "argument --lr: -1: must be a number of at least 0"),
+        (["--lr", "nan"], "argument --lr: nan: must be a number"),
+        (["--epochs", "0"], "argument --epochs: 0: must be a number from 0.001 to 100000"),
+        (["--epochs", "1e18"], "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
+        (["--sheets", "2000000000"], "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
+        (["--image-size", "1000000"], "argument --image-size: 1000000: must be an integer from 1 to 8192"),
+        (["--data", ""], "argument --data: is empty (an unset shell variable?)"),
+        (["--out", ""], "argument --out: is empty"),
+        (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
+        (["--crop-min", "2"], "argument --crop-min: 2: must be a number from 0.01 to 1"),
+        (["--wings", "2"], "unrecognized arguments: --wings 2"),
+        (["--mask-ratio", "1.5"], "mask ratio 1.5: must lie between 0 and 1"),
+        (["--image-size", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
+        (["--mask-stage", "9", "--image-size", "64"], "mask stage 9: this encoder has stages 0 to 4"),
+        (["--mask-cell", "8", "--image-size", "64"], "the mask cell is smaller than the stride"),
+        (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
+        (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
+        (
+            ["--data", "no/such/folder"],
+            "--data no/such/folder: no such folder; give a folder of images or one of shapes, cifar10",
+        ),
+        (["--data", "cifar10"], "--data cifar10: not found in --data-root datasets; add --download to fetch it"),
+        (
+            ["--data", "cifar10", "--download", "--data-root", "/dev/null/x"],
+            "--data-root /dev/null/x: cannot be written (Not a directory)",
+        ),
+    ],
+)
 def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said = complaint(capsys, "--data", "shapes", "--arch", "resnet18", *flags)
@@ -935,7 +1335,10 @@ def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, word
 
 def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no images below it; expected files ending in .jpg" in complaint(capsys, "--data", tmp_path / "empty", "--out", tmp_path / "o")[1]
+    assert (
+        "no images below it; expected files ending in .jpg"
+        in complaint(capsys, "--data", tmp_path / "empty", "--out", tmp_path / "o")[1]
+    )
     run(tmp_path / "run", "--epochs", "1")
     code, said = complaint(capsys, *TINY, "--out", tmp_path / "run")
     assert code == 2 and "already holds a run; add --resume to continue it" in said
@@ -946,10 +1349,14 @@ def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
     assert code == 2 and "checkpoint.pt: cannot be read" in said
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(few_images, capsys, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(
+    few_images, capsys, tmp_path
+):
     run(tmp_path / "run", "--epochs", "1")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    code, said = complaint(capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "5", "--lr", "1e30")
+    code, said = complaint(
+        capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "5", "--lr", "1e30"
+    )
     assert code == 1 and "loss is not finite, 10 times in a row at step 1" in said and "checkpoint.pt is kept" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
@@ -966,8 +1373,14 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
     torch.save(Evil(), tmp_path / "evil.pt")
     torch.save({"a": 1}, tmp_path / "empty.pt")
     torch.save(build_encoder("deit_tiny").backbone.state_dict(), tmp_path / "vit.pt")
-    for name, words in (("gone.pt", "no such file"), ("cut.pt", "not a file of weights"), ("text.pt", "not a file of weights"), ("evil.pt", "code to run"),
-                        ("empty.pt", "holds no weights"), ("vit.pt", "of this backbone's 60 parameters; is it another architecture?")):
+    for name, words in (
+        ("gone.pt", "no such file"),
+        ("cut.pt", "not a file of weights"),
+        ("text.pt", "not a file of weights"),
+        ("evil.pt", "code to run"),
+        ("empty.pt", "holds no weights"),
+        ("vit.pt", "of this backbone's 60 parameters; is it another architecture?"),
+    ):
         with pytest.raises(ValueError) as error:
             weights.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
@@ -986,13 +1399,19 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
     state = encoder.backbone.state_dict()
     torch.save(state, tmp_path / "flipped.pt")
     flip_a_byte(tmp_path / "flipped.pt")
-    assert len(torch.load(tmp_path / "flipped.pt")) == len(state)            # torch itself does not see it
-    for name, changed, words in (("nan.pt", {"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), math.nan)}, "layer2.0.conv1.weight holds NaN or infinity"),
-                                 ("inf.pt", {"bn1.running_var": torch.full((64,), math.inf)}, "bn1.running_var holds NaN or infinity"),
-                                 ("sparse.pt", {"fc.bias": torch.eye(3).to_sparse()}, "fc.bias is no plain tensor"),
-                                 ("meta.pt", {"bn1.bias": torch.zeros(64, device="meta")}, "bn1.bias is no plain tensor"),
-                                 ("keys.pt", {7: torch.zeros(1)}, "holds a tensor under 7; expected a state dict with names as keys"),
-                                 ("flipped.pt", None, "not a file of weights (truncated, damaged")):
+    assert len(torch.load(tmp_path / "flipped.pt")) == len(state)  # torch itself does not see it
+    for name, changed, words in (
+        (
+            "nan.pt",
+            {"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), math.nan)},
+            "layer2.0.conv1.weight holds NaN or infinity",
+        ),
+        ("inf.pt", {"bn1.running_var": torch.full((64,), math.inf)}, "bn1.running_var holds NaN or infinity"),
+        ("sparse.pt", {"fc.bias": torch.eye(3).to_sparse()}, "fc.bias is no plain tensor"),
+        ("meta.pt", {"bn1.bias": torch.zeros(64, device="meta")}, "bn1.bias is no plain tensor"),
+        ("keys.pt", {7: torch.zeros(1)}, "holds a tensor under 7; expected a state dict with names as keys"),
+        ("flipped.pt", None, "not a file of weights (truncated, damaged"),
+    ):
         if changed:
             torch.save({**state, **changed}, tmp_path / name)
         with pytest.raises(ValueError) as error:
@@ -1000,12 +1419,22 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
         assert words in str(error.value) and "\n" not in str(error.value), name
 
 
-@pytest.mark.parametrize("text, words", [
-    ("[1, 2]", "cannot be read as the settings of a run"), ("{", "cannot be read as the settings of a run"), ("7", "cannot be read as the settings of a run"),
-    ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"), ('{"image_size": [224, 224]}', "image_size is [224, 224]"),
-    ('{"image_size": -5}', "image_size is -5"), ('{"image_size": 1e400}', "image_size is inf"), ('{"image_size": true}', "image_size is True"),
-    ('{"arch": 3}', "arch is 3, which --arch would refuse"), ('{"arch": "resnet51"}', "arch is 'resnet51'"), ('{"window": {}}', "window is {}"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[1, 2]", "cannot be read as the settings of a run"),
+        ("{", "cannot be read as the settings of a run"),
+        ("7", "cannot be read as the settings of a run"),
+        ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"),
+        ('{"image_size": [224, 224]}', "image_size is [224, 224]"),
+        ('{"image_size": -5}', "image_size is -5"),
+        ('{"image_size": 1e400}', "image_size is inf"),
+        ('{"image_size": true}', "image_size is True"),
+        ('{"arch": 3}', "arch is 3, which --arch would refuse"),
+        ('{"arch": "resnet51"}', "arch is 'resnet51'"),
+        ('{"window": {}}', "window is {}"),
+    ],
+)
 def test_a_spoiled_args_json_beside_the_weights_gets_one_line(text, words, backbone, capsys):
     (backbone.parent / "args.json").write_text(text)
     code, said = complaint(capsys, "--data", "shapes", "--weights", backbone, main=finetune.main)
@@ -1013,11 +1442,21 @@ def test_a_spoiled_args_json_beside_the_weights_gets_one_line(text, words, backb
 
 
 def test_an_image_size_beyond_memory_gets_one_line(few_images, tmp_path):
-    limited = ("import pretrain, resource\nmost = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (2 << 30)\n"
-               "resource.setrlimit(resource.RLIMIT_AS, (most, most))      # 2 GB more than now\n"
-               "pretrain.main('--data shapes --arch resnet18 --image-size 8192 --batch-size 16 --workers 0 --amp off --sheets 0 --out %s'.split())")
-    done = subprocess.run([sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "pretrain.py: not enough memory" in done.stderr and "use a smaller --image-size" in done.stderr
+    limited = (
+        "import pretrain, resource\npages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * resource.getpagesize() + (2 << 30)         # 2 GB more than now\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "pretrain.main('--data shapes --arch resnet18 --image-size 8192 --batch-size 16 --workers 0 --amp off "
+        "--sheets 0 --out %s'.split())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        done.returncode == 1
+        and "pretrain.py: not enough memory" in done.stderr
+        and "use a smaller --image-size" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 # ---- fine-tuning: labels, batches, targets ----
@@ -1030,7 +1469,9 @@ def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
         assert all(part.labels == source.labels[part.indices]) and len(set(part.indices)) == 10 * each
     pick = lambda seed: data.some_labels(source, "20/class", seed).indices.tolist()
     assert pick(0) == pick(0) != pick(1)
-    assert set(pick(0)) < set(data.some_labels(source, "40/class", 0).indices)       # more labels are the same ones and others
+    assert set(pick(0)) < set(
+        data.some_labels(source, "40/class", 0).indices
+    )  # more labels are the same ones and others
     for wrong in ("0", "1.5", "0/class", "many", "-0.1", "2000/class"):
         with pytest.raises(ValueError, match=f"--labels {wrong}: "):
             data.some_labels(source, wrong, 0)
@@ -1043,7 +1484,9 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
         assert len(set(images)) == 4 and all(images.count(i) == 3 for i in images)
         assert len(set(batch)) == 12                         # as many draws: other crops of the same image
     first, second = ({key for batch in part for key in batch} for part in (batches[:5], batches[5:]))
-    assert len({i for _, i in first}) == 20 and not first & second           # a third of the set an epoch, and never the same draw
+    assert (
+        len({i for _, i in first}) == 20 and not first & second
+    )  # a third of the set an epoch, and never the same draw
 
 
 def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
@@ -1053,7 +1496,9 @@ def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
         for _ in range(5):
             mixed, targets = loss.mix_batch(images, labels, 5, mixup, cutmix)
             assert targets.shape == (4, 5) and torch.allclose(targets.sum(1), torch.ones(4))
-            close(mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0)  # the share of b, from the pixels
+            close(
+                mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0
+            )  # the share of b, from the pixels
             if cutmix:
                 assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
     mixed, targets = loss.mix_batch(images, labels, 5, 0.0, 0.0)
@@ -1065,7 +1510,7 @@ def test_mixup_or_cutmix_with_even_odds_and_always_one():
     pasted = 0
     for _ in range(400):
         mixed, _ = loss.mix_batch(images, labels, 2, 1.0, 1.0)
-        pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())            # cutmix copies pixels, mixup blends them
+        pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())  # cutmix copies pixels, mixup blends them
     assert 150 < pasted < 250                                # 5 standard deviations
 
 
@@ -1107,10 +1552,14 @@ def test_random_erasing_paints_a_rectangle_of_normal_noise():
     for image in loss.erase(images, 1.0):
         hit = (image != 7).all(0)
         rows, cols = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
-        assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()           # one whole rectangle, all colours
+        assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()  # one whole rectangle, all colours
         share.append(image[:, hit])
     noise = torch.cat([s.flatten() for s in share])
-    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02) and len(noise.unique()) > 0.9 * len(noise)
+    assert (
+        abs(noise.mean()) < 0.02
+        and noise.std() == pytest.approx(1, abs=0.02)
+        and len(noise.unique()) > 0.9 * len(noise)
+    )
     assert 5 <= (erased != 7).flatten(1).any(1).sum() <= 26  # 15 of 60 expected, 3.3 standard deviations
 
 
@@ -1121,7 +1570,9 @@ def test_lamb_takes_the_steps_of_its_paper():
     rng = np.random.default_rng(0)
     start = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)}
     tensors = {k: nn.Parameter(torch.tensor(v)) for k, v in start.items()}
-    lamb = optim.Lamb([dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1)
+    lamb = optim.Lamb(
+        [dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1
+    )
     p, m, v = {k: x.copy() for k, x in start.items()}, dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
     for t, scale in ((1, 5.0), (2, 0.01)):                   # a global norm above 1 is brought to 1, one below stays
         grads = {k: scale * rng.normal(size=x.shape) for k, x in start.items()}
@@ -1147,22 +1598,35 @@ def test_lamb_moves_a_weight_of_zeros_with_ratio_one():
     close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)             # Adam's first step is the sign
 
 
-@pytest.mark.parametrize("arch, decay", [("resnet18", 0.75), ("convnext_tiny", 0.7), ("convnext_small", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)])
+@pytest.mark.parametrize(
+    "arch, decay",
+    [("resnet18", 0.75), ("convnext_tiny", 0.7), ("convnext_small", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)],
+)
 def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
     net = model.Classifier(arch, build_encoder(arch, 64), 10)
     names = {p: n.removeprefix("encoder.backbone.") for n, p in net.named_parameters()}
 
-    def depth(name):                                         # stages between a parameter and the head, told from its name alone
+    def depth(name):  # stages between a parameter and the head, told from its name alone
         if name.startswith(("head.", "classifier.0.")) or name.startswith("norm.") and arch == "deit_tiny":
             return 0                                         # with the head: the norms that come after the mean
         if arch == "resnet18":
             return 5 - int(name[5]) if name.startswith("layer") else 5
-        if arch == "deit_tiny":                              # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
+        if arch == "deit_tiny":  # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
             return 13 - (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0)
-        if arch.startswith("convnext"):                      # level 0: stem; 1, 2: stages with what leads to them; groups of three blocks; last stage
+        if arch.startswith(
+            "convnext"
+        ):  # level 0: stem; 1, 2: stages with what leads to them; groups of three blocks; last stage
             part, block = int(name.split(".")[1]), name.split(".")[2]
             groups = {"convnext_tiny": 3, "convnext_small": 9}[arch]
-            return 4 + groups - (3 + int(block) // 3 if part == 5 else {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 6: 3 + groups, 7: 3 + groups}[part])
+            return (
+                4
+                + groups
+                - (
+                    3 + int(block) // 3
+                    if part == 5
+                    else {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 6: 3 + groups, 7: 3 + groups}[part]
+                )
+            )
         if name.startswith("norm."):
             return 1
         return 5 - (int(name.split(".")[1]) + 1) // 2        # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
@@ -1171,16 +1635,33 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
         for p in group["params"]:
             seen.add(names[p])
             assert group["scale"] == pytest.approx(decay ** depth(names[p])), names[p]
-            assert group["weight_decay"] == (0.05 if p.ndim > 1 and "bias" not in names[p] and not names[p].endswith(("pos_embed", "cls_token", "layer_scale")) else 0), names[p]
-    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(range({"deit_tiny": 14, "convnext_tiny": 8, "convnext_small": 14}.get(arch, 6)))
+            assert group["weight_decay"] == (
+                0.05
+                if p.ndim > 1
+                and "bias" not in names[p]
+                and not names[p].endswith(("pos_embed", "cls_token", "layer_scale"))
+                else 0
+            ), names[p]
+    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(
+        range({"deit_tiny": 14, "convnext_tiny": 8, "convnext_small": 14}.get(arch, 6))
+    )
     if arch == "convnext_tiny":
-        stem = next(g["scale"] for g in optim.layer_groups(net, 0.05, decay) for p in g["params"] if names[p] == "features.0.0.weight")
+        stem = next(
+            g["scale"]
+            for g in optim.layer_groups(net, 0.05, decay)
+            for p in g["params"]
+            if names[p] == "features.0.0.weight"
+        )
         assert round(stem, 3) == 0.082                       # 0.7^7
 
 
 def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    ema, weights, expected = optim.moving_average(net, 0.99, ramp=4), [3.0, 5.0, -1.0, 2.0, 0.5, 7.0], net[0].weight.item()
+    ema, weights, expected = (
+        optim.moving_average(net, 0.99, ramp=4),
+        [3.0, 5.0, -1.0, 2.0, 0.5, 7.0],
+        net[0].weight.item(),
+    )
     for n, w in enumerate(weights):
         with torch.no_grad():
             net[0].weight.fill_(w)
@@ -1195,7 +1676,9 @@ def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_m
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
     lr = lambda step: optim.lr_at(step, 1000, 50, 8e-3, 1e-6, "cosine-by-epoch", per_epoch=10)
     cosine = lambda epoch: 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
-    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(1e-5 * 8e-3)
+    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(
+        1e-5 * 8e-3
+    )
     assert lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
     for step in (0, 1, 25, 50, 51, 999):                     # ConvNeXt: counted from iteration 0, under the same ramp
         ramp = min(1, 1e-5 + (1 - 1e-5) * step / 50)
@@ -1210,20 +1693,75 @@ def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
 
 def test_published_fine_tuning_recipes_come_out():
     parse = lambda name: finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", name])
-    for name, lr, batch, epochs, warmup, decay, size in (("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160), ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224), ("vit", 2.5e-3, 1024, 100, 20, 0.05, 224)):
+    for name, lr, batch, epochs, warmup, decay, size in (
+        ("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160),
+        ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224),
+        ("vit", 2.5e-3, 1024, 100, 20, 0.05, 224),
+    ):
         args = parse(name)
-        assert (args.lr * batch / args.lr_batch, args.epochs, args.warmup_epochs, args.weight_decay, args.image_size) == (pytest.approx(lr), epochs, warmup, decay, size)
+        assert (
+            args.lr * batch / args.lr_batch,
+            args.epochs,
+            args.warmup_epochs,
+            args.weight_decay,
+            args.image_size,
+        ) == (pytest.approx(lr), epochs, warmup, decay, size)
     a3, a2, vit, convnext = map(parse, ("rsb_a3", "rsb_a2", "vit", "convnext"))
-    assert (a3.optimizer, a3.loss, a3.mixup, a3.cutmix, a3.test_size, a3.ema, a3.repeats) == ("lamb", "bce", 0.1, 1.0, 224, 0, 1)
+    assert (a3.optimizer, a3.loss, a3.mixup, a3.cutmix, a3.test_size, a3.ema, a3.repeats) == (
+        "lamb",
+        "bce",
+        0.1,
+        1.0,
+        224,
+        0,
+        1,
+    )
     assert (a2.ema, a2.repeats, a2.drop_path, a2.randaug) == (0.9999, 3, 0.05, 7)
-    assert (vit.optimizer, vit.loss, vit.smoothing, vit.layer_decay, vit.clip_grad, vit.ema, vit.erasing, vit.jitter) == ("adamw", "ce", 0.1, 0.65, 5, 0.99996, 0.25, 0.0)                                       # jitter: in the released configs, without effect beside RandAugment
-    assert (convnext.warmup_epochs, convnext.schedule, convnext.jitter, convnext.erasing) == (5, "cosine-from-0", 0, 0.25)
-    special = lambda recipe, arch: finetune.parse(["--data", "x", "--init", "scratch", "--arch", arch, "--recipe", recipe])
-    for recipe, arch, expected in (("rsb_a2", "resnet101", dict(ema=0, drop_path=0.1)), ("vit", "vit_small", dict(ema=0)), ("vit", "vit_base", dict(ema=0.99996, repeats=1)),
-                                   ("vit", "vit_large", dict(repeats=3, ema=0.99996)), ("convnext", "convnext_base", dict(drop_path=0.5, lr=4e-3, layer_decay=1)),
-                                   ("convnext", "convnext_small", dict(drop_path=0.4, epochs=300)), ("convnext", "convnext_tiny", dict(layer_decay=0.7))):
+    assert (
+        vit.optimizer,
+        vit.loss,
+        vit.smoothing,
+        vit.layer_decay,
+        vit.clip_grad,
+        vit.ema,
+        vit.erasing,
+        vit.jitter,
+    ) == (
+        "adamw",
+        "ce",
+        0.1,
+        0.65,
+        5,
+        0.99996,
+        0.25,
+        0.0,
+    )  # jitter: in the released configs, without effect beside RandAugment
+    assert (convnext.warmup_epochs, convnext.schedule, convnext.jitter, convnext.erasing) == (
+        5,
+        "cosine-from-0",
+        0,
+        0.25,
+    )
+    special = lambda recipe, arch: finetune.parse(
+        ["--data", "x", "--init", "scratch", "--arch", arch, "--recipe", recipe]
+    )
+    for recipe, arch, expected in (
+        ("rsb_a2", "resnet101", dict(ema=0, drop_path=0.1)),
+        ("vit", "vit_small", dict(ema=0)),
+        ("vit", "vit_base", dict(ema=0.99996, repeats=1)),
+        ("vit", "vit_large", dict(repeats=3, ema=0.99996)),
+        ("convnext", "convnext_base", dict(drop_path=0.5, lr=4e-3, layer_decay=1)),
+        ("convnext", "convnext_small", dict(drop_path=0.4, epochs=300)),
+        ("convnext", "convnext_tiny", dict(layer_decay=0.7)),
+    ):
         assert {k: getattr(special(recipe, arch), k) for k in expected} == expected, arch
-    assert special("convnext", "convnext_tiny").lr == 4e-4 and finetune.parse(["--data", "x", "--init", "scratch", "--arch", "vit_small", "--recipe", "vit", "--ema", "0.5"]).ema == 0.5
+    assert (
+        special("convnext", "convnext_tiny").lr == 4e-4
+        and finetune.parse(
+            ["--data", "x", "--init", "scratch", "--arch", "vit_small", "--recipe", "vit", "--ema", "0.5"]
+        ).ema
+        == 0.5
+    )
 
 
 # ---- fine-tuning: the network ----
@@ -1269,7 +1807,22 @@ def test_stochastic_depth_of_resnet_drops_residual_branches_in_training_alone():
 
 # ---- fine-tuning: whole runs ----
 
-SMALL = ["--data", "shapes", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--amp", "off", "--log-every", "1", "--epochs", "2"]
+SMALL = [
+    "--data",
+    "shapes",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--amp",
+    "off",
+    "--log-every",
+    "1",
+    "--epochs",
+    "2",
+]
 
 
 def tune(out, *flags):
@@ -1292,12 +1845,38 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
             assert torch.equal(value, after[name]), name     # weights, and BatchNorm's statistics and counters
     trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
     assert all(torch.equal(v, trained[f"encoder.backbone.{k}"]) for k, v in before.items() if not k.startswith("fc."))
-    assert not torch.equal(trained["head.weight"], model.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight)
+    assert not torch.equal(
+        trained["head.weight"], model.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight
+    )
 
 
 def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch, capsys):
-    flags = ["--init", "scratch", "--arch", "resnet18", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9", "--randaug", "9", "--erasing", "0.25", "--repeats", "2",
-             "--drop-path", "0.2", "--optimizer", "lamb", "--save-every", "1", "--eval-every", "1"]
+    flags = [
+        "--init",
+        "scratch",
+        "--arch",
+        "resnet18",
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1",
+        "--ema",
+        "0.9",
+        "--randaug",
+        "9",
+        "--erasing",
+        "0.25",
+        "--repeats",
+        "2",
+        "--drop-path",
+        "0.2",
+        "--optimizer",
+        "lamb",
+        "--save-every",
+        "1",
+        "--eval-every",
+        "1",
+    ]
     whole = tune(tmp_path / "whole", *flags)
     step = finetune.train_step
     monkeypatch.setattr(finetune, "train_step", lambda number, *rest: step(number, *rest) if number < 6 else 1 / 0)
@@ -1321,7 +1900,9 @@ def labelled_folder(root, sizes):
         for label, count in enumerate(counts):
             (root / split / f"c{label}").mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(60 * label, 60 * label + 100, (40, 40, 3), dtype=np.uint8)).save(root / split / f"c{label}" / f"{i}.png")
+                Image.fromarray(rng.integers(60 * label, 60 * label + 100, (40, 40, 3), dtype=np.uint8)).save(
+                    root / split / f"c{label}" / f"{i}.png"
+                )
 
 
 def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_path):
@@ -1337,10 +1918,23 @@ def evaluate(model, args, world, run, real=finetune.evaluate):
     return result
 finetune.evaluate = evaluate
 finetune.main()
-if sys.platform == "linux":                                  # a thread of the process group that outlives the run may abort the process at its exit
+if sys.platform == "linux":  # a thread of the process group that outlives the run may abort the process at its exit
     assert not [t for t in os.listdir("/proc/self/task") if "gloo" in open(f"/proc/self/task/{{t}}/comm").read()]
 """)
-    done = torchrun(tmp_path / "run.py", *flags, "--batch-size", 4, "--epochs", 4, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "tuned")
+    done = torchrun(
+        tmp_path / "run.py",
+        *flags,
+        "--batch-size",
+        4,
+        "--epochs",
+        4,
+        "--init",
+        "scratch",
+        "--arch",
+        "resnet18",
+        "--out",
+        tmp_path / "tuned",
+    )
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"evaluated-{rank}.pt") for rank in (0, 1))
     assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
@@ -1353,9 +1947,20 @@ if sys.platform == "linux":                                  # a thread of the p
     for i in range(len(source)):                             # one image at a time, by hand
         image = data.normalise(data.eval_transform((32, 32))(source.read(i))[None])
         right[source.labels[i]] += net(image).argmax(1).item() == source.labels[i]
-    expected = dict(top1=right.sum().item() / 71, top5=1.0, images=71, per_class={f"c{i}": round(n.item() / m, 4) for i, (n, m) in enumerate(zip(right, (30, 26, 15)))})
+    expected = dict(
+        top1=right.sum().item() / 71,
+        top5=1.0,
+        images=71,
+        per_class={f"c{i}": round(n.item() / m, 4) for i, (n, m) in enumerate(zip(right, (30, 26, 15)))},
+    )
     for recipe in ("default", "knn"):
-        more = ["--weights", best, "--recipe", recipe, *(["--eval-only"] if recipe == "default" else ["--neighbours", "4"])]
+        more = [
+            "--weights",
+            best,
+            "--recipe",
+            recipe,
+            *(["--eval-only"] if recipe == "default" else ["--neighbours", "4"]),
+        ]
         finetune.main([*map(str, flags), *map(str, more), "--out", str(tmp_path / f"{recipe}1")])
         done = torchrun(tmp_path / "run.py", *flags, *more, "--out", tmp_path / f"{recipe}2")
         assert done.returncode == 0, done.stderr
@@ -1368,7 +1973,19 @@ if sys.platform == "linux":                                  # a thread of the p
 def test_knn_votes_as_counted_by_hand(tmp_path):
     labelled_folder(tmp_path / "set", {"train": (5, 5), "val": (6, 5)})
     torch.save(tv.resnet18().state_dict(), tmp_path / "w.pth")
-    result = tune(tmp_path / "knn", "--data", tmp_path / "set", "--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "knn", "--neighbours", "3")
+    result = tune(
+        tmp_path / "knn",
+        "--data",
+        tmp_path / "set",
+        "--weights",
+        tmp_path / "w.pth",
+        "--arch",
+        "resnet18",
+        "--recipe",
+        "knn",
+        "--neighbours",
+        "3",
+    )
     net = build_encoder("resnet18")
     weights.load_backbone(net, tmp_path / "w.pth")
     net.eval()
@@ -1376,7 +1993,10 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     def features(split):
         source = data.open_images(str(tmp_path / "set"), split, (32, 32), labelled=True)
         with torch.no_grad():
-            z = [net(data.normalise(data.eval_transform((32, 32))(source.read(i))[None])).mean((2, 3))[0].double() for i in range(len(source))]
+            z = [
+                net(data.normalise(data.eval_transform((32, 32))(source.read(i))[None])).mean((2, 3))[0].double()
+                for i in range(len(source))
+            ]
         return [v / v.norm() for v in z], source.labels
     bank, bank_labels = features("train")
     right = 0
@@ -1389,12 +2009,26 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
 
 def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
     run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
-    result = tune(tmp_path / "tuned", "--weights", tmp_path / "pre" / "backbone.pt", "--image-size", "48", "--epochs", "1")
+    result = tune(
+        tmp_path / "tuned", "--weights", tmp_path / "pre" / "backbone.pt", "--image-size", "48", "--epochs", "1"
+    )
     said = capsys.readouterr().err
-    assert "13 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said       # 12 bias tables and the positions
-    assert json.loads((tmp_path / "tuned" / "args.json").read_text())["patch_size"] == 8 # remembered from beside the weights
+    assert (
+        "13 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said
+    )  # 12 bias tables and the positions
+    assert (
+        json.loads((tmp_path / "tuned" / "args.json").read_text())["patch_size"] == 8
+    )  # remembered from beside the weights
     assert result["images"] == 32 and result["labels"] == 32 and 0 <= result["top1"] <= 1
-    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt", "best.pt", "loss.png", "result.json", "confusion.png"}
+    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {
+        "args.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "best.pt",
+        "loss.png",
+        "result.json",
+        "confusion.png",
+    }
 
 
 def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_path, monkeypatch):
@@ -1406,11 +2040,20 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     resnet = ["--weights", backbone, "--arch", "resnet18"]
     for flags, words in (
         (["--data", "shapes"], "give --weights FILE, or --init scratch"),
-        (["--data", "shapes", "--weights", "", "--arch", "resnet18"], "argument --weights: is empty (an unset shell variable?)"),
-        (["--data", "shapes", *resnet, "--test-size", "10000"], "argument --test-size: 10000: must be an integer from 1 to 8192"),
+        (
+            ["--data", "shapes", "--weights", "", "--arch", "resnet18"],
+            "argument --weights: is empty (an unset shell variable?)",
+        ),
+        (
+            ["--data", "shapes", *resnet, "--test-size", "10000"],
+            "argument --test-size: 10000: must be an integer from 1 to 8192",
+        ),
         (["--data", "shapes", "--init", "scratch"], "--arch is missing"),
         (resnet, "--data is missing"),
-        (["--data", "shapes", *resnet, "--labels", "lots"], "--labels lots: must be a share such as 0.1, or a count such as 20/class"),
+        (
+            ["--data", "shapes", *resnet, "--labels", "lots"],
+            "--labels lots: must be a share such as 0.1, or a count such as 20/class",
+        ),
         (["--data", "shapes", "--arch", "resnet50", "--weights", backbone], "is it another architecture?"),
         (["--data", "shapes", "--arch", "resnet18", "--weights", "gone.pt"], "gone.pt: no such file"),
         (["--data", "no_val", *resnet], "has train/ but no val/"),
@@ -1429,7 +2072,9 @@ FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(number, code, few_images, capsys, tmp_path, monkeypatch):
+def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
+    number, code, few_images, capsys, tmp_path, monkeypatch
+):
     before = signal.getsignal(number)
     log, final = run(tmp_path / "whole", *FLAGS)
     step = pretrain.train_step
@@ -1440,7 +2085,10 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupt
         return step(at, *rest)
     monkeypatch.setattr(pretrain, "train_step", interrupted)
     got, said = complaint(capsys, *TINY, *FLAGS, "--save-every", "100", "--out", tmp_path / "cut")
-    assert got == code and f"stopped by {number.name} after step 3 of 8; go on with --out {tmp_path / 'cut'} --resume" in said
+    assert (
+        got == code
+        and f"stopped by {number.name} after step 3 of 8; go on with --out {tmp_path / 'cut'} --resume" in said
+    )
     monkeypatch.setattr(pretrain, "train_step", step)
     pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])
     assert read_log(tmp_path / "cut") == log
@@ -1462,10 +2110,14 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, caps
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
     files.save_atomically({"step": 1}, tmp_path / "checkpoint.pt")
     before, limits = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))          # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, limits[1])
+    )  # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
     try:
         with pytest.raises(OSError, match="checkpoint.pt not written"):
-            files.save_atomically({"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True)
+            files.save_atomically(
+                {"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -1482,12 +2134,21 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
     monkeypatch.setattr(pretrain, "a2mim_loss", once_nan)
     saved = {}
     save = journal.save_atomically
-    monkeypatch.setattr(journal, "save_atomically", lambda state, path, **more: (saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}), save(state, path, **more)))
+    monkeypatch.setattr(
+        journal,
+        "save_atomically",
+        lambda state, path, **more: (
+            saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}),
+            save(state, path, **more),
+        ),
+    )
     log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
     assert [line["loss"] is None for line in log] == [False, False, True, False]
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
-    assert set(saved) == {None, 1, 2, 4}                     # nothing is saved in the middle of it
-    assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"])
+    assert set(saved) == {None, 1, 2, 4}  # nothing is saved in the middle of it
+    assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(
+        saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"]
+    )
 
 
 def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path, monkeypatch):
@@ -1499,7 +2160,10 @@ def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path
     monkeypatch.setattr(pretrain, "normalise", once_inf)
     log, final = run(tmp_path / "run", *FLAGS, "--epochs", "1", "--arch", "resnet18")
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
-    assert all(v.isfinite().all() for v in final["model"].values() if v.is_floating_point()) and final["scaler"]["scale"] == 1
+    assert (
+        all(v.isfinite().all() for v in final["model"].values() if v.is_floating_point())
+        and final["scaler"]["scale"] == 1
+    )
 
 
 def spoil(folder):
@@ -1549,8 +2213,14 @@ def test_a_disk_that_fails_in_an_evaluation_ends_the_run_with_one_line(few_image
     def fails(*given):
         raise OSError("the disk of the validation images is gone")
     monkeypatch.setattr(finetune, "evaluate", fails)
-    code, said = complaint(capsys, *SMALL, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run", main=finetune.main)
-    assert code == 1 and said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone" and "not written" not in said
+    code, said = complaint(
+        capsys, *SMALL, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run", main=finetune.main
+    )
+    assert (
+        code == 1
+        and said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone"
+        and "not written" not in said
+    )
 
 
 def test_probes_and_evaluations_leave_args_json_and_never_overwrite_a_result(few_images, backbone, capsys, tmp_path):
@@ -1568,14 +2238,32 @@ def test_probes_and_evaluations_leave_args_json_and_never_overwrite_a_result(few
 
 
 def test_args_json_of_a_demo_holds_the_batch_it_ran_with(few_images, tmp_path):
-    pretrain.main(["--batch-size", "8", "--image-size", "32", "--epochs", "0.3", "--workers", "0", "--sheets", "0", "--out", str(tmp_path / "run")])
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["global_batch"] == 8             # the demo's own is 16
+    pretrain.main(
+        [
+            "--batch-size",
+            "8",
+            "--image-size",
+            "32",
+            "--epochs",
+            "0.3",
+            "--workers",
+            "0",
+            "--sheets",
+            "0",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["global_batch"] == 8  # the demo's own is 16
 
 
 def test_validation_leaves_out_what_cannot_be_read(tmp_path):
     labelled_folder(tmp_path / "set", {"train": (8, 8), "val": (5, 4)})
-    bad = len(spoil(tmp_path / "set" / "val" / "c0"))        # and one good image
-    assert tune(tmp_path / "tuned", "--data", tmp_path / "set", "--init", "scratch", "--arch", "resnet18")["images"] == 10 and bad == 6
+    bad = len(spoil(tmp_path / "set" / "val" / "c0"))  # and one good image
+    assert (
+        tune(tmp_path / "tuned", "--data", tmp_path / "set", "--init", "scratch", "--arch", "resnet18")["images"] == 10
+        and bad == 6
+    )
 
 
 def test_another_global_batch_goes_on_at_the_same_epoch(few_images, capsys, tmp_path):

@@ -132,7 +132,7 @@ def told(found: dict[str, list[str]], head: set[str]) -> str:
 
 
 def load_head(model: nn.Module, path: str | Path) -> set[str]:
-    """The head of a Classifier (ViT: and its norm) from best.pt, torchvision's or a released file. Returns its names there.
+    """The head of a Classifier (ViT: and its norm) from best.pt, torchvision's or a released file; its names there.
 
     Raises ValueError if the file holds no head, or one for another number of classes."""
     state = read_weights(path, model.encoder.backbone.state_dict())

@@ -4,8 +4,8 @@
     python extras/bench.py --data /path/to/photos       the loader on your own JPEG files (else: drawn ones)
     python extras/bench.py --rows fourier attention     some rows only
 
-Two things take turns, A B A B ..., after a warm-up; a row says the median of the ratios of neighbours and their range, and
-whether that meets the target. Writes table.md, results.json and scaling.png into --out.
+Two things take turns, A B A B ..., after a warm-up; a row says the median of the ratios of neighbours and their range,
+and whether that meets the target. Writes table.md, results.json and scaling.png into --out.
 """
 
 import argparse
@@ -77,20 +77,44 @@ class Table:
     def __init__(self):
         self.rows = []
 
-    def add(self, what: str, against: str, ratios: list[float], target: tuple[str, float] | None, note: str = "") -> None:
+    def add(
+        self, what: str, against: str, ratios: list[float], target: tuple[str, float] | None, note: str = ""
+    ) -> None:
         """target: ('<=', 1.15), ('>=', 4) or None. The ratio is told as it stands in the target: cost, or gain."""
         ratio = statistics.median(ratios)
-        met = "" if target is None else "yes" if (ratio <= target[1] if target[0] == "<=" else ratio >= target[1]) else "NO"
-        row = dict(what=what, against=against, ratio=ratio, low=min(ratios), high=max(ratios), target="report" if target is None else f"{target[0]} {target[1]:g}", met=met, note=note)
+        met = (
+            ""
+            if target is None
+            else "yes"
+            if (ratio <= target[1] if target[0] == "<=" else ratio >= target[1])
+            else "NO"
+        )
+        row = dict(
+            what=what,
+            against=against,
+            ratio=ratio,
+            low=min(ratios),
+            high=max(ratios),
+            target="report" if target is None else f"{target[0]} {target[1]:g}",
+            met=met,
+            note=note,
+        )
         self.rows.append(row)
         print(self.line(row), flush=True)
 
     @staticmethod
     def line(r: dict) -> str:
-        return f"| {r['what']} | {r['against']} | {r['ratio']:.3g} ({r['low']:.3g} to {r['high']:.3g}) | {r['target']} | {r['met']} | {r['note']} |"
+        ratio = f"{r['ratio']:.3g} ({r['low']:.3g} to {r['high']:.3g})"
+        return f"| {r['what']} | {r['against']} | {ratio} | {r['target']} | {r['met']} | {r['note']} |"
 
     def text(self) -> str:
-        return "\n".join(["| row | measured against | ratio: median (range) | target | met | |", "|---|---|---|---|---|---|", *map(self.line, self.rows)])
+        return "\n".join(
+            [
+                "| row | measured against | ratio: median (range) | target | met | |",
+                "|---|---|---|---|---|---|",
+                *map(self.line, self.rows),
+            ]
+        )
 
 
 def over(a: list[float], b: list[float]) -> list[float]:
@@ -100,7 +124,7 @@ def over(a: list[float], b: list[float]) -> list[float]:
 # ---- the loss ----
 
 def textbook_fourier(pred, image, mask, spectrum: str, u: float = 1e-3):
-    """The Fourier loss as the papers write it: the complex spectrum of every image, whole; then, if asked, the batch average."""
+    """The Fourier loss as the papers write it: the complex spectrum of every image; if asked, the batch average."""
     w = resize_mask(mask, image.shape[-2:]).float()
     w = w + (1 - w) * u
     p = pred * w + (0.5 * pred.detach() + 0.5 * image) * (1 - w)
@@ -129,14 +153,33 @@ def fourier(table: Table, args) -> None:
         b, a = in_turns(theirs, ours, args.rounds)
         apart = abs(ours.value.item() / theirs.value.item() - 1)
         assert apart < 1e-5, f"the two losses differ by {apart:.1e}"
-        table.add(f"Fourier loss, {spectrum} spectrum, forward + backward, (64, 3, 224, 224)", "complex fft2 of every image", over(b, a), (">=", target),
-                  f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}; values {apart:.0e} apart")
+        table.add(
+            f"Fourier loss, {spectrum} spectrum, forward + backward, (64, 3, 224, 224)",
+            "complex fft2 of every image",
+            over(b, a),
+            (">=", target),
+            f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}; values {apart:.0e} apart",
+        )
 
 
 # ---- whole steps ----
 
 def flags(args, arch: str, batch: int, *more: str) -> list[str]:
-    return ["--arch", arch, "--image-size", str(args.image_size), "--batch-size", str(batch), "--data", "shapes", "--workers", "0", "--amp", args.amp, *more]
+    return [
+        "--arch",
+        arch,
+        "--image-size",
+        str(args.image_size),
+        "--batch-size",
+        str(batch),
+        "--data",
+        "shapes",
+        "--workers",
+        "0",
+        "--amp",
+        args.amp,
+        *more,
+    ]
 
 
 def forever(batch: int, size: int):
@@ -181,7 +224,13 @@ def steps(table: Table, args) -> None:
         batch = args.batch_size if arch == args.arch else max(1, args.batch_size // 2)
         whole, run = a2mim_step(args, arch, batch)
         a, b = in_turns(whole, bare_step(args, arch, batch), args.rounds)
-        table.add(f"whole A2MIM step, {arch}, batch {batch}", f"bare {arch} step", over(a, b), ("<=", target), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+        table.add(
+            f"whole A2MIM step, {arch}, batch {batch}",
+            f"bare {arch} step",
+            over(a, b),
+            ("<=", target),
+            f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}",
+        )
         if arch == args.arch:
             with parts(run) as spent:
                 shares = []
@@ -189,12 +238,18 @@ def steps(table: Table, args) -> None:
                     spent.clear()
                     whole_time = clock(whole)
                     shares.append(sum(spent) / whole_time)
-            table.add("masks + fill + token + loss, forward + backward", "the whole step, timed inside it", shares[2:], ("<=", 0.02), seconds(sum(spent)))
+            table.add(
+                "masks + fill + token + loss, forward + backward",
+                "the whole step, timed inside it",
+                shares[2:],
+                ("<=", 0.02),
+                seconds(sum(spent)),
+            )
 
 
 @contextlib.contextmanager
 def parts(run):
-    """While open, masks, fill, token and loss of the run's steps append their own seconds, forward and backward, to the list."""
+    """While open, masks, fill, token and loss of a step append their seconds, forward and backward, to a list."""
     spent = []
 
     def now() -> float:
@@ -208,27 +263,41 @@ def parts(run):
             result = f(*given, **options)
             spent.append(now() - start)
             into, out = given[0], result[0] if isinstance(result, tuple) else result
-            if isinstance(into, torch.Tensor) and into.requires_grad:        # backward: from the gradient of `out` to that of `into`
+            if (
+                isinstance(into, torch.Tensor) and into.requires_grad
+            ):  # backward: from the gradient of `out` to that of `into`
                 begun = []
                 out.register_hook(lambda grad: begun.append(now()))
                 into.register_hook(lambda grad: spent.append(now() - begun[0]))
             return result
         return call
     with contextlib.ExitStack() as stack:
-        for place, name in ((pretrain, "random_mask"), (model, "fill_hidden"), (run.model.mask_token, "forward"), (pretrain, "a2mim_loss")):
+        for place, name in (
+            (pretrain, "random_mask"),
+            (model, "fill_hidden"),
+            (run.model.mask_token, "forward"),
+            (pretrain, "a2mim_loss"),
+        ):
             stack.enter_context(patch.object(place, name, timed(getattr(place, name))))
         yield spent
 
 
 def memory(table: Table, args) -> None:
-    """What torch had allocated at the peak of building the thing and making two steps: weights, optimiser, activations."""
+    """What torch had allocated at the peak of building it and making two steps: weights, optimiser, activations."""
+
     def two(make):
         step = make()
         for _ in range(2):
             step()
     a = allocated(lambda: two(lambda: a2mim_step(args, args.arch, args.batch_size)[0]))
     b = allocated(lambda: two(lambda: bare_step(args, args.arch, args.batch_size)))
-    table.add("peak memory of the step, allocated by torch", "bare step", [a / b], ("<=", 1.12), f"{a:.0f} MB against {b:.0f} MB")
+    table.add(
+        "peak memory of the step, allocated by torch",
+        "bare step",
+        [a / b],
+        ("<=", 1.12),
+        f"{a:.0f} MB against {b:.0f} MB",
+    )
 
 
 def allocated(f) -> float:
@@ -246,13 +315,35 @@ def allocated(f) -> float:
 
 
 def tuning(table: Table, args) -> None:
-    settings = finetune.parse([*flags(args, args.arch, args.batch_size), "--recipe", "rsb_a2", "--repeats", "1", "--drop-path", "0", "--init", "scratch"])
+    settings = finetune.parse(
+        [
+            *flags(args, args.arch, args.batch_size),
+            "--recipe",
+            "rsb_a2",
+            "--repeats",
+            "1",
+            "--drop-path",
+            "0",
+            "--init",
+            "scratch",
+        ]
+    )
     settings.out, settings.amp = "unused", settings.amp or WORLD.default_amp()
     run = finetune.prepare(settings, WORLD, None)
     run.model.train()
     stream, numbers = forever(args.batch_size, args.image_size), itertools.count()
-    a, b = in_turns(lambda: finetune.train_step(next(numbers), stream, settings, WORLD, run), bare_step(args, args.arch, args.batch_size), args.rounds)
-    table.add(f"fine-tuning step, {args.arch}, mixup or cutmix, EMA, LAMB", "bare step with AdamW", over(a, b), ("<=", 1.10), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+    a, b = in_turns(
+        lambda: finetune.train_step(next(numbers), stream, settings, WORLD, run),
+        bare_step(args, args.arch, args.batch_size),
+        args.rounds,
+    )
+    table.add(
+        f"fine-tuning step, {args.arch}, mixup or cutmix, EMA, LAMB",
+        "bare step with AdamW",
+        over(a, b),
+        ("<=", 1.10),
+        f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}",
+    )
 
 
 def modes(table: Table, args) -> None:
@@ -262,13 +353,28 @@ def modes(table: Table, args) -> None:
     low = "bf16" if not WORLD.on_gpu or torch.cuda.is_bf16_supported() else "fp16"
     fast = a2mim_step(argparse.Namespace(**{**vars(args), "amp": low}), args.arch, args.batch_size)[0]
     b, a = in_turns(contiguous, fast, args.rounds)
-    table.add(f"{low} autocast + channels_last, {args.arch}", "fp32 contiguous", over(b, a), None, f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
-    eager, compiled = a2mim_step(args, args.arch, args.batch_size)[0], a2mim_step(args, args.arch, args.batch_size, "--compile")[0]
+    table.add(
+        f"{low} autocast + channels_last, {args.arch}",
+        "fp32 contiguous",
+        over(b, a),
+        None,
+        f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}",
+    )
+    eager, compiled = (
+        a2mim_step(args, args.arch, args.batch_size)[0],
+        a2mim_step(args, args.arch, args.batch_size, "--compile")[0],
+    )
     try:
         b, a = in_turns(eager, compiled, args.rounds)
     except torch._dynamo.exc.BackendCompilerFailed as error:                 # such as no C++ compiler
         return print(f"--compile: not measured ({str(error).splitlines()[0]})")
-    table.add(f"--compile, {args.arch}", "eager", over(b, a), None, f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+    table.add(
+        f"--compile, {args.arch}",
+        "eager",
+        over(b, a),
+        None,
+        f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}",
+    )
 
 
 # ---- attention ----
@@ -278,7 +384,9 @@ def explicit_attention(block: Attention, x):
     B, N, C = x.shape
     bias = torch.cat([block.q_bias, torch.zeros_like(block.q_bias), block.v_bias])
     q, k, v = F.linear(x, block.qkv.weight, bias).view(B, N, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * (C // block.heads) ** -0.5 + block.relative_position_bias_table[block.relative_position_index].permute(2, 0, 1)
+    scores = q @ k.transpose(-2, -1) * (C // block.heads) ** -0.5 + block.relative_position_bias_table[
+        block.relative_position_index
+    ].permute(2, 0, 1)
     return block.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
 
 
@@ -290,9 +398,21 @@ def attention(table: Table, args) -> None:
     for name, ours, textbook in (("training", lambda: block(x).sum().backward(), lambda: theirs(x).sum().backward()),
                                  ("evaluation", torch.no_grad()(lambda: block(x)), torch.no_grad()(lambda: theirs(x)))):
         b, a = in_turns(textbook, ours, 10 * args.rounds)
-        table.add(f"relative-position attention of ViT-B, {name}", "explicit softmax", over(b, a), (">=", 1.0), f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}")
+        table.add(
+            f"relative-position attention of ViT-B, {name}",
+            "explicit softmax",
+            over(b, a),
+            (">=", 1.0),
+            f"{seconds(statistics.median(a))} against {seconds(statistics.median(b))}",
+        )
         a, b = allocated(ours), allocated(textbook)
-        table.add(f"the same, peak memory in {name}", "explicit softmax", [a / b], ("<=", 0.99), f"{a:.1f} MB against {b:.1f} MB")
+        table.add(
+            f"the same, peak memory in {name}",
+            "explicit softmax",
+            [a / b],
+            ("<=", 0.99),
+            f"{a:.1f} MB against {b:.1f} MB",
+        )
 
 
 # ---- the loader ----
@@ -351,9 +471,11 @@ def loader(table: Table, args) -> None:
 
         def drain(dataset, keys, collate=None):
             """Seconds per image, 30 batches of 32 at a time, by one worker that has already started."""
-            stream = iter(DataLoader(dataset, batch_sampler=Forever(keys), num_workers=1, prefetch_factor=2, collate_fn=collate))
+            stream = iter(
+                DataLoader(dataset, batch_sampler=Forever(keys), num_workers=1, prefetch_factor=2, collate_fn=collate)
+            )
             while True:
-                time.sleep(0.2)                              # let it fill its queue, so that it is idle while another is timed
+                time.sleep(0.2)  # let it fill its queue, so that it is idle while another is timed
                 yield clock(lambda: [next(stream) for _ in range(30)]) / 30 / 32
         samples = Samples(source, CropAndFlip((224, 224), 0.8), 0)
         ours = drain(samples, [(0, i) for i in range(len(files))], colours_last)
@@ -361,8 +483,20 @@ def loader(table: Table, args) -> None:
         times = [(next(ours), next(peers), next(bare)) for _ in range(args.rounds + 1)][1:]
     a, b, c = zip(*times)
     rates = f"{1 / statistics.median(a):.0f} images/s against"
-    table.add(f"one loader worker, {kind}, crop 224", "Pillow, bilinear crop, flip, ToTensor, Normalize", over(b, a), (">=", 2.5), f"{rates} {1 / statistics.median(b):.0f}")
-    table.add("one loader worker, the same", "decoding the files and nothing else", over(c, a), (">=", 0.5), f"{rates} {1 / statistics.median(c):.0f}")
+    table.add(
+        f"one loader worker, {kind}, crop 224",
+        "Pillow, bilinear crop, flip, ToTensor, Normalize",
+        over(b, a),
+        (">=", 2.5),
+        f"{rates} {1 / statistics.median(b):.0f}",
+    )
+    table.add(
+        "one loader worker, the same",
+        "decoding the files and nothing else",
+        over(c, a),
+        (">=", 0.5),
+        f"{rates} {1 / statistics.median(c):.0f}",
+    )
 
 
 # ---- processes, sizes ----
@@ -372,14 +506,50 @@ def processes(table: Table, args) -> None:
     arch, batch, size = "resnet18" if not WORLD.on_gpu else args.arch, 32, 128
 
     def rate(world: int, folder: str) -> float:
-        call = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "pretrain.py", "--data", "shapes", "--arch", arch, "--image-size", str(size),
-                "--batch-size", str(batch // world), "--epochs", str(12 * batch / 10_000), "--log-every", "2", "--sheets", "2", "--workers", "0", "--amp", args.amp, "--out", folder]
-        subprocess.run(call, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(2 // world)})
-        return statistics.median(json.loads(line)["images_per_s"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()[3:])
+        call = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world}",
+            "pretrain.py",
+            "--data",
+            "shapes",
+            "--arch",
+            arch,
+            "--image-size",
+            str(size),
+            "--batch-size",
+            str(batch // world),
+            "--epochs",
+            str(12 * batch / 10_000),
+            "--log-every",
+            "2",
+            "--sheets",
+            "2",
+            "--workers",
+            "0",
+            "--amp",
+            args.amp,
+            "--out",
+            folder,
+        ]
+        subprocess.run(
+            call, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(2 // world)}
+        )
+        return statistics.median(
+            json.loads(line)["images_per_s"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()[3:]
+        )
+
     with tempfile.TemporaryDirectory() as folder:
         pairs = [(rate(2, f"{folder}/two-{i}"), rate(1, f"{folder}/one-{i}")) for i in range(args.rounds)]
-    table.add(f"2 processes x 1 thread by torchrun, {arch}, {size} px, global batch {batch}", "1 process x 2 threads", [a / b for a, b in pairs], (">=", 0.85),
-              f"{statistics.median(a for a, _ in pairs):.1f} images/s against {statistics.median(b for _, b in pairs):.1f}")
+    table.add(
+        f"2 processes x 1 thread by torchrun, {arch}, {size} px, global batch {batch}",
+        "1 process x 2 threads",
+        [a / b for a, b in pairs],
+        (">=", 0.85),
+        f"{statistics.median(a for a, _ in pairs):.1f} images/s against {statistics.median(b for _, b in pairs):.1f}",
+    )
 
 
 def scaling(table: Table, args) -> list[tuple[str, str, float]]:
@@ -399,7 +569,9 @@ def scaling(table: Table, args) -> list[tuple[str, str, float]]:
         rate("image side, px (deit_small, batch 16)", size, size=size, arch="deit_small")
     by = {(grows, value): speed for grows, value, speed in found}
     cost = by["image side, px (resnet18, batch 16)", "128"] / by["image side, px (resnet18, batch 16)", "256"]
-    table.add("seconds per image at 256 px, resnet18", "128 px, a quarter of the pixels", [cost], None, "linear in pixels: 4")
+    table.add(
+        "seconds per image at 256 px, resnet18", "128 px, a quarter of the pixels", [cost], None, "linear in pixels: 4"
+    )
     return found
 
 
@@ -414,7 +586,9 @@ def plot(path: Path, found: list[tuple[str, str, float]]) -> None:
         for _, value, speed in (f for f in found if f[0] == group):
             draw.text((left - 8, y + step / 2), value, "black", font, anchor="rm")
             draw.rectangle([left, y + 4, left + speed / top * (width - left - 70), y + step - 4], "#1f5fbf")
-            draw.text((left + speed / top * (width - left - 70) + 8, y + step / 2), f"{speed:.1f}", "black", font, anchor="lm")
+            draw.text(
+                (left + speed / top * (width - left - 70) + 8, y + step / 2), f"{speed:.1f}", "black", font, anchor="lm"
+            )
             y += step
     page.save(path)
 
@@ -423,9 +597,15 @@ ROWS = {f.__name__: f for f in (fourier, steps, memory, loader, attention, proce
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--data DIR] [--rows NAME ...] [options]")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--data DIR] [--rows NAME ...] [options]",
+    )
     parser.add_argument("--data", metavar="DIR", help="a folder of JPEG files for the loader (drawn ones)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=f"some of {', '.join(ROWS)} (all)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=f"some of {', '.join(ROWS)} (all)"
+    )
     parser.add_argument("--arch", choices=ARCHS, default="resnet50", metavar="NAME", help="resnet50")
     parser.add_argument("--batch-size", type=int, default=None, metavar="N", help="images per step (CPU 16, GPU 128)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="224")
@@ -438,10 +618,24 @@ def main() -> None:
     table, found, began = Table(), [], time.time()
     for name in args.rows:
         found = ROWS[name](table, args) or found
-    device = torch.cuda.get_device_name() if WORLD.on_gpu else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
-    lines = [f"{device}, torch {torch.__version__}, torchvision {torchvision.__version__}, amp {args.amp}, {args.image_size} px, {args.rounds} turns; {(time.time() - began) / 60:.0f} minutes", "", table.text()]
+    device = (
+        torch.cuda.get_device_name()
+        if WORLD.on_gpu
+        else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
+    )
+    lines = [
+        f"{device}, torch {torch.__version__}, torchvision {torchvision.__version__}, amp {args.amp}, "
+        f"{args.image_size} px, {args.rounds} turns; {(time.time() - began) / 60:.0f} minutes",
+        "",
+        table.text(),
+    ]
     if found:
-        lines += ["", "| what grows | value | images/s |", "|---|---|---|", *(f"| {grows} | {value} | {speed:.1f} |" for grows, value, speed in found)]
+        lines += [
+            "",
+            "| what grows | value | images/s |",
+            "|---|---|---|",
+            *(f"| {grows} | {value} | {speed:.1f} |" for grows, value, speed in found),
+        ]
     args.out.mkdir(parents=True, exist_ok=True)
     if found:
         plot(args.out / "scaling.png", found)

@@ -1,13 +1,13 @@
-"""What is pre-training worth? One command, no arguments: pre-train, fine-tune and probe on the drawn `shapes`, several seeds.
+"""What is pre-training worth? One command: pre-train, fine-tune and probe on the drawn `shapes`, several seeds.
 
     python extras/compare.py                            ResNet-18, 3 seeds, under 40 minutes on 2 CPU cores
     python extras/compare.py --arch deit_tiny           a small Transformer
     python extras/compare.py --data /path/to/classes    on real images; --quick: the same in small, under 5 minutes
 
-Arms, all fine-tuned alike: from A2MIM, from SimMIM (`--baseline simmim`), from scratch, and from scratch with the compute of
-pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN; then the paper's ablations, one change at a
-time. Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or finetune.py with its own
-folder; a second start runs only what is missing.
+Arms, all fine-tuned alike: from A2MIM, from SimMIM (`--baseline simmim`), from scratch, and from scratch with the
+compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN; then the paper's ablations,
+one change at a time. Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or
+finetune.py with its own folder; a second start runs only what is missing.
 """
 
 import argparse
@@ -35,20 +35,35 @@ from model import ARCHS, build_encoder, family
 # ---- what is run ----
 
 PRETRAIN = {  # the same for A2MIM and SimMIM; lr per 512 images
-    "resnet": "--mask-cell 8 --spectrum image --lr 0.032 --token-lr 1", "convnext": "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
-    "vit": "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine --drop-path 0", "swin": "--mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
+    "resnet": "--mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
+    "convnext": "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
+    "vit": "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine --drop-path 0",
+    "swin": "--mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
 }
-TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"       # the same for every arm
-PROBE = "--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine --epochs 20 --eval-every 1000000"
-BUDGETS = {  # images seen in pre-training, in that of an ablation, and in fine-tuning; a Transformer learns slower, and is faster at 16 tokens
-    "resnet": (10_000, 5_000, 3_200), "convnext": (10_000, 5_000, 3_200), "vit": (24_000, 12_000, 9_600), "swin": (12_000, 6_000, 9_600),
+TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"  # the same for every arm
+PROBE = ("--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine "
+         "--epochs 20 --eval-every 1000000")
+# images seen in pre-training, in that of an ablation, and in fine-tuning; a Transformer learns slower, and is faster
+BUDGETS = {
+    "resnet": (10_000, 5_000, 3_200),
+    "convnext": (10_000, 5_000, 3_200),
+    "vit": (24_000, 12_000, 9_600),
+    "swin": (12_000, 6_000, 9_600),
 }
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
-    "token at stage 1": "--mask-stage 1", "token at stage 2": "--mask-stage 2", "token at stage 3": "--mask-stage 3", "token at stage 4, 32 px cells": "--mask-stage 4 --mask-cell 32",
-    "fill zero": "--fill zero", "fill random": "--fill random",
-    "no Fourier term": "--fourier-weight 0", "Fourier, the paper's stand-in": "--stand-in prediction", "Fourier, batch spectrum": "--spectrum batch",
-    "token gamma": "--token gamma", "token add": "--token add", "token replace": "--token replace",
+    "token at stage 1": "--mask-stage 1",
+    "token at stage 2": "--mask-stage 2",
+    "token at stage 3": "--mask-stage 3",
+    "token at stage 4, 32 px cells": "--mask-stage 4 --mask-cell 32",
+    "fill zero": "--fill zero",
+    "fill random": "--fill random",
+    "no Fourier term": "--fourier-weight 0",
+    "Fourier, the paper's stand-in": "--stand-in prediction",
+    "Fourier, batch spectrum": "--spectrum batch",
+    "token gamma": "--token gamma",
+    "token add": "--token add",
+    "token replace": "--token replace",
 }
 OWN = {  # what A2MIM has here already
     "resnet": ("token at stage 3", "token gamma"), "convnext": ("token at stage 3", "token gamma"),
@@ -63,8 +78,12 @@ def slug(title: str) -> str:
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
     if args.data not in NAMED and not split_folder(Path(args.data), "train"):
-        raise ValueError(f"--data {args.data}: needs train/<class>/ and val/<class>/, so that pre-training does not see what is tested on")
-    unlabelled, images = (len(open_images(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True))
+        raise ValueError(
+            f"--data {args.data}: needs train/<class>/ and val/<class>/; pre-training must not see what is tested on"
+        )
+    unlabelled, images = (
+        len(open_images(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True)
+    )
     few = max(1, round(args.few * images)) / images
     kind = family(args.arch).name
     both = f"--data {args.data} --image-size {args.image_size} --workers {args.workers} --log-every 50"
@@ -72,32 +91,67 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
 
     def pre(name: str, flags: str, seed: int, count: int) -> tuple:
-        return (f"pretrained/{name}-{seed}", "pretrain", f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 "
-                f"--epochs {count / unlabelled:.4f} --seed {seed} {flags}")
+        return (
+            f"pretrained/{name}-{seed}",
+            "pretrain",
+            f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 "
+            f"--epochs {count / unlabelled:.4f} --seed {seed} {flags}",
+        )
 
     def tune(labels: str, name: str, start: str, seed: int, count: int) -> tuple:
         share = few if labels == "few" else 1.0
-        return (f"{labels}/{name}-{seed}", "finetune", f"{both} {start} {TUNE} --lr {args.tune_lr} --labels {share:.6f} --epochs {count / (share * images):.4f} --seed {seed}")
+        return (
+            f"{labels}/{name}-{seed}",
+            "finetune",
+            f"{both} {start} {TUNE} --lr {args.tune_lr} --labels {share:.6f} "
+            f"--epochs {count / (share * images):.4f} --seed {seed}",
+        )
 
     chains = []
     for seed in range(args.seeds):
-        for name, first in (("a2mim", pre("a2mim", token, seed, args.pretrain_images)), ("simmim", pre("simmim", "--baseline simmim", seed, args.pretrain_images)),
-                            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {args.image_size} {seed}"))):
+        for name, first in (
+            ("a2mim", pre("a2mim", token, seed, args.pretrain_images)),
+            ("simmim", pre("simmim", "--baseline simmim", seed, args.pretrain_images)),
+            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {args.image_size} {seed}")),
+        ):
             start = f"--weights {args.out}/pretrained/{name}-{seed}/backbone.pt {arch}"
-            chains.append([first, *(tune(labels, name, start, seed, args.finetune_images) for labels in ("few", "all")),
-                           *((f"{probe}/{name}-{seed}", "finetune", f"{both} {start} {flags} --labels {few:.6f} --seed {seed}") for probe, flags in (("linear", PROBE), ("knn", "--recipe knn")))])
+            chains.append(
+                [
+                    first,
+                    *(tune(labels, name, start, seed, args.finetune_images) for labels in ("few", "all")),
+                    *(
+                        (
+                            f"{probe}/{name}-{seed}",
+                            "finetune",
+                            f"{both} {start} {flags} --labels {few:.6f} --seed {seed}",
+                        )
+                        for probe, flags in (("linear", PROBE), ("knn", "--recipe knn"))
+                    ),
+                ]
+            )
         long = args.finetune_images + args.pretrain_images
         chains += [[tune(labels, "scratch-long", f"--init scratch {arch}", seed, long)] for labels in ("few", "all")]
     for seed in range(args.ablation_seeds):
         for title, flags in {BASE: "", **ABLATIONS}.items():
             if title not in OWN[kind]:
                 first = pre(slug(title), f"{token} {flags}", seed, args.ablation_images)
-                chains.append([first, tune("few", slug(title), f"--weights {args.out}/{first[0]}/backbone.pt {arch}", seed, args.finetune_images)])
+                chains.append(
+                    [
+                        first,
+                        tune(
+                            "few",
+                            slug(title),
+                            f"--weights {args.out}/{first[0]}/backbone.pt {arch}",
+                            seed,
+                            args.finetune_images,
+                        ),
+                    ]
+                )
     return chains
 
 
 def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
-    """Runs one cell in its folder; the folder gets its name when all is done, so half a cell is continued, not believed."""
+    """Runs one cell in its folder, which gets its name when all is done: half a cell is continued, not believed."""
     name, program, flags = cell
     done, part = out / name, out / f"{name}.part"
     if done.exists():
@@ -130,7 +184,11 @@ def run_chain(job: tuple) -> tuple[int, str | None]:
         except SystemExit as exit:
             if exit.code in (130, 143):                      # Ctrl-C: the cell is saved, the pool is being closed
                 os._exit(exit.code)
-            words = (out / f"{cell[0]}.part" / "said.txt").read_text().splitlines() if isinstance(exit.code, int) else [exit.code]
+            words = (
+                (out / f"{cell[0]}.part" / "said.txt").read_text().splitlines()
+                if isinstance(exit.code, int)
+                else [exit.code]
+            )
             return len(chain), f"{cell[0]}: {words[-1] if words else 'failed'}"
     return len(chain), None
 
@@ -139,7 +197,9 @@ def run_chain(job: tuple) -> tuple[int, str | None]:
 
 def collect(out: Path, rows: list[str], labels: str) -> dict[str, list[float]]:
     """Row -> top-1 of every seed, in percent."""
-    read = lambda row: [100 * json.loads(f.read_text())["top1"] for f in sorted(out.glob(f"{labels}/{row}-[0-9]*/result.json"))]
+    read = lambda row: [
+        100 * json.loads(f.read_text())["top1"] for f in sorted(out.glob(f"{labels}/{row}-[0-9]*/result.json"))
+    ]
     return {row: values for row in rows if (values := read(row))}
 
 
@@ -157,20 +217,50 @@ def verdict(name: str, a: list[float], b: list[float], other: str) -> str:
 
 
 def summary(args: SimpleNamespace, out: Path) -> str:
-    arms = {"a2mim": "A2MIM", "simmim": "SimMIM", "scratch": "from scratch", "scratch-long": "from scratch, compute of both stages"}
-    kinds = {"few": f"{100 * args.few:g} % of labels", "all": "all labels", "linear": f"linear probe, {100 * args.few:g} %", "knn": "20-NN"}
+    arms = {
+        "a2mim": "A2MIM",
+        "simmim": "SimMIM",
+        "scratch": "from scratch",
+        "scratch-long": "from scratch, compute of both stages",
+    }
+    kinds = {
+        "few": f"{100 * args.few:g} % of labels",
+        "all": "all labels",
+        "linear": f"linear probe, {100 * args.few:g} %",
+        "knn": "20-NN",
+    }
     got = {kind: collect(out, list(arms), kind) for kind in kinds}
-    lines = [f"{args.arch} on {args.data}, {args.image_size} px: pre-training {args.pretrain_images:,} images, fine-tuning {args.finetune_images:,}; top-1 in percent, "
-             f"mean ± standard deviation of {args.seeds} seeds", "", "| start | " + " | ".join(kinds.values()) + " |", "|---" * (len(kinds) + 1) + "|"]
-    lines += [f"| {title} | " + " | ".join(say(got[kind][arm]) if arm in got[kind] else "-" for kind in kinds) + " |" for arm, title in arms.items()]
+    lines = [
+        f"{args.arch} on {args.data}, {args.image_size} px: pre-training {args.pretrain_images:,} images, "
+        f"fine-tuning {args.finetune_images:,}; top-1 in percent, "
+        f"mean ± standard deviation of {args.seeds} seeds",
+        "",
+        "| start | " + " | ".join(kinds.values()) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    lines += [
+        f"| {title} | " + " | ".join(say(got[kind][arm]) if arm in got[kind] else "-" for kind in kinds) + " |"
+        for arm, title in arms.items()
+    ]
     lines += ["", *(verdict(f"{kinds[kind]}, A2MIM", got[kind]["a2mim"], got[kind][arm], arms[arm])
                     for kind in kinds for arm in list(arms)[1:] if {"a2mim", arm} <= set(got[kind]))]
     found = {title: values for title in (BASE, *ABLATIONS) for values in collect(out, [slug(title)], "few").values()}
     if BASE in found:
-        lines += ["", f"Ablations: pre-training {args.ablation_images:,} images, {kinds['few']}, {args.ablation_seeds} seed{'s' * (args.ablation_seeds > 1)}", "",
-                  "| change | top-1 | against none |", "|---|---|---|"]
-        lines += [f"| {title + (' (' + ', '.join(OWN[family(args.arch).name]) + ', fill mean, Fourier mixed with the image spectrum)') * (title == BASE)} | {say(values)} | "
-                  + ("" if title == BASE else f"{statistics.mean(values) - statistics.mean(found[BASE]):+.1f}") + " |" for title, values in found.items()]
+        lines += [
+            "",
+            f"Ablations: pre-training {args.ablation_images:,} images, {kinds['few']}, "
+            f"{args.ablation_seeds} seed{'s' * (args.ablation_seeds > 1)}",
+            "",
+            "| change | top-1 | against none |",
+            "|---|---|---|",
+        ]
+        here = f"{BASE} ({', '.join(OWN[family(args.arch).name])}, fill mean, Fourier mixed with the image spectrum)"
+        lines += [
+            f"| {here if title == BASE else title} | {say(values)} | "
+            + ("" if title == BASE else f"{statistics.mean(values) - statistics.mean(found[BASE]):+.1f}")
+            + " |"
+            for title, values in found.items()
+        ]
     (out / "results.json").write_text(json.dumps(dict(args=vars(args), **got, ablations=found), indent=1) + "\n")
     plot(out / "plot.png", {kinds[k]: {arms[a]: v for a, v in got[k].items()} for k in kinds}, found, lines[0])
     return "\n".join(lines)
@@ -178,7 +268,11 @@ def summary(args: SimpleNamespace, out: Path) -> str:
 
 def plot(path: Path, main: dict, ablations: dict, title: str) -> None:
     """Bars are means, dots are seeds."""
-    bars = [(group, name, values) for group, arms in (*main.items(), ("ablations", ablations)) for name, values in arms.items()]
+    bars = [
+        (group, name, values)
+        for group, arms in (*main.items(), ("ablations", ablations))
+        for name, values in arms.items()
+    ]
     step, left, width = 24, 330, 860
     groups = list(dict.fromkeys(group for group, _, _ in bars))
     page = Image.new("RGB", (width, 50 + step * (len(bars) + 2 * len(groups))), "white")
@@ -192,30 +286,73 @@ def plot(path: Path, main: dict, ablations: dict, title: str) -> None:
         for _, name, values in (b for b in bars if b[0] == group):
             at = lambda v: left + v / top * (width - left - 60)
             draw.text((left - 8, y + step / 2), name, "black", font, anchor="rm")
-            draw.rectangle([left, y + 4, at(statistics.mean(values)), y + step - 4], colours.get(name.split(",")[0], "#b8b8b8"))
+            draw.rectangle(
+                [left, y + 4, at(statistics.mean(values)), y + step - 4], colours.get(name.split(",")[0], "#b8b8b8")
+            )
             for v in values:
                 draw.ellipse([at(v) - 3, y + step / 2 - 3, at(v) + 3, y + step / 2 + 3], "black")
-            draw.text((at(max(values)) + 10, y + step / 2), f"{statistics.mean(values):.1f}", "black", font, anchor="lm")
+            draw.text(
+                (at(max(values)) + 10, y + step / 2), f"{statistics.mean(values):.1f}", "black", font, anchor="lm"
+            )
             y += step
         y += step
     page.save(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [--arch NAME] [--data DIR] [--quick]")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--arch NAME] [--data DIR] [--quick]",
+    )
     parser.add_argument("--arch", choices=ARCHS, default="resnet18", metavar="NAME", help="resnet18")
-    parser.add_argument("--data", default="shapes", metavar="DIR", help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)")
+    parser.add_argument(
+        "--data",
+        default="shapes",
+        metavar="DIR",
+        help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)",
+    )
     parser.add_argument("--image-size", type=int, default=64, metavar="PX", help="64")
     parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
-    parser.add_argument("--pretrain-images", type=int, default=None, metavar="N", help="images seen in pre-training (ViT 24,000, Swin 12,000, CNN 10,000)")
-    parser.add_argument("--finetune-images", type=int, default=None, metavar="N", help="images seen in fine-tuning (CNN 3,200, Transformer 9,600)")
-    parser.add_argument("--ablation-images", type=int, default=None, metavar="N", help="images seen in pre-training of an ablation (half of that)")
+    parser.add_argument(
+        "--pretrain-images",
+        type=int,
+        default=None,
+        metavar="N",
+        help="images seen in pre-training (ViT 24,000, Swin 12,000, CNN 10,000)",
+    )
+    parser.add_argument(
+        "--finetune-images",
+        type=int,
+        default=None,
+        metavar="N",
+        help="images seen in fine-tuning (CNN 3,200, Transformer 9,600)",
+    )
+    parser.add_argument(
+        "--ablation-images",
+        type=int,
+        default=None,
+        metavar="N",
+        help="images seen in pre-training of an ablation (half of that)",
+    )
     parser.add_argument("--ablation-seeds", type=int, default=1, metavar="N", help="0: none")
-    parser.add_argument("--tune-lr", type=float, default=None, metavar="LR", help="of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)")
-    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="cells at a time (a CPU core each; 1 on a GPU)")
+    parser.add_argument(
+        "--tune-lr",
+        type=float,
+        default=None,
+        metavar="LR",
+        help="of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="cells at a time (a CPU core each; 1 on a GPU)"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes of a cell")
-    parser.add_argument("--quick", action="store_true", help="one seed, an eighth of the images: shows that it works, not what it is worth")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, an eighth of the images: shows that it works, not what it is worth",
+    )
     parser.add_argument("--out", default=None, metavar="DIR", help="runs/compare-<data>-<arch>[-quick]")
     args = parser.parse_args()
     for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), BUDGETS[family(args.arch).name]):

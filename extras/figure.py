@@ -1,0 +1,130 @@
+"""The method in one picture: its three moves from left to right, for one image, as a trained model makes them.
+
+    python pretrain.py                       the demo, minutes on a CPU: leaves the checkpoint
+    python extras/figure.py                  writes assets/method.png, for the README
+    python extras/figure.py --image FILE     a photograph, instead of a drawn image that the demo was not trained on
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Shapes, denormalise, eval_transform, normalise
+from engine.files import load_checked
+from engine.images import read_image
+from loss import residual
+from masking import fill_hidden, random_mask
+from model import A2MIM, build_encoder, family
+
+WIDTH, HEIGHT, MARGIN, GAP, MIDDLE = 1200, 376, 18, 30, 180  # the page, and the height of the arrows on it
+BIG, SMALL = 168, 120                                        # sides of pictures
+INK, GRAY, BLUE = "#1b1f24", "#59636e", "#1f5fbf"
+PALETTE = np.array([(20, 20, 60), (48, 70, 140), (33, 144, 141), (122, 205, 90), (253, 231, 90)])    # low to high
+
+
+@torch.no_grad()
+def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> dict[str, Image.Image]:
+    """The seven pictures. image (1, 3, H, W), normalised; mask (1, gh, gw), True = hidden."""
+    seen = z = fill_hidden(image, mask, model.fill)          # move 1
+    for stage in range(model.mask_stage):
+        z = model.encoder.run(stage, z)
+    before, after = z[0], model.mask_token(z, mask)[0]       # move 2: (C, h, w), on both sides of the token
+    painted = model(image, mask)
+    # both maps along the first principal axis of the one before, turned so that the token is dark
+    middle = before.mean((1, 2), keepdim=True)
+    axis = torch.linalg.svd((before - middle).flatten(1), full_matrices=False).U[:, 0]
+    maps = torch.einsum("c,nchw->nhw", axis, torch.stack([before, after]) - middle)
+    maps = maps * (-1 if maps[1].mean() > maps[0].mean() else 1)
+    # move 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
+    D = torch.fft.fft2(residual(painted, image, mask, run.stand_in, run.visible_weight)[0], norm="ortho").abs()
+    weight = torch.log1p(D**run.alpha) if run.log_weight else D**run.alpha
+    weight = weight / weight.amax((1, 2), keepdim=True)
+    half = [side // 2 for side in model.image_size]
+    amplitude, weight = (tvf.center_crop(torch.fft.fftshift(x.mean(0)), half) for x in (torch.log(D + 1e-6), weight))
+
+    low, high = maps.quantile(torch.tensor([0.02, 0.98]))
+    image, seen, painted = (tvf.to_pil_image(denormalise(x)[0]) for x in (image, seen, painted))
+    return dict(image=outline(image, mask), seen=seen, painted=painted,
+                before=colour(maps[0], low, high), after=colour(maps[1], low, high),
+                amplitude=colour(amplitude, *amplitude.aminmax()), weight=colour(weight, 0, 1))
+
+
+def colour(x: Tensor, low: float, high: float) -> Image.Image:
+    """(h, w) -> a picture: dark blue at `low`, yellow at `high`."""
+    place = ((x - low) / (high - low)).numpy() * (len(PALETTE) - 1)
+    channels = [np.interp(place, range(len(PALETTE)), channel) for channel in PALETTE.T]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+
+
+def outline(image: Image.Image, mask: Tensor) -> Image.Image:
+    """The image with its hidden cells under a thin veil, and a white line around them."""
+    hidden = Image.fromarray(mask[0].byte().mul(255).numpy()).resize((BIG, BIG), Image.NEAREST)
+    edge = ImageChops.subtract(hidden, hidden.filter(ImageFilter.MinFilter(5)))      # 2 pixels wide
+    shade = ImageChops.lighter(edge, hidden.point(lambda v: v // 4))
+    return Image.composite(Image.new("RGB", (BIG, BIG), "white"), image.resize((BIG, BIG), Image.LANCZOS), shade)
+
+
+def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
+    """All of them in a row, with titles, arrows and words; the token enters before `stage`."""
+    page, x = Image.new("RGB", (WIDTH, HEIGHT), "white"), MARGIN
+    draw = ImageDraw.Draw(page)
+
+    def write(x: float, y: float, text: str, size: int, ink: str, bold: float = 0) -> None:
+        draw.multiline_text((x, y), text, ink, ImageFont.load_default(size), "ma", 7, "center", stroke_width=bold)
+    for move, title, below, names in (                       # names of pictures, with a word under each
+            ("", "image", "the outlined cells\nwill be hidden", {"image": ""}),
+            ("move 1", "what goes in", "hidden cells take the\nimage's mean colour", {"seen": ""}),
+            ("move 2", "the token enters in the middle", f"between encoder stages {stage - 1} and {stage}:\n"
+             "+ token at hidden cells", {"before": "before", "after": "after"}),
+            ("", "what is painted", "by a decoder of\none linear layer", {"painted": ""}),
+            ("move 3", "what the Fourier loss sees", "spectrum of the error:\nthe larger, the more it counts",
+             {"amplitude": "log amplitude", "weight": "weight"})):
+        side = BIG if len(names) == 1 else SMALL
+        centre = x + (len(names) * (side + GAP) - GAP) / 2
+        write(centre, 16, move, 20, BLUE, 0.5)
+        write(centre, 45, title, 19, INK, 0.5)
+        write(centre, 306, below, 18, GRAY)
+        for name, word in names.items():
+            if x > MARGIN:                                   # an arrow, from the picture on the left
+                draw.line([(x - GAP + 3, MIDDLE), (x - 11, MIDDLE)], GRAY, 3)
+                draw.polygon([(x - 3, MIDDLE), (x - 15, MIDDLE - 7), (x - 15, MIDDLE + 7)], GRAY)
+            how = Image.NEAREST if pictures[name].width <= 24 else Image.LANCZOS     # a feature map keeps its squares
+            page.paste(pictures[name].resize((side, side), how), (x, MIDDLE - side // 2))
+            write(x + side / 2, MIDDLE + side / 2 + 8, word, 17, GRAY)
+            x += side + GAP
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default="runs/shapes-resnet18/checkpoint.pt", help="of a CNN")
+    parser.add_argument("--image", help="a photograph; none: a drawn image")
+    parser.add_argument("--index", type=int, default=4, help="which drawn image")
+    parser.add_argument("--out", type=Path, default="assets/method.png")
+    args = parser.parse_args()
+    if not args.checkpoint.is_file():
+        sys.exit(f"figure.py: error: {args.checkpoint}: no such checkpoint; run python pretrain.py first")
+    state = load_checked(args.checkpoint)
+    run = SimpleNamespace(**state["args"])
+    if not family(run.arch).convolutional:
+        sys.exit(f"figure.py: error: {args.checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
+    encoder = build_encoder(run.arch, run.image_size, run.drop_path)
+    model = A2MIM(encoder, run.image_size, run.mask_cell, run.mask_stage, run.token, run.fill).eval()
+    model.load_state_dict(state["model"])
+    fit, drawn = eval_transform(model.image_size), Shapes("val", model.image_size)
+    image = fit(read_image(args.image)) if args.image else drawn.read(args.index)
+    mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
+    draw_page(moves(model, run, normalise(image[None]), mask), model.mask_stage).save(args.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
