@@ -23,7 +23,7 @@ TOKENS = ("gamma", "add", "replace")
 def mask_grid(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
     """(H, W) in pixels -> (gh, gw), the number of `cell` x `cell` pixel cells down and across.
 
-    Raises ValueError where a side is not a multiple of the cell."""
+    Raises ValueError if a side is not a multiple of the cell."""
     for side in image_size:
         if cell < 1 or side < cell or side % cell:
             near = [n * cell for n in (side // cell, side // cell + 1) if n] if cell > 0 else []
@@ -57,7 +57,7 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6, device: t
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, gh, gw) -> (B, 1, h, w) by nearest neighbour: to the pixels, or to any feature grid.
 
-    Raises ValueError where the target is coarser than the mask: one feature would be hidden and visible at once."""
+    Raises ValueError if the target is coarser than the mask: one feature would be hidden and visible at once."""
     gh, gw = mask.shape[-2:]
     h, w = size
     if h < gh or w < gw:
@@ -95,9 +95,9 @@ def spread_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
     """Brings a mask (B, gh, gw) to the shape of `features`, with one channel.
 
     layout 'nchw': (B, C, h, w) -> (B, 1, h, w);  'nhwc' (Swin): (B, h, w, C) -> (B, h, w, 1);
-    a sequence (B, N, C) -> (B, N, 1): N is s*s patches per mask cell, or one more where a class token stands first
-    (it is never hidden). The two cannot be confused, as no grid of two or more cells divides both N and N - 1.
-    Raises ValueError where the features do not fit the mask."""
+    a sequence (B, N, C) -> (B, N, 1), with s x s patches per mask cell: N = cells s^2, or one more if a class token
+    stands first (it is never hidden). From two cells on, N tells which: N and N - 1 have no common divisor.
+    Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:
         h, w = features.shape[1:3] if layout == "nhwc" else features.shape[2:]
         spread = resize_mask(mask, (h, w))                   # (B, 1, h, w)

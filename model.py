@@ -94,7 +94,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """The released ViT: a class token, learned absolute positions, and BEiT blocks. Parameter names are BEiT's.
 
-    Raises ValueError where the patch does not divide the image (H, W)."""
+    Raises ValueError if the patch does not divide the image (H, W)."""
 
     def __init__(self, image_size: tuple[int, int], dim: int, depth: int, heads: int, mlp: int,
                  patch: int = 16, drop_path: float = 0.1, channels: int = 3):
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         """Of the images it takes: those of its first convolution."""
         return next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
 
-    def run(self, stage: int, z: Tensor) -> Tensor:
+    def run_stage(self, stage: int, z: Tensor) -> Tensor:
         for name in self.stages[stage]:                      # by name, so that SyncBN or a fork may swap a module
             z = attrgetter(name)(self.backbone)(z)
         return z
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         """The plain backbone: normalised images (B, 3, H, W) -> features in the backbone's own layout."""
         z = images
         for stage in range(len(self.stages)):
-            z = self.run(stage, z)
+            z = self.run_stage(stage, z)
         return z
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         shapes = [z.shape]
         try:
             for stage in range(len(self.stages)):
-                z = self.run(stage, z)
+                z = self.run_stage(stage, z)
                 shapes.append(z.shape)
         except RuntimeError as error:
             if "allocate" in str(error):
@@ -284,7 +284,7 @@ class A2MIM(nn.Module):
     mask_stage  the token enters before encoder stage k: 1 = after the stem or patch embedding (ViT's "layer 0"),
                 4 = before the last stage of a CNN; 0 = into the image itself; None = the backbone's released place
     token, fill as in masking.MaskToken and masking.fill_hidden
-    Raises ValueError where sizes do not fit, before anything is trained."""
+    Raises ValueError if sizes do not fit, before anything is trained."""
 
     def __init__(self, encoder: Encoder | Sequence[nn.Module], image_size: int | tuple[int, int] = 224,
                  mask_cell: int = 32, mask_stage: int | None = None, token: str = "gamma", fill: str = "mean",
@@ -300,7 +300,7 @@ class A2MIM(nn.Module):
         shapes = self.encoder.shapes(self.image_size)
         here, last = shapes[self.mask_stage], shapes[-1]
         layout = "nchw" if self.mask_stage == 0 else self.encoder.layout
-        spread_mask(torch.zeros(1, *self.grid), torch.empty(here), layout)    # raises where the mask does not fit
+        spread_mask(torch.zeros(1, *self.grid), torch.empty(here), layout)    # raises if the mask does not fit
         channels = here[1] if len(here) == 4 and layout == "nchw" else here[-1]
         self.mask_token = MaskToken(channels, token, layout)
 
@@ -314,7 +314,7 @@ class A2MIM(nn.Module):
         for stage in range(len(self.encoder.stages)):
             if stage == self.mask_stage:                     # (B, C_l, h, w)   ResNet: after stage 3, stride 16
                 z = self.mask_token(z, mask)                 #                  move 2: the token, at hidden places
-            z = self.encoder.run(stage, z)
+            z = self.encoder.run_stage(stage, z)
         z = self.to_map(z)                                   # (B, C, H/s, W/s) s = 32 (CNN, Swin), 16 (ViT)
         return self.decoder(z)                               # (B, 3, H, W)     each feature paints its s x s pixels
 

@@ -201,8 +201,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = Broken(source, args.max_bad, args.out)
 
-    whole = Samples(source, eval_transform(size), args.seed)
-    previews = torch.stack([whole[0, i * len(source) // 6][0] for i in range(6)])
+    centred = Samples(source, eval_transform(size), args.seed)
+    previews = torch.stack([centred[0, i * len(source) // 6][0] for i in range(6)])
     run = Run(steps, loader, model, net, optimizer, scaler, memory_format, broken)
     return run, normalise(previews, world.device)
 

@@ -592,6 +592,22 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     assert copied.head is copied.get_submodule(f"encoder.backbone.{net.encoder.head_name}") is not net.head
 
 
+def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_images, tmp_path):
+    flags = "--data shapes --image-size 64 --batch-size 8 --workers 0 --amp off --epochs 1 --log-every 1".split()
+    arch = ["--arch", "shufflenet_v2_x0_5"]
+    pretrain.main([*flags, *arch, "--lr", "0.03", "--sheets", "1", "--out", str(tmp_path / "pre")])
+    log = read_log(tmp_path / "pre")
+    assert len(log) == 4 and (tmp_path / "pre" / "reconstruction-000000.png").exists()
+    weights_file = ["--weights", str(tmp_path / "pre" / "backbone.pt")]      # args.json beside it names the net
+    finetune.main([*flags, *weights_file, "--eval-every", "1", "--out", str(tmp_path / "tuned")])
+    best = torch.load(tmp_path / "tuned" / "best.pt", weights_only=True)
+    assert tv.shufflenet_v2_x0_5(num_classes=10).load_state_dict(best)
+    tuned_file = ["--weights", str(tmp_path / "tuned" / "best.pt")]
+    finetune.main([*flags, *tuned_file, "--eval-only", "--out", str(tmp_path / "eval")])
+    tuned, again = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("tuned", "eval"))
+    assert again["top1"] == tuned["best_top1"]
+
+
 def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
     encoder = build_encoder("densenet121", 64)
     old = {

@@ -65,7 +65,7 @@ def list_images(root: Path) -> list[str]:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """root/<split>, in whatever capitals (Train/, VAL/); None where there is none."""
+    """root/<split>, in whatever capitals (Train/, VAL/); None if there is none."""
     found = sorted(f.path for f in os.scandir(root) if f.name.lower() == split and f.is_dir())
     return Path(found[-1]) if found else None                # sorted: train/ comes after Train/, and is taken first
 

@@ -36,7 +36,7 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> di
     """The seven pictures. image (1, 3, H, W), normalised; mask (1, gh, gw), True = hidden."""
     seen = z = fill_hidden(image, mask, model.fill)          # move 1
     for stage in range(model.mask_stage):
-        z = model.encoder.run(stage, z)
+        z = model.encoder.run_stage(stage, z)
     before, after = z[0], model.mask_token(z, mask)[0]       # move 2: (C, h, w), on both sides of the token
     painted = model(image, mask)
     # both maps along the first principal axis of the one before, turned so that the token is dark
