@@ -101,8 +101,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         labels = run.labels[index].to(world.device, non_blocking=True)       # (B,)
         images, targets = mix_batch(images, labels, len(run.classes), args.mixup, args.cutmix)
         images = images.contiguous(memory_format=run.memory_format)
-        last = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
-        with contextlib.nullcontext() if last else run.net.no_sync():
+        sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
+        with contextlib.nullcontext() if sync_now else run.net.no_sync():
             with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = run.net(images)                     # (B, classes)
             loss = class_loss(logits.float(), targets, args.loss, args.smoothing)
@@ -112,7 +112,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
     run.scaler.step(run.optimizer)                           # not made if a gradient is not finite
-    run.scaler.update(None if args.amp == "fp16" else 1.0)
+    run.scaler.update(None if args.amp == "fp16" else 1.0)   # the scale of fp16 adapts, else it stays 1
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema:
         run.ema.update_parameters(run.model)
@@ -124,12 +124,12 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
     world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo too: small agreements do not wait for the GPU
+    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
         dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
-    args, saved = open_run(args, world, own=OWN, name=name)
+    args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
     labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, "
@@ -169,7 +169,7 @@ def train(args: SimpleNamespace, world: World) -> None:
                 base = peak * group["scale"]
                 group["lr"] = lr_at(step, steps.total, steps.warmup, base, args.min_lr, args.schedule, steps.per_epoch)
             record = train_step(step, batches, args, world, run)
-            journal.after(step, record)                      # counts, logs, saves, and stops if a signal came
+            journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
     report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"])
 
@@ -195,7 +195,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     source = some_labels(source, args.labels, args.seed)
     labels, val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(val.labels).long()
     if not trains(args):
-        args.batch_size = 1                                  # no step is too large if none is made
+        args.batch_size = 1                                  # no steps are made: any number of images will do
     elif args.global_batch and not args.batch_size:
         args.global_batch = min(args.global_batch, len(source))
     steps = Steps.plan(args, world, len(source), saved)
@@ -289,8 +289,8 @@ def neighbours(model: Classifier, args: SimpleNamespace, world: World, run: Run,
     Source: Wu et al. 2018."""
     model.eval()
     bank, bank_labels = outputs(model.features, run.loader, run.labels, args, world, run)
-    mine = outputs(model.features, run.val_loader, run.val_labels, args, world, run)
-    queries, labels = (world.gather(part) for part in mine)
+    own_part = outputs(model.features, run.val_loader, run.val_labels, args, world, run)
+    queries, labels = (world.gather(part) for part in own_part)
     bank, near, k, classes = F.normalize(bank, dim=1), [], args.neighbours, len(run.classes)
     for part in F.normalize(queries, dim=1).split(256):
         values, index = (part @ bank.T).topk(min(k, len(bank)))              # (256, k)
@@ -371,14 +371,14 @@ FLAGS = {
         "eval_every": (10, count, "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights that hold a head (best.pt), and stop")},
 }
-OWN = {**defaults(FLAGS), "global_batch": 16}               # and what a recipe alone can set
+DEFAULTS = {**defaults(FLAGS), "global_batch": 16}               # and what a recipe alone can set
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is off."""
     parser = Parser("finetune.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
-    recipe = {**OWN, **RECIPES[given.get("recipe", "default")]}
+    recipe = {**DEFAULTS, **RECIPES[given.get("recipe", "default")]}
     names = ["arch", "patch_size", "window"] + ["image_size"] * (not recipe["image_size"])   # as pre-trained
     names += ["test_size", "test_crop"] if "eval_only" in given else []
     recipe |= remembered(given.get("weights"), parser, names)

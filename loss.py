@@ -29,7 +29,7 @@ def focal_l1(d: Tensor, alpha: float = 0.2) -> Tensor:
 
 
 def spatial_loss(pred: Tensor, image: Tensor, mask: Tensor, focal: bool = True) -> Tensor:
-    """sum(|pred - image| m) / (sum(m) + 1e-5) / 3 over hidden pixels m; `focal` puts focal_l1 for |.|. A scalar."""
+    """sum(|pred - image| m) / (sum(m) + 1e-5) / C over hidden pixels m; `focal` puts focal_l1 for |.|. A scalar."""
     m = resize_mask(mask, image.shape[-2:])                  # (B, 1, H, W)
     d = pred.float() - image.float()
     error = focal_l1(d) if focal else d.abs()

@@ -96,7 +96,7 @@ def spread_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
 
     layout 'nchw': (B, C, h, w) -> (B, 1, h, w);  'nhwc' (Swin): (B, h, w, C) -> (B, h, w, 1);
     a sequence (B, N, C) -> (B, N, 1), with s x s patches per mask cell: N = cells s^2, or one more if a class token
-    stands first (it is never hidden). From two cells on, N tells which: N and N - 1 have no common divisor.
+    stands first (it is never hidden). Whether it is there follows from N.
     Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:
         h, w = features.shape[1:3] if layout == "nhwc" else features.shape[2:]

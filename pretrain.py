@@ -51,11 +51,11 @@ EXCEPTIONS = {  # as released
     "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
-# The demo has two minutes: a small net at a high lr, and small cells. Its batches are small, too: the mean residual of
+# The demo has minutes: a small net at a high lr, and small cells. Its batches are small, too: the mean residual of
 # 16 images says little, so it takes one spectrum per image (see loss.fourier_loss).
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image",
             log_every=5)
-DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)
+DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)       # if it is a ResNet, as it is without --arch
 
 
 # ---- one step ----
@@ -88,7 +88,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
     All randomness comes from (seed, step), so a run that stops and goes on is the run that never stopped."""
     torch.manual_seed(seed_for(args.seed, step, world.rank))                 # stochastic depth, and the random fill
-    # every process draws the masks of all, and takes its own
+    # every process draws the masks of all, and takes its own: (accum, batch, gh, gw)
     masks = draw_masks(run.steps.global_batch, run.model.grid, args, world.device, args.seed, step)
     masks = masks.view(args.accum, world.size, run.steps.batch, *run.model.grid)[:, world.rank]
     record = {}
@@ -97,8 +97,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         run.broken.note(broken)
         images = normalise(images, world.device).contiguous(memory_format=run.memory_format)         # (B, 3, H, W)
         target = target_of(images)
-        last = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
-        with contextlib.nullcontext() if last else run.net.no_sync():
+        sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
+        with contextlib.nullcontext() if sync_now else run.net.no_sync():
             with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
                 painted = run.net(images, mask)              # (B, 3, H, W)
             loss, parts = a2mim_loss(                        # in float32
@@ -112,7 +112,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
     run.scaler.step(run.optimizer)                           # not made if a gradient is not finite
-    run.scaler.update(None if args.amp == "fp16" else 1.0)
+    run.scaler.update(None if args.amp == "fp16" else 1.0)   # the scale of fp16 adapts, else it stays 1
     run.optimizer.zero_grad(set_to_none=True)
     return record
 
@@ -122,11 +122,11 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
     world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo too: small agreements do not wait for the GPU
+    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
         dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
-    args, saved = open_run(args, world, own=OWN, name=name)
+    args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         world.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
@@ -143,14 +143,14 @@ def train(args: SimpleNamespace, world: World) -> None:
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
               + (f", from step {steps.start}" if saved else "") + f"\nwriting {args.out}/")
-    look = draw_masks(len(previews), model.grid, args, world.device, args.seed)
-    pictured = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
+    preview_masks = draw_masks(len(previews), model.grid, args, world.device, args.seed)
+    picture_steps = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 
     def picture(done: int) -> None:
         """The same images and masks, as the model paints them after `done` steps."""
-        if world.rank == 0 and done in pictured:
+        if world.rank == 0 and done in picture_steps:
             titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
-            columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, look)))
+            columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, preview_masks)))
             file = journal.out / f"reconstruction-{done:06d}.png"
             journal.write("a picture", save_sheet, file, dict(zip(titles, columns)))
 
@@ -163,9 +163,10 @@ def train(args: SimpleNamespace, world: World) -> None:
                 base = peak * group["scale"]
                 group["lr"] = lr_at(step, steps.total, steps.warmup, base, args.min_lr, args.schedule)
             record = train_step(step, batches, args, world, run)
-            journal.after(step, record)                      # counts, logs, saves, and stops if a signal came
+            journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             picture(step + 1)
-    world.say(f"done: {args.out}/backbone.pt holds the encoder, {args.out}/reconstruction-*.png show what it paints")
+    world.say(f"done: {args.out}/backbone.pt holds the encoder"
+              + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, Tensor]:
@@ -173,7 +174,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
 
     Raises ValueError if they do not fit."""
     size = (args.image_size, args.image_size)
-    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)
+    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
     source = open_images(args.data, "train", size, args.data_root)
@@ -222,10 +223,10 @@ FLAGS = {
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),
         **DATA_FLAGS},
     "masking": {
-        "mask_ratio": (0.6, number(float, -math.inf), "share of cells hidden per image, 0 < R < 1"),
+        "mask_ratio": (0.6, number(float, -math.inf), "share of cells hidden per image, above 0 and below 1"),
         "mask_cell": (32, count, "side of a hidden square in pixels, at least the stride at the token"),
-        "mask_stage": (None, number(int, 0), "token enters before stage K: 1 = after stem or patch embedding (ViT: "
-                       "before block K), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
+        "mask_stage": (None, number(int, 0), "token enters before stage N: 1 = after stem or patch embedding (ViT: "
+                       "before block N), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
         "token": ("gamma", masking.TOKENS, "how the token joins the features"),
         "fill": ("mean", masking.FILLS, "colour of hidden pixels at the input"),
         "baseline": (None, ("simmim",), "run SimMIM instead: the token replaces features after the stem, zero fill, "
@@ -258,7 +259,7 @@ FLAGS = {
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
     "run": {**RUN_FLAGS, "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
 }
-OWN = {**defaults(FLAGS), "global_batch": None}
+DEFAULTS = {**defaults(FLAGS), "global_batch": None}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
@@ -266,13 +267,13 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("pretrain.py", "%(prog)s [--data DIR] [--arch NAME] [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     demo = DEMO if "data" not in given else {}
-    arch = given.get("arch", demo.get("arch", OWN["arch"]))
+    arch = given.get("arch", demo.get("arch", DEFAULTS["arch"]))
     kind = family(arch).name
-    quick = {**demo, **(DEMO_RESNET if demo and kind == "resnet" else {})}
+    demo = {**demo, **(DEMO_RESNET if demo and kind == "resnet" else {})}
     baseline = SIMMIM if given.get("baseline") == "simmim" else {}
-    recipe = {**RECIPES[kind], **EXCEPTIONS.get(arch, {}), **quick, **baseline}
+    recipe = {**RECIPES[kind], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
     more = dict(program="pretrain.py", given=given, demo=bool(demo))
-    return SimpleNamespace(**{**OWN, "arch": arch, **recipe, **given}, **more)
+    return SimpleNamespace(**{**DEFAULTS, "arch": arch, **recipe, **given}, **more)
 
 
 if __name__ == "__main__":

@@ -1349,6 +1349,19 @@ def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, word
     assert not list(tmp_path.iterdir())                      # a refused command leaves nothing, not even runs/
 
 
+def test_help_tells_every_default(capsys):
+    told = {
+        pretrain.main: ["per optimiser step (1)", "augmentation, masks (0)", "the model (no)", "format of CNNs (yes)",
+                        "largest gradient norm, 0 = none (0.0, by recipe)", "frequency weight (1.0)"],
+        finetune.main: ["see --lr (16, by recipe)", "floor of the cosine (1e-06)", "head alone (no, by recipe)"],
+    }
+    for main, words in told.items():
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(word in said for word in words), said
+
+
 def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert (

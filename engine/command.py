@@ -119,16 +119,16 @@ class Stopped(Exception):
 
 class Signals:
     """Notes SIGTERM and Ctrl-C, so that the step can be finished and saved. A second Ctrl-C ends it at once."""
-    number = 0
+    signal_number = 0
 
     def __enter__(self) -> "Signals":
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number: int, frame) -> None:
-        if self.number and number == signal.SIGINT:
+        if self.signal_number and number == signal.SIGINT:
             os._exit(130)
-        self.number = number
+        self.signal_number = number
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():

@@ -96,9 +96,9 @@ class Parser(argparse.ArgumentParser):
         for title, group in flags.items():
             g = self.add_argument_group(title)
             for name, (default, kind, text) in group.items():
-                told = {None: "", True: "yes", False: "no"}.get(default, default) if kind is not SWITCH else ""
-                told = ", ".join(filter(None, (str(told), "by recipe" * (name in by_recipe))))
-                more = dict(help=f"{text} ({told})" if told else text)
+                shown = ["yes" if default else "no"] if kind is bool else [] if default is None else [str(default)]
+                shown = ([] if kind is SWITCH else shown) + ["by recipe"] * (name in by_recipe)
+                more = dict(help=f"{text} ({', '.join(shown)})" if shown else text)
                 if kind is bool:
                     more["action"] = argparse.BooleanOptionalAction
                 elif kind is SWITCH:

@@ -154,21 +154,21 @@ class Journal(Signals):
         """The numbers of the steps to make. Before each, BatchNorm's statistics are set aside."""
         statistics = [b for b in self.keep["model"].buffers() if b.is_floating_point()]
         for step in range(self.plan.start, self.plan.total):
-            self.before_step = [(b, b.clone()) for b in statistics]
+            self.statistics_before = [(b, b.clone()) for b in statistics]
             yield step
 
     def after(self, step: int, record: dict[str, Tensor]) -> None:
         """After a step. record: this process's 'loss' and its parts, still on the device."""
         args, plan, done = self.args, self.plan, step + 1
         bad, self.done = ~torch.isfinite(record["loss"]), done
-        for now, old in self.before_step:
+        for now, old in self.statistics_before:
             now.copy_(torch.where(bad, old, now))
-        self.in_a_row, self.skipped = (self.in_a_row + bad) * bad, self.skipped + bad
+        self.in_a_row, self.skipped = (self.in_a_row + bad) * bad, self.skipped + bad    # a good step ends the row
         self.bar.update()
         epoch_ends = done % plan.per_epoch == 0 or done == plan.total
         logs = done % args.log_every == 0 or epoch_ends or done == 1
         streak = int(self.in_a_row) if logs or not self.world.on_gpu else 0  # a GPU is waited for only when logging
-        stop, streak = self.world.largest(self.number, streak)
+        stop, streak = self.world.largest(self.signal_number, streak)
         if streak >= 10:
             raise Failed(self.not_finite(streak))
         if logs:
