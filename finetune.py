@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from data import NAMED, Batches, Samples, augment, eval_transform, normalise, open_images, seed_for, some_labels
+from data import (NAMED, Batches, Samples, augment, eval_transform, normalise, open_images, seed_for,
+                  some_labels)
 from engine.command import World, command_line
 from engine.files import make_folder, save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked, defaults, number,
                           path, remembered)
-from engine.images import Broken, make_loader, save_confusion
+from engine.images import Broken, every_image_once, make_loader, save_confusion
 from engine.journal import Journal, Steps, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
 from engine.weights import load_backbone, load_head, told
@@ -238,12 +239,6 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
 
 
 # ---- evaluation ----
-
-def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
-    """Batches that pass once over all of a set: this process takes every world-th image, and none is taken twice."""
-    mine = [(0, i) for i in range(world.rank, count, world.size)]
-    return [mine[i:i + batch] for i in range(0, len(mine), batch)]
-
 
 def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
     """The counts of all processes, added up: {'top1', 'top5', 'images', 'confusion'}. best (N, 5), likeliest first.

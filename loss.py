@@ -113,6 +113,14 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
     return total, parts
 
 
+def skill(loss: float, mean_colour: float, blur: float) -> str:
+    """What a pixel loss on held-out images is worth, beside painting the mean colour, and a blur of what is seen."""
+    of_mean, of_blur = loss / max(mean_colour, 1e-9), loss / max(blur, 1e-9)
+    says = ("it has learned nothing yet" if of_mean > 0.95 else
+            "it interpolates, it does not yet know objects" if of_blur > 0.95 else "it paints what a blur cannot know")
+    return f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f} of a blur's: {says}"
+
+
 # ---- fine-tuning ----
 
 def mix_batch(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Two of A2MIM's three moves live here (Li et al., ICML 2023, arXiv 2205.13943, Fi
     fill_hidden   move 1: hidden pixels take the image's own mean colour
     MaskToken     move 2: a learnable token joins the feature map in the middle of the network
 
-One convention everywhere: a mask is boolean, (B, gh, gw), one entry per square cell of the image, True = hidden.
+A mask is boolean everywhere, (B, gh, gw), one entry per square cell of the image, True = hidden.
 """
 
 import math
@@ -13,8 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
 
-FILLS = ("mean", "zero", "random")
+FILLS = ("mean", "zero", "random", "blur")
 TOKENS = ("gamma", "add", "replace")
 
 
@@ -74,16 +75,22 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 def fill_hidden(images: Tensor, mask: Tensor, fill: str = "mean", generator: torch.Generator | None = None) -> Tensor:
     """Paints over the hidden cells of normalised images (B, C, H, W); visible pixels stay bit-equal.
 
-    fill: 'mean' (the method): each image's per-channel mean over all its pixels, hidden ones included;
-          'zero', the mean colour of ImageNet; 'random', one colour per image, normal in normalised space.
-    The last two are the ablations. `generator` feeds 'random' and must live on the images' device.
-    Raises ValueError for another fill. Source: paper, Fig. 3; `mask_color` of the released configs."""
+    fill: 'mean' (the method): each image's per-channel mean over all its pixels, hidden ones included; 'zero', that of
+          ImageNet; 'random', one colour per image; 'blur' of the visible pixels, sigma 3/4 of a cell: interpolation.
+    The last three are not the method. `generator` feeds 'random', on the images' device. Raises ValueError for another
+    fill. Source: paper, Fig. 3; `mask_color` of the released configs."""
     if fill == "mean":
         colour = images.mean((2, 3), keepdim=True)           # (B, C, 1, 1)
     elif fill == "zero":
         colour = images.new_zeros(1, 1, 1, 1)
     elif fill == "random":
         colour = torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator).to(images.dtype)
+    elif fill == "blur":
+        seen = (~resize_mask(mask, images.shape[-2:])).to(images.dtype)      # (B, 1, H, W)
+        sigma = 0.75 * images.shape[-1] / mask.shape[-1]
+        size = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
+        blurred, weight = (gaussian_blur(x, size, [sigma, sigma]) for x in (images * seen, seen))
+        colour = torch.where(weight > 1e-4, blurred / weight.clamp(min=1e-4), images.mean((2, 3), keepdim=True))
     else:
         raise ValueError(f"fill {fill!r}: must be one of {', '.join(FILLS)}")
     return torch.where(resize_mask(mask, images.shape[-2:]), colour, images)

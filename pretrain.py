@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,14 +21,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 import masking
-from data import NAMED, Batches, CropAndFlip, Samples, denormalise, eval_transform, normalise, open_images, seed_for
+from data import (NAMED, Batches, CropAndFlip, Samples, Subset, denormalise, eval_transform, normalise,
+                  open_images, seed_for)
 from engine.command import World, command_line
 from engine.flags import AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, Parser, checked, defaults, number, path
-from engine.images import Broken, make_loader, save_sheet
+from engine.files import read_lines
+from engine.images import Broken, every_image_once, make_loader, save_sheet, split_folder
 from engine.journal import Journal, Steps, open_run
 from engine.optim import lr_at, parameter_groups
-from loss import SPECTRA, STAND_INS, a2mim_loss
-from masking import hidden_count, mask_grid, random_mask
+from engine.weights import load_backbone, told
+from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
+from masking import fill_hidden, hidden_count, mask_grid, random_mask
 from model import A2MIM, build_encoder, family
 
 # ---- recipes: every value has a flag of the same name; lr is per 512 images of the global batch ----
@@ -117,6 +121,30 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
     return record
 
 
+# ---- what a loss is worth: images held out, and two painters that know nothing ----
+
+@dataclass
+class HeldOut:
+    """Images that are not trained on, with masks that never change; this process's part of them."""
+    images: Tensor                                           # (n, 3, H, W), uint8
+    masks: Tensor                                            # (n, gh, gw)
+    count: int                                               # of all processes
+    mean_colour: float = 0.0                                 # the pixel loss of painting an image's mean colour,
+    blur: float = 0.0                                        # and of a blur of its visible pixels
+
+
+@torch.no_grad()
+def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> float:
+    """The pixel loss of paint(images, masks) over all held-out images, exact on any number of processes."""
+    total = torch.zeros(2, device=world.device)
+    for images, mask in zip(held.images.split(64), held.masks.split(64)):
+        images, mask = normalise(images, world.device), mask.to(world.device)
+        loss = spatial_loss(paint(images, mask), target_of(images), mask, args.focal_pixels)
+        total += torch.stack([loss * len(images), loss.new_tensor(len(images))])
+    total = world.mean(total)
+    return (total[0] / total[1]).item()
+
+
 # ---- the run ----
 
 def train(args: SimpleNamespace, world: World) -> None:
@@ -131,12 +159,15 @@ def train(args: SimpleNamespace, world: World) -> None:
     if args.demo:
         world.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
                   "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
-    run, previews = prepare(args, world, saved)
+    args.val = args.val if not saved or "val" in saved["args"] else 0.0      # begun before images were held out
+    run, held, previews = prepare(args, world, saved)
     model, steps, peak = run.model, run.steps, args.lr * run.steps.global_batch / 512
     keep = dict(model=model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken)
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
     millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
+    if peak <= args.min_lr:
+        world.say(f"the peak lr, {peak:.1e}, is not above its floor, {args.min_lr:g}: raise --lr (per 512 images)")
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
               f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
@@ -149,15 +180,29 @@ def train(args: SimpleNamespace, world: World) -> None:
     def picture(done: int) -> None:
         """The same images and masks, as the model paints them after `done` steps."""
         if world.rank == 0 and done in picture_steps:
-            titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted")
-            columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, preview_masks)))
+            titles = ("image", "encoder sees", "reconstruction", "hidden cells pasted", "a blur of what is seen")
+            blurred = fill_hidden(previews, preview_masks, "blur")
+            columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, preview_masks), blurred))
             file = journal.out / f"reconstruction-{done:06d}.png"
             journal.write("a picture", save_sheet, file, dict(zip(titles, columns)))
+
+    def measure(done: int) -> None:
+        """The loss on held-out images, after every epoch and at least ten times in a run."""
+        if held and (done == steps.total or done and done % min(steps.per_epoch, max(1, steps.total // 10)) == 0):
+            model.eval()
+            world.share_buffers(model)
+            loss = held_out_loss(lambda images, mask: model(images, mask), held, args, world)
+            model.train()
+            journal.note(held_out=loss, mean_colour=held.mean_colour, blur=held.blur)
+            if done == steps.total:
+                world.say(f"hidden pixels of {held.count} held-out images: " + skill(loss, held.mean_colour, held.blur))
 
     model.train()
     batches = iter(run.loader)
     with journal:
         picture(steps.start)
+        if not any("held_out" in line and line["step"] == steps.start for line in read_lines(journal.log)):
+            measure(steps.start)                             # the run was stopped between a step and its measure
         for step in journal.steps():
             for group in run.optimizer.param_groups:
                 base = peak * group["scale"]
@@ -165,25 +210,39 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             picture(step + 1)
+            measure(step + 1)
     world.say(f"done: {args.out}/backbone.pt holds the encoder"
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
-def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, Tensor]:
-    """Data, model and optimiser, checked against each other before anything long starts; and six images for pictures.
+def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
+    """(images to train on, images held out): of val/ if there is one, else drawn by the seed; 16 to 2,000 of them."""
+    count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
+    if count == 0:
+        return source, None
+    if args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val")):
+        val = open_images(args.data, "val", size, args.data_root)
+        return source, Subset(val, np.arange(min(count, len(val))) * len(val) // min(count, len(val)))
+    order = np.random.default_rng((args.seed, len(source))).permutation(len(source))
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
-    Raises ValueError if they do not fit."""
+
+def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
+    """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
+    pictures. Raises ValueError if they do not fit."""
     size = (args.image_size, args.image_size)
     hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
-    source = open_images(args.data, "train", size, args.data_root)
+    source, others = hold_out(open_images(args.data, "train", size, args.data_root), args, size)
     steps = Steps.plan(args, world, len(source), saved)
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
     loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, args.workers, world)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    if args.weights and not saved:
+        world.say(f"{args.weights}: {told(load_backbone(encoder, args.weights))}")
     model = A2MIM(encoder, image_size=size, mask_cell=args.mask_cell, mask_stage=args.mask_stage, token=args.token,
                   fill=args.fill).to(world.device)
     channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
@@ -202,10 +261,18 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = Broken(source, args.max_bad, args.out)
 
-    centred = Samples(source, eval_transform(size), args.seed)
-    previews = torch.stack([centred[0, i * len(source) // 6][0] for i in range(6)])
+    centred, held = Samples(others or source, eval_transform(size), args.seed), None
+    previews = torch.stack([centred[0, i * len(centred) // 6][0] for i in range(6)])
+    if others:
+        mine = every_image_once(len(others), 64, world)
+        images = [part[broken < 0] for part, _, broken in make_loader(centred, mine, args.workers, world)]
+        masks = draw_masks(len(others), model.grid, args, world.device, args.seed, 1)[world.rank::world.size]
+        images = torch.cat(images)
+        held = HeldOut(images, masks[:len(images)], len(others))
+        for name, fill in (("mean_colour", "mean"), ("blur", "blur")):
+            setattr(held, name, held_out_loss(lambda x, m, fill=fill: fill_hidden(x, m, fill), held, args, world))
     run = Run(steps, loader, model, net, optimizer, scaler, memory_format, broken)
-    return run, normalise(previews, world.device)
+    return run, held, normalise(previews, world.device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,6 +287,8 @@ FLAGS = {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), or "
                  f"{', '.join(NAMED)}; none: the demo"),
         "image_size": (224, number(int, 1, MAX_SIDE), "side of the square crop"),
+        "val": (0.02, number(float, 0, 0.5), "share of images held out (of val/ if it is there), to see what the loss "
+                "is worth; 0 = none"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),
         **DATA_FLAGS},
     "masking": {
@@ -233,6 +302,7 @@ FLAGS = {
                      "plain L1, no Fourier loss")},
     "model": {
         "arch": ("resnet50", checked("NAME", family), "a backbone of the paper, or any of torchvision's"),
+        "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT 0.1, else 0)"),
         "patch_size": (16, count, "ViT only"),
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 px")},

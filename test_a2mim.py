@@ -109,7 +109,7 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
         (lambda: masking.resize_mask(checkerboard(1, 4, 4), (2, 2)), "smaller than the stride"),
         (
             lambda: masking.fill_hidden(torch.zeros(1, 3, 4, 4), checkerboard(), "grey"),
-            "fill 'grey': must be one of mean, zero, random",
+            "fill 'grey': must be one of mean, zero, random, blur",
         ),
         (lambda: masking.MaskToken(3, "swap"), "mask token 'swap': must be one of gamma, add, replace"),
         (
@@ -1045,6 +1045,8 @@ TINY = [
     "0",
     "--lr",
     "0.03",
+    "--val",
+    "0",
 ]
 
 
@@ -1153,13 +1155,17 @@ def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_t
 
 def test_two_processes_train_the_same_weights_as_one(tmp_path):
     (tmp_path / "images").mkdir()
-    for i in range(16):
-        paint(tmp_path / "images" / f"{i}.png", colour=(16 * i, 255 - 16 * i, 40), size=(64, 64))
+    for i in range(21):                                      # 5 of them are held out: two processes have 3 and 2
+        paint(tmp_path / "images" / f"{i}.png", colour=(12 * i, 255 - 12 * i, 40), size=(64, 64))
     flags = [*TINY, "--data", tmp_path / "images", "--epochs", "2", "--fourier-weight", "1", "--spectrum", "image"]
+    flags += ["--val", "0.02"]
     _, one = run(tmp_path / "one", base=[*map(str, flags)])
     done = torchrun("pretrain.py", *flags, "--batch-size", 4, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert read_log(tmp_path / "two")[0]["loss"] == pytest.approx(read_log(tmp_path / "one")[0]["loss"], rel=1e-5)
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
+    held_out = [[line[key] for line in log if "held_out" in line for key in ("held_out", "blur")] for log in logs]
+    assert len(held_out[0]) >= 8 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
     same_weights(one, torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True), atol=2e-5, rtol=1e-3)
 
 
@@ -1199,7 +1205,10 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
 
 # ---- forks: README, "Change it" ----
 
-FORK = "--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 8 --workers 0 --amp off"
+FORK = (
+    "--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 8 --workers 0 --amp off "
+    "--val 0"
+)
 
 
 def fork(out, *flags):
@@ -1299,6 +1308,97 @@ def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
     for file in [*HERE.glob("*.py"), *HERE.glob("engine/*.py")]:
         imported = set(re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.M))
         assert "extras" not in imported and (file.parent == HERE or not imported & stages), file
+
+
+# ---- pre-training: what a loss is worth ----
+
+def test_a_blur_of_the_visible_pixels_is_their_weighted_mean():
+    x, mask = torch.randn(1, 2, 24, 24, dtype=torch.double), checkerboard(1, 3, 3)       # cells of 8 px: sigma 6
+    painted = masking.fill_hidden(x, mask, "blur")
+    hidden = masking.resize_mask(mask, (24, 24))[0, 0]
+    reflect = lambda i: -i if i < 0 else 46 - i if i > 23 else i
+    for r, c in ((0, 0), (3, 4), (12, 12), (23, 20)):
+        assert hidden[r, c]
+        total, weight = torch.zeros(2, dtype=torch.double), 0.0
+        for dr, dc in product(range(-18, 19), repeat=2):
+            y, z = reflect(r + dr), reflect(c + dc)
+            if not hidden[y, z]:
+                w = math.exp(-(dr**2 + dc**2) / (2 * 6**2))
+                total, weight = total + w * x[0, :, y, z], weight + w
+        close(painted[0, :, r, c], total / weight)
+    same = torch.full((1, 3, 32, 32), 7.0)
+    close(masking.fill_hidden(same, checkerboard(1, 4, 4), "blur"), same)    # the blur of one colour is that colour
+
+
+def test_held_out_images_are_never_trained_on_and_their_number_has_bounds(tmp_path, monkeypatch):
+    for folder, count in (("flat", 100), ("cut/train", 40), ("cut/val", 30)):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / folder / f"{i}.png").touch()
+    for given, share, train, held in (
+        ("flat", 0.02, 84, 16),
+        ("flat", 0.2, 80, 20),
+        ("flat", 0.5, 75, 25),
+        ("flat", 0, 100, 0),
+        ("cut", 0.02, 40, 10),
+        ("shapes", 0.02, 10_000, 200),
+        ("shapes", 0.5, 10_000, 2000),
+    ):
+        args = pretrain.parse(["--data", str(tmp_path / given) if given != "shapes" else given, "--val", str(share)])
+        source, others = pretrain.hold_out(data.open_images(args.data, "train", (32, 32)), args, (32, 32))
+        assert (len(source), len(others) if others else 0) == (train, held), given
+        if others:
+            names = [{s.name(i) for i in range(len(s))} for s in (source, others)]
+            assert given == "shapes" or not names[0] & names[1]
+            assert given != "cut" or all("/val/" in name for name in names[1])
+
+
+def test_the_held_out_loss_is_that_of_each_image_and_the_yardsticks_are_those_painters(few_images, tmp_path):
+    flags = [*TINY, "--val", "0.5", "--epochs", "1"]         # 8 of the 32 validation images
+    run(tmp_path / "run", base=flags)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    noted = [line for line in lines if "held_out" in line]
+    assert [line["step"] for line in noted] == [1, 2, 3, 4]
+    net = A2MIM(build_encoder("deit_tiny", 64, 0.0), 64, mask_cell=16, token="add").eval()
+    net.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
+    val, crop = data.Shapes("val", (64, 64)), data.eval_transform((64, 64))
+    masks = masking.random_mask(8, (4, 4), 0.6, generator=torch.Generator().manual_seed(data.seed_for(0, 1)))
+    total = dict(held_out=0.0, mean_colour=0.0, blur=0.0)
+    for k in range(8):
+        x, hidden = data.normalise(crop(val.read(4 * k))[None]), masking.resize_mask(masks[k:k + 1], (64, 64))[0, 0]
+        with torch.no_grad():
+            painters = dict(held_out=net(x, masks[k:k + 1]), mean_colour=x.mean((2, 3), keepdim=True).expand_as(x),
+                            blur=masking.fill_hidden(x, masks[k:k + 1], "blur"))
+        for name, painted in painters.items():
+            total[name] += (painted - x)[0, :, hidden].abs().mean().item() / 8           # a ViT: plain L1
+    assert {name: noted[-1][name] for name in total} == pytest.approx(total, rel=1e-4)
+    before = read_log(tmp_path / "run")
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "run"), "--resume"])
+    assert read_log(tmp_path / "run") == before              # nothing is measured twice
+
+
+def test_the_verdict_speaks_of_both_yardsticks():
+    assert loss.skill(0.06, 0.06, 0.02).endswith("it has learned nothing yet")
+    assert loss.skill(0.02, 0.06, 0.02) == "0.33 of the mean colour's error, 1.00 of a blur's: " \
+                                           "it interpolates, it does not yet know objects"
+    assert loss.skill(0.01, 0.06, 0.02).endswith("it paints what a blur cannot know")
+
+
+def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, capsys, tmp_path):
+    encoder = build_encoder("deit_tiny", 64)
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
+    run(tmp_path / "run", "--weights", str(tmp_path / "backbone.pt"), "--epochs", "1", "--lr", "0")
+    count = len(encoder.backbone.state_dict())
+    assert f"backbone.pt: {count} tensors loaded; new: none; not used: 0" in capsys.readouterr().err
+    left = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    assert all(torch.equal(value, left[name]) for name, value in encoder.backbone.state_dict().items())
+    code, said = complaint(capsys, *TINY, "--arch", "deit_small", "--weights", tmp_path / "backbone.pt")
+    assert code == 2 and "is it another architecture?" in said
+
+
+def test_a_peak_lr_below_its_floor_is_told(few_images, capsys, tmp_path):
+    run(tmp_path / "run", "--epochs", "1", "--lr", "1e-4")
+    assert "the peak lr, 1.6e-06, is not above its floor, 1e-05: raise --lr" in capsys.readouterr().err
 
 
 # ---- pre-training: the command line ----

@@ -116,6 +116,12 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
                       collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 
 
+def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
+    """Batches that pass once over all of a set: this process takes every world-th image, and none is taken twice."""
+    mine = [(0, i) for i in range(world.rank, count, world.size)]
+    return [mine[i:i + batch] for i in range(0, len(mine), batch)]
+
+
 def colours_last(samples: list[tuple[Tensor, int, int]]) -> list[Tensor]:
     """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned."""
     images, *rest = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
@@ -145,30 +151,41 @@ def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
 
 
 def save_curve(path: Path, log: Path) -> None:
-    """The loss over steps, from log.jsonl: every line in gray, their running mean in blue."""
-    lines = [line for line in read_lines(log) if line["loss"] is not None]
-    steps, losses = [r["step"] for r in lines], [r["loss"] for r in lines]
-    if len(steps) < 2:
+    """The loss over steps, from log.jsonl: every line in gray, their running mean in blue; held-out images in orange.
+
+    Held out, it is the pixel loss; two lines say what painting the mean colour, and a blur of what is seen, costs."""
+    lines = read_lines(log)
+    drawn = [(r["step"], r["loss"]) for r in lines if r.get("loss") is not None]
+    held_out = [(r["step"], r["held_out"]) for r in lines if r.get("held_out") is not None]
+    levels = next(({k: r[k] for k in ("mean_colour", "blur")} for r in lines if "mean_colour" in r), {})
+    if len(drawn) < 2:
         return
     W, H, left, right, top, bottom = 720, 400, 60, 20, 30, 40
-    low, high = min(losses), max(max(losses), min(losses) + 1e-9)
+    first, last, shown = drawn[0][0], drawn[-1][0], [v for _, v in drawn + held_out] + list(levels.values())
+    low, high = min(shown), max(max(shown), min(shown) + 1e-9)
     page = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
 
     def at(step, loss):
-        return (left + (step - steps[0]) / (steps[-1] - steps[0]) * (W - left - right),
+        return (left + (step - first) / (last - first) * (W - left - right),
                 H - bottom - (loss - low) / (high - low) * (H - top - bottom))
 
     for i in range(5):
-        step, loss = steps[0] + i / 4 * (steps[-1] - steps[0]), low + i / 4 * (high - low)
-        draw.line([at(steps[0], loss), at(steps[-1], loss)], "#dddddd")
+        step, loss = first + i / 4 * (last - first), low + i / 4 * (high - low)
+        draw.line([at(first, loss), at(last, loss)], "#dddddd")
         draw.text((left - 6, at(step, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
         draw.text((at(step, loss)[0], H - bottom + 12), f"{step:.0f}", "black", font, anchor="mm")
-    half = max(1, len(losses) // 40)
+    for name, level in levels.items():
+        draw.line([at(first, level), at(last, level)], "#e08a2c")
+        draw.text((W - right, at(last, level)[1] - 7), name.replace("_", " "), "#e08a2c", font, anchor="rm")
+    half, losses = max(1, len(drawn) // 40), [loss for _, loss in drawn]
     smooth = [sum(part) / len(part) for part in (losses[max(0, i - half):i + half + 1] for i in range(len(losses)))]
-    draw.line([at(*p) for p in zip(steps, losses)], "#bbbbbb", 1)
-    draw.line([at(*p) for p in zip(steps, smooth)], "#1f5fbf", 3)
-    draw.text((W / 2, 14), "loss over optimiser steps", "black", font, anchor="mm")
+    draw.line([at(*p) for p in drawn], "#bbbbbb", 1)
+    draw.line([at(step, loss) for (step, _), loss in zip(drawn, smooth)], "#1f5fbf", 3)
+    if len(held_out) > 1:
+        draw.line([at(*p) for p in held_out], "#e08a2c", 3)
+    title = "loss over optimiser steps" + "; orange: pixel loss on held-out images" * bool(held_out)
+    draw.text((W / 2, 14), title, "black", font, anchor="mm")
     page.save(path)
 
 

@@ -206,6 +206,12 @@ class Journal(Signals):
             self.bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
             self.logged_at, self.logged = time.time(), self.done
 
+    def note(self, **values: float) -> None:
+        """A line of its own in log.jsonl, such as the loss on held-out images."""
+        if self.world.rank == 0:
+            line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4))
+            self.write("log.jsonl", append_line, self.log, line | {k: round(v, 6) for k, v in values.items()})
+
     def lr(self) -> float:
         return max(group["lr"] for group in self.keep["optimizer"].param_groups)
 

@@ -120,10 +120,11 @@ def resize_positions(name: str, table: Tensor, backbone: nn.Module) -> Tensor | 
     return table[None] if name.endswith("pos_embed") else table
 
 
-def told(found: dict[str, list[str]], head: set[str]) -> str:
-    """What load_backbone found in a file, in one line. head: the names of the head's weights, if they were taken."""
-    new = ["head"] * (not head) + found["missing"]
-    unused = [name for name in found["skipped"] if name not in head]
+def told(found: dict[str, list[str]], head: set[str] | None = None) -> str:
+    """What load_backbone found in a file, in one line. head: the names of the head's weights that were taken, {} if a
+    fresh one is made; None if none is wanted."""
+    new = ["head"] * (head is not None and not head) + found["missing"]
+    unused = [name for name in found["skipped"] if name not in (head or ())]
     odd = [name for name in unused if not name.startswith(("decoder.", "mask_token.", "neck."))]
     return (f"{len(found['used'])} tensors loaded" + (", and the head" if head else "")
             + (f", {len(found['resized'])} of them resized" if found["resized"] else "")

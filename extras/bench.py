@@ -192,7 +192,8 @@ def a2mim_step(args, arch: str, batch: int, *more: str):
     """pretrain.py's own step, and its run."""
     settings = pretrain.parse(flags(args, arch, batch, *more))
     settings.out, settings.epochs, settings.amp = "unused", 1.0, settings.amp or WORLD.default_amp()
-    run, _ = pretrain.prepare(settings, WORLD, None)
+    settings.val = 0.0
+    run, *_ = pretrain.prepare(settings, WORLD, None)
     run.model.train()
     stream, numbers = forever(batch, args.image_size), itertools.count()
     return lambda: pretrain.train_step(next(numbers), stream, settings, WORLD, run), run
@@ -525,6 +526,8 @@ def processes(table: Table, args) -> None:
             str(12 * batch / 10_000),
             "--log-every",
             "2",
+            "--val",
+            "0",
             "--sheets",
             "2",
             "--workers",

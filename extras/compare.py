@@ -94,7 +94,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
         return (
             f"pretrained/{name}-{seed}",
             "pretrain",
-            f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 "
+            f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 --val 0 "
             f"--epochs {count / unlabelled:.4f} --seed {seed} {flags}",
         )
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 6 --log-every 1 "
-       "--sheets 0 --amp off --workers 2 --save-every 1")
+       "--sheets 0 --amp off --workers 2 --save-every 1 --val 0")
 TUNE = ("--data {classes} --init scratch --arch resnet18 --image-size 32 --batch-size 8 --epochs 6 --log-every 1 "
         "--amp off --workers 2 --save-every 1 --ema 0.9 --mixup 0.5")
 
