@@ -594,7 +594,7 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
 
 def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_images, tmp_path):
     flags = "--data shapes --image-size 64 --batch-size 8 --workers 0 --amp off --epochs 1 --log-every 1".split()
-    arch = ["--arch", "shufflenet_v2_x0_5"]
+    arch = ["--arch", "shufflenet_v2_x0_5", "--val", "0"]
     pretrain.main([*flags, *arch, "--lr", "0.03", "--sheets", "1", "--out", str(tmp_path / "pre")])
     log = read_log(tmp_path / "pre")
     assert len(log) == 4 and (tmp_path / "pre" / "reconstruction-000000.png").exists()
@@ -1194,9 +1194,9 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     }
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
-    quarter = sheet.shape[1] // 4
-    assert np.array_equal(sheet[:, :2 * quarter], first[:, :2 * quarter])  # the same images and masks in every picture
-    assert not np.array_equal(sheet[:, 2 * quarter:], first[:, 2 * quarter:])
+    width = sheet.shape[1] // 5
+    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])      # the same images and masks in every picture
+    assert not np.array_equal(sheet[:, 2 * width : 3 * width], first[:, 2 * width : 3 * width])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
     assert tv.resnet18().load_state_dict(
         torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), strict=False

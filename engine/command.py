@@ -122,16 +122,16 @@ class Signals:
     signal_number = 0
 
     def __enter__(self) -> "Signals":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers_before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number: int, frame) -> None:
+    def on_signal(self, number: int, frame) -> None:
         if self.signal_number and number == signal.SIGINT:
             os._exit(130)
         self.signal_number = number
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
 

@@ -3,9 +3,9 @@
     python extras/paint.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
     python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."      a mask drawn by hand
 
-Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in the hidden cells, and a
-blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training, both
-become multiples of what the model needs; the image need not be square.
+Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in the hidden cells,
+and a blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training,
+both become multiples of what the model needs; the image need not be square.
 """
 
 import argparse
