@@ -1195,7 +1195,7 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     width = sheet.shape[1] // 5
-    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])      # the same images and masks in every picture
+    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])      # same images, same masks
     assert not np.array_equal(sheet[:, 2 * width : 3 * width], first[:, 2 * width : 3 * width])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
     assert tv.resnet18().load_state_dict(
