@@ -3,8 +3,8 @@
     python extras/paint.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
     python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."      a mask drawn by hand
 
-Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in the hidden cells,
-and a blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training,
+Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in hidden cells, and a
+blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training, and
 both become multiples of what the model needs; the image need not be square.
 """
 
