@@ -617,7 +617,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="runs/bench")
     args = parser.parse_args()
     args.batch_size = args.batch_size or (128 if WORLD.on_gpu else 16)
-    WORLD.start()
+    WORLD.take_gpu()
     table, found, began = Table(), [], time.time()
     for name in args.rows:
         found = ROWS[name](table, args) or found
