@@ -125,9 +125,9 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 @dataclass
 class HeldOut:
-    """Images that are not trained on, with masks that never change; this process's part of them."""
+    """Images that are not trained on, with their masks; this process's part of them."""
     images: Tensor                                           # (n, 3, H, W), uint8
-    masks: Tensor                                            # (n, gh, gw)
+    masks: Tensor                                            # (n, gh, gw), always the same
     count: int                                               # of all processes
     mean_colour: float = 0.0                                 # the pixel loss of painting an image's mean colour,
     blur: float = 0.0                                        # and of a blur of its visible pixels
@@ -137,8 +137,9 @@ class HeldOut:
 def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> float:
     """The pixel loss of paint(images, masks) over all held-out images, exact on any number of processes."""
     total = torch.zeros(2, device=world.device)
-    for images, mask in zip(held.images.split(64), held.masks.split(64)):
-        images, mask = normalise(images, world.device), mask.to(world.device)
+    for first in range(0, len(held.images), 64):
+        images, mask = (part[first:first + 64].to(world.device) for part in (held.images, held.masks))
+        images = normalise(images, world.device)             # (B, 3, H, W)
         loss = spatial_loss(paint(images, mask), target_of(images), mask, args.focal_pixels)
         total += torch.stack([loss * len(images), loss.new_tensor(len(images))])
     total = world.mean(total)
@@ -254,7 +255,6 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
         model.compile()
     if world.size > 1:
         net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
-
     groups = parameter_groups(model, args.weight_decay, args.token_lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
@@ -266,8 +266,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     if others:
         mine = every_image_once(len(others), 64, world)
         images = [part[broken < 0] for part, _, broken in make_loader(centred, mine, args.workers, world)]
+        images = torch.cat([previews[:0], *images])          # more processes than images: some have none
         masks = draw_masks(len(others), model.grid, args, world.device, args.seed, 1)[world.rank::world.size]
-        images = torch.cat(images)
         held = HeldOut(images, masks[:len(images)], len(others))
         for name, fill in (("mean_colour", "mean"), ("blur", "blur")):
             setattr(held, name, held_out_loss(lambda x, m, fill=fill: fill_hidden(x, m, fill), held, args, world))
