@@ -22,7 +22,7 @@ SPECTRA = ("batch", "image")
 # ---- over pixels ----
 
 def focal_l1(d: Tensor, alpha: float = 0.2) -> Tensor:
-    """|d| (2 sigmoid(alpha |d|) - 1) = d tanh(alpha d / 2), elementwise, >= 0: small errors count less than in plain |d|.
+    """|d| (2 sigmoid(alpha |d|) - 1) = d tanh(alpha d / 2), elementwise, >= 0: small errors count less than in |d|.
 
     Source: Yang et al. 2021 (gamma 1), as in the released CNN configs; the ViT configs use plain L1."""
     return d * torch.tanh(alpha / 2 * d)

@@ -221,11 +221,11 @@ def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
     count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
     if count == 0:
         return source, None
+    pick = lambda images: np.random.default_rng((args.seed, len(images))).permutation(len(images))
     if args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val")):
         val = open_images(args.data, "val", size, args.data_root)
-        return source, Subset(val, np.arange(min(count, len(val))) * len(val) // min(count, len(val)))
-    order = np.random.default_rng((args.seed, len(source))).permutation(len(source))
-    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+        return source, Subset(val, np.sort(pick(val)[:count]))
+    return Subset(source, np.sort(pick(source)[count:])), Subset(source, np.sort(pick(source)[:count]))
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
