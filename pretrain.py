@@ -192,7 +192,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         if held and (done == steps.total or done and done % min(steps.per_epoch, max(1, steps.total // 10)) == 0):
             model.eval()
             world.share_buffers(model)
-            loss = held_out_loss(lambda images, mask: model(images, mask), held, args, world)
+            loss = held_out_loss(model, held, args, world)
             model.train()
             journal.note(held_out=loss, mean_colour=held.mean_colour, blur=held.blur)
             if done == steps.total:
@@ -200,10 +200,11 @@ def train(args: SimpleNamespace, world: World) -> None:
 
     model.train()
     batches = iter(run.loader)
+    noted = lambda: any("held_out" in line and line["step"] == steps.start for line in read_lines(journal.log))
     with journal:
         picture(steps.start)
-        if not any("held_out" in line and line["step"] == steps.start for line in read_lines(journal.log)):
-            measure(steps.start)                             # the run was stopped between a step and its measure
+        if not world.agree(noted):                           # the run was stopped between a step and its measure
+            measure(steps.start)
         for step in journal.steps():
             for group in run.optimizer.param_groups:
                 base = peak * group["scale"]
@@ -221,11 +222,10 @@ def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
     count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
     if count == 0:
         return source, None
-    pick = lambda images: np.random.default_rng((args.seed, len(images))).permutation(len(images))
-    if args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val")):
-        val = open_images(args.data, "val", size, args.data_root)
-        return source, Subset(val, np.sort(pick(val)[:count]))
-    return Subset(source, np.sort(pick(source)[count:])), Subset(source, np.sort(pick(source)[:count]))
+    apart = args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val"))
+    others = open_images(args.data, "val", size, args.data_root) if apart else source
+    order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
+    return source if apart else Subset(source, np.sort(order[count:])), Subset(others, np.sort(order[:count]))
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
@@ -269,8 +269,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
         images = torch.cat([previews[:0], *images])          # more processes than images: some have none
         masks = draw_masks(len(others), model.grid, args, world.device, args.seed, 1)[world.rank::world.size]
         held = HeldOut(images, masks[:len(images)], len(others))
-        for name, fill in (("mean_colour", "mean"), ("blur", "blur")):
-            setattr(held, name, held_out_loss(lambda x, m, fill=fill: fill_hidden(x, m, fill), held, args, world))
+        filled = lambda fill: lambda x, mask: target_of(fill_hidden(x, mask, fill))
+        held.mean_colour, held.blur = (held_out_loss(filled(fill), held, args, world) for fill in ("mean", "blur"))
     run = Run(steps, loader, model, net, optimizer, scaler, memory_format, broken)
     return run, held, normalise(previews, world.device)
 

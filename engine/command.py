@@ -119,19 +119,19 @@ class Stopped(Exception):
 
 class Signals:
     """Notes SIGTERM and Ctrl-C, so that the step can be finished and saved. A second Ctrl-C ends it at once."""
-    signal_number = 0
+    number = 0                                               # of the last one, 0 = none yet
 
     def __enter__(self) -> "Signals":
-        self.handlers_before = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def on_signal(self, number: int, frame) -> None:
-        if self.signal_number and number == signal.SIGINT:
+    def note(self, number: int, frame) -> None:
+        if self.number and number == signal.SIGINT:
             os._exit(130)
-        self.signal_number = number
+        self.number = number
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.handlers_before.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
 

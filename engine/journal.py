@@ -115,7 +115,7 @@ def steps_per_epoch(images: int, global_batch: int) -> int:
 
 # ---- during the run ----
 
-class Journal(Signals):
+class Journal:
     """What happens around every step of a run: it is counted, logged, saved, and stopped if a signal came.
 
         with Journal(...) as journal:
@@ -139,15 +139,15 @@ class Journal(Signals):
         count = lambda n: torch.tensor(n, device=world.device)
         self.in_a_row, self.skipped, self.last_loss = count(0), count(saved["skipped"] if saved else 0), "none yet"
         self.saved_at = self.logged_at = time.time()
-        self.logged = self.done
+        self.logged, self.signals = self.done, Signals()
 
     def __enter__(self) -> "Journal":
-        super().__enter__()
+        self.signals.__enter__()
         self.bar = tqdm(total=self.plan.total, initial=self.done, unit="step", disable=self.world.rank != 0)
         return self
 
     def __exit__(self, *error) -> None:
-        super().__exit__()
+        self.signals.__exit__(*error)
         self.bar.close()
 
     def steps(self):
@@ -168,7 +168,7 @@ class Journal(Signals):
         epoch_ends = done % plan.per_epoch == 0 or done == plan.total
         logs = done % args.log_every == 0 or epoch_ends or done == 1
         streak = int(self.in_a_row) if logs or not self.world.on_gpu else 0  # a GPU is waited for only when logging
-        stop, streak = self.world.largest(self.signal_number, streak)
+        stop, streak = self.world.largest(self.signals.number, streak)
         if streak >= 10:
             raise Failed(self.not_finite(streak))
         if logs:

@@ -19,11 +19,11 @@ from torchvision.transforms.v2 import functional as tvf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Shapes, denormalise, eval_transform, normalise
-from engine.files import load_checked
 from engine.images import read_image
+from extras.paint import load_model
 from loss import residual
 from masking import fill_hidden, random_mask
-from model import A2MIM, build_encoder, family
+from model import A2MIM, family
 
 WIDTH, HEIGHT, MARGIN, GAP, MIDDLE = 1200, 376, 18, 30, 180  # the page, and the height of the arrows on it
 BIG, SMALL = 168, 120                                        # sides of pictures
@@ -113,13 +113,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.checkpoint.is_file():
         sys.exit(f"figure.py: error: {args.checkpoint}: no such checkpoint; run python pretrain.py first")
-    state = load_checked(args.checkpoint)
-    run = SimpleNamespace(**state["args"])
+    try:
+        model, run = load_model(str(args.checkpoint))
+    except ValueError as error:
+        sys.exit(f"figure.py: error: {error}")
     if not family(run.arch).convolutional:
         sys.exit(f"figure.py: error: {args.checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
-    encoder = build_encoder(run.arch, run.image_size, run.drop_path)
-    model = A2MIM(encoder, run.image_size, run.mask_cell, run.mask_stage, run.token, run.fill).eval()
-    model.load_state_dict(state["model"])
     fit, drawn = eval_transform(model.image_size), Shapes("val", model.image_size)
     image = fit(read_image(args.image)) if args.image else drawn.read(args.index)
     mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
