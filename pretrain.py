@@ -54,12 +54,14 @@ EXCEPTIONS = {  # as released
     "deit_small": dict(image_size=192, lr=2e-4, schedule="cosine", mask_stage=8),        # before the eighth block
     "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
-SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
-# The demo has minutes: a small net at a high lr, and small cells. Its batches are small, too: the mean residual of
-# 16 images says little, so it takes one spectrum per image (see loss.fourier_loss).
-DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image",
-            log_every=5)
-DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)       # if it is a ResNet, as it is without --arch
+BASELINES = {None: {},                                       # the comparison
+             "simmim": dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)}
+# A few thousand images (no paper's; found on photographs and clip art): the lr is a peak, as one that shrinks with the
+# batch comes to nothing. Small batches: the mean residual of 32 images says little, so each image has its spectrum.
+SMALL = dict(spectrum="image", token_lr=1.0, schedule="cosine")
+SMALL_PEAK = {"resnet": 3e-3, "convnext": 1e-3, "vit": 1e-3, "swin": 1e-3, "torchvision": 1e-3}
+SMALL_STEPS, FEW_STEPS, FEW_IMAGES = 1500, 500, 100_000      # how long; and what is small: shorter epochs, fewer images
+DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1, global_batch=16, log_every=5)
 
 
 # ---- one step ----
@@ -167,8 +169,9 @@ def train(args: SimpleNamespace, world: World) -> None:
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
     millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
-    if peak <= args.min_lr:
-        world.say(f"the peak lr, {peak:.1e}, is not above its floor, {args.min_lr:g}: raise --lr (per 512 images)")
+    if peak * steps.total < 0.1:                             # about as far as AdamW can move a weight
+        world.say(f"the peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight will move further "
+                  f"than that, and little will be learned; raise --lr (per 512 images) or --epochs")
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
               f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
@@ -217,6 +220,30 @@ def train(args: SimpleNamespace, world: World) -> None:
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
+def choose_recipe(args: SimpleNamespace, world: World, images: int, steps: Steps, shapes: list[torch.Size]) -> None:
+    """--recipe, if none was typed, and into args what `small` has and nobody typed. shapes: Encoder.shapes."""
+    kind, (H, W), (cell, stage) = family(args.arch), shapes[0][2:], (args.mask_cell, args.mask_stage)
+    if args.recipe is None:
+        few = steps.per_epoch < FEW_STEPS and images < FEW_IMAGES
+        args.recipe = "small" if few else "imagenet"
+        if few:
+            world.say(f"{images} images, an epoch of {steps.per_epoch} steps: --recipe small; the released one is "
+                      f"--recipe imagenet")
+    if args.recipe == "imagenet":
+        return
+    unit = args.patch_size if kind.name == "vit" else 8      # px
+    fits = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0]
+    if "mask_cell" not in args.given and fits:
+        cell = min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))     # about a sixth of the side
+    if kind.convolutional:                                   # as deep as a feature is at most half a cell
+        stage = max(k for k, shape in enumerate(shapes[:-1]) if H // shape[2] <= max(1, cell // 2))
+    peak = SMALL_PEAK[kind.name]
+    small = dict(SMALL, lr=peak * 512 / steps.global_batch, min_lr=peak / 100, epochs=SMALL_STEPS / steps.per_epoch,
+                 mask_cell=cell, mask_stage=stage)
+    kept = {*args.given, *(DEMO if args.demo else {}), *BASELINES[args.baseline]}
+    vars(args).update({name: value for name, value in small.items() if name not in kept})
+
+
 def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
     """(images to train on, images held out): of val/ if there is one, else drawn by the seed; 16 to 2,000 of them."""
     count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
@@ -232,16 +259,19 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
     pictures. Raises ValueError if they do not fit."""
     size = (args.image_size, args.image_size)
-    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
     source, others = hold_out(open_images(args.data, "train", size, args.data_root), args, size)
     steps = Steps.plan(args, world, len(source), saved)
+    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
+    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    if not saved:
+        choose_recipe(args, world, len(source), steps, encoder.shapes(size))
+        steps = Steps.plan(args, world, len(source), saved)
+    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
     loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, args.workers, world)
 
-    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
     if args.weights and not saved:
         world.say(f"{args.weights}: {told(load_backbone(encoder, args.weights))}")
     model = A2MIM(encoder, image_size=size, mask_cell=args.mask_cell, mask_stage=args.mask_stage, token=args.token,
@@ -317,6 +347,8 @@ FLAGS = {
         "log_weight": (True, yes_no, "log(1 + |D|^alpha) as frequency weight"),
         "focal_pixels": (True, yes_no, "focal L1 over pixels, or plain L1")},
     "optimiser": {
+        "recipe": (None, ("imagenet", "small"), "as released, or for a few thousand images (small, if an epoch is "
+                   f"shorter than {FEW_STEPS} steps)"),
         "epochs": (300, number(float, 0.001, MAX_EPOCHS), "passes over the data; a fraction such as 0.5 too"),
         "batch_size": (None, count, "images per process and forward pass (GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),
@@ -338,10 +370,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     given = vars(parser.parse_args(argv))
     demo = DEMO if "data" not in given else {}
     arch = given.get("arch", demo.get("arch", DEFAULTS["arch"]))
-    kind = family(arch).name
-    demo = {**demo, **(DEMO_RESNET if demo and kind == "resnet" else {})}
-    baseline = SIMMIM if given.get("baseline") == "simmim" else {}
-    recipe = {**RECIPES[kind], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
+    baseline = BASELINES[given.get("baseline")]
+    recipe = {**RECIPES[family(arch).name], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
     more = dict(program="pretrain.py", given=given, demo=bool(demo))
     return SimpleNamespace(**{**DEFAULTS, "arch": arch, **recipe, **given}, **more)
 

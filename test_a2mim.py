@@ -1373,7 +1373,7 @@ def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, caps
 
 def test_a_peak_lr_below_its_floor_is_told(few_images, capsys, tmp_path):
     run(tmp_path / "run", "--epochs", "1", "--lr", "1e-4")
-    assert "the peak lr, 1.6e-06, is not above its floor, 1e-05: raise --lr" in capsys.readouterr().err
+    assert "the peak lr 1.6e-06 x 1 steps = 2e-06" in capsys.readouterr().err
 
 
 # ---- pre-training: the command line ----

@@ -44,10 +44,6 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple
         if "data" not in args.given:
             raise ValueError(f"--resume: no checkpoint in {args.out}; give --data and the flags of the run to start it")
         world.say(f"{args.out}: no checkpoint yet, starting from the beginning")
-    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        if "warmup_epochs" in args.given:
-            raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
-        args.warmup_epochs = None                            # a short run of a long recipe: a tenth of it
     return args, saved
 
 
@@ -88,6 +84,10 @@ class Steps:
     @classmethod
     def plan(cls, args: SimpleNamespace, world: World, images: int, saved: dict | None) -> "Steps":
         """From the flags and the number of images. Raises ValueError if the data set is smaller than one step."""
+        if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+            if "warmup_epochs" in args.given:
+                raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
+            args.warmup_epochs = None                        # a short run of a long recipe: a tenth of it
         if args.global_batch and not args.batch_size and args.global_batch % world.size:
             raise ValueError(f"{world.size} processes do not divide the global batch of {args.global_batch}; "
                              f"give --batch-size, images per process")

@@ -1,18 +1,21 @@
-"""What is pre-training worth? One command: pre-train, fine-tune and probe on the drawn `shapes`, several seeds.
+"""What is pre-training worth? One command: pre-train, fine-tune and probe, several seeds, on drawn or real images.
 
-    python extras/compare.py                            ResNet-18, 3 seeds, under 40 minutes on 2 CPU cores
+    python extras/compare.py                            ResNet-18 on `shapes`, an hour on 2 CPU cores
     python extras/compare.py --arch deit_tiny           a small Transformer
-    python extras/compare.py --data /path/to/classes    on real images; --quick: the same in small, under 5 minutes
+    python extras/compare.py --data /path/to/classes    real images: train/<class>/, val/<class>/; recipe small
+    python extras/compare.py --quick                    the same in small, under 5 minutes
 
 Arms, all fine-tuned alike: from A2MIM, from SimMIM (`--baseline simmim`), from scratch, and from scratch with the
-compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN; then the paper's ablations,
-one change at a time. Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or
-finetune.py with its own folder; a second start runs only what is missing.
+compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN, where "scratch" are random
+features. Differences are paired by seed, with a 95 % interval. Then the paper's ablations, one change at a time.
+Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or finetune.py with its own
+folder; a second start runs only what is missing.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -34,11 +37,12 @@ from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
 
-PRETRAIN = {  # the same for A2MIM and SimMIM; lr per 512 images
-    "resnet": "--mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
-    "convnext": "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
-    "vit": "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine --drop-path 0",
-    "swin": "--mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
+PRETRAIN = {  # on shapes, the same for A2MIM and SimMIM; lr per 512 images
+    "resnet": "--recipe imagenet --mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
+    "convnext": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
+    "vit": "--recipe imagenet --patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine "
+           "--drop-path 0",
+    "swin": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
 }
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"  # the same for every arm
 PROBE = ("--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine "
@@ -208,12 +212,22 @@ def say(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t, 97.5 %, for 1 to 9 degrees of freedom
+
+
+def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of a - b, paired by seed: a 95 % interval by Student's t. Without pairs it has no ends."""
+    gains = [x - y for x, y in zip(a, b)]
+    mean, pairs = statistics.mean(gains), len(gains)
+    half = T95[min(pairs, 10) - 2] * statistics.stdev(gains) / math.sqrt(pairs) if pairs > 1 else math.inf
+    return mean, mean - half, mean + half
+
+
 def verdict(name: str, a: list[float], b: list[float], other: str) -> str:
-    """One plain sentence: is `a` above `b`, and is that more than the spread of the seeds?"""
-    gain = statistics.mean(a) - statistics.mean(b)
-    noise = sum(statistics.stdev(v) for v in (a, b)) if min(len(a), len(b)) > 1 else float("inf")
-    word = "better than" if gain > noise else "worse than" if gain < -noise else "not clearly different from"
-    return f"- {name}: {word} {other} ({gain:+.1f} points)"
+    """One plain sentence: is `a` above `b`? Only if the interval of the difference excludes 0."""
+    gain, low, high = interval(a, b)
+    word = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
+    return f"- {name}: {word} {other} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {len(a)} seeds)"
 
 
 def summary(args: SimpleNamespace, out: Path) -> str:
