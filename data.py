@@ -21,7 +21,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
 from engine.files import printable
-from engine.images import SUFFIXES, list_images, read_image, split_folder
+from engine.flags import pair
+from engine.images import SUFFIXES, centre, list_images, read_image, split_folder
 from engine.journal import steps_per_epoch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, one number per channel
@@ -251,8 +252,7 @@ class Subset:
     """Some images of a source: those at `indices`."""
 
     def __init__(self, source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.classes, self.labels = source.classes, source.labels[indices]
+        self.source, self.indices, self.classes, self.labels = source, indices, source.classes, source.labels[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -265,13 +265,14 @@ class Subset:
 
 
 class CropAndFlip(v2.RandomResizedCrop):
-    """torchvision's random crop of at least `scale` of the area, resized, and flipped with even odds.
+    """torchvision's random crop of at least `scale` of the area, 3/4 to 4/3 as wide as `image_size`, resized, flipped.
 
     uint8 (3, H, W) in and out. Antialiased; bilinear in pre-training, bicubic in fine-tuning, as released. The flip
     comes before the resize: the part is copied anyway, into the memory order that the uint8 resize is fast in."""
 
     def __init__(self, image_size: tuple[int, int], scale: float, interpolation=InterpolationMode.BILINEAR):
-        super().__init__(image_size, (scale, 1.0), interpolation=interpolation, antialias=True)
+        wide = image_size[1] / image_size[0]
+        super().__init__(image_size, (scale, 1.0), (3 / 4 * wide, 4 / 3 * wide), interpolation, antialias=True)
 
     def forward(self, image: Tensor) -> Tensor:
         part = tvf.crop(image, **self.make_params([image]))  # (3, h, w), a view
@@ -280,18 +281,17 @@ class CropAndFlip(v2.RandomResizedCrop):
         return tvf.resize(part, self.size, self.interpolation, antialias=True)[0]
 
 
-def eval_transform(image_size: tuple[int, int], crop: float = 0.875) -> v2.Transform:
-    """The centre, `crop` of the shorter side once resized. uint8 in and out."""
-    short = round(max(image_size) / crop)
-    return v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(image_size)])
+def eval_transform(image_size: tuple[int, int], crop: float = 0.875):
+    """The centre of an image that was resized to just cover (H, W) / crop: nothing is padded. uint8 in and out."""
+    return functools.partial(centre, image_size, tuple(round(side / crop) for side in image_size))
 
 
 class Samples(Dataset):
     """source + transform, indexed by (visit, index): gives (image, index of that image, broken).
 
     visit: how often the image was seen before; the epoch, if there are no repeats. The transform's randomness comes
-    from (seed, visit, index) and nothing else. An image that cannot be read gives way to the next one
-    that can; `broken` is then the index of the bad one, else -1."""
+    from (seed, visit, index) and nothing else. An image that cannot be read gives way to the next one that can;
+    `broken` is then the index of the bad one, else -1."""
 
     def __init__(self, source, transform: v2.Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -392,7 +392,7 @@ class RandAugment(nn.Module):
 
 def augment(args: SimpleNamespace) -> v2.Transform:
     """Training augmentation of one image, uint8 in and out: crop, flip, RandAugment, colour jitter."""
-    steps = [CropAndFlip((args.image_size, args.image_size), args.crop_min, InterpolationMode.BICUBIC)]
+    steps = [CropAndFlip(pair(args.image_size), args.crop_min, InterpolationMode.BICUBIC)]
     if args.randaug:
         steps.append(RandAugment(args.randaug))
     if args.jitter:

@@ -26,8 +26,8 @@ from data import (NAMED, Batches, Samples, augment, eval_transform, normalise, o
                   some_labels)
 from engine.command import World, command_line
 from engine.files import make_folder, save_atomically
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked, defaults, number,
-                          path, remembered)
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
+                          pair, path, remembered, told_size)
 from engine.images import Broken, every_image_once, make_loader, save_confusion
 from engine.journal import Journal, Steps, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
@@ -133,7 +133,7 @@ def train(args: SimpleNamespace, world: World) -> None:
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
-    labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, "
+    labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {told_size(args.image_size)}, "
     how = "evaluation only" if args.eval_only else f"recipe {args.recipe}"
     world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {labelled}{len(run.classes)} classes, "
               f"{len(run.val_labels)} images for validation\n"
@@ -181,7 +181,7 @@ def trains(args: SimpleNamespace) -> bool:
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
-    size, test = (args.image_size,) * 2, (args.test_size or args.image_size,) * 2
+    size, test = pair(args.image_size), pair(args.test_size or args.image_size)          # (H, W)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True, labelled=True)))
     source = open_images(args.data, "train", size, args.data_root, labelled=True)
@@ -190,7 +190,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         more = ", ..." if len(odd) > 3 else ""
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")
     if test != size and (family(args.arch).name == "vit" or args.arch.startswith("maxvit")) and trains(args):
-        raise ValueError(f"--test-size {test[0]}: {args.arch} has one grid of positions; use --image-size, {size[0]}")
+        raise ValueError(f"--test-size of {told_size(test)}: {args.arch} has one grid of positions; use that of "
+                         f"--image-size, {told_size(size)}")
     if len(val) < world.size:
         raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
     source = some_labels(source, args.labels, args.seed)
@@ -323,9 +324,9 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), f"labelled images (train/ and val/, or class folders), or {', '.join(NAMED)}"),
         "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count such as 20/class"),
-        "image_size": (None, number(int, 1, MAX_SIDE), "side of the square crop (as pre-trained, else 224)"),
-        "test_size": (None, number(int, 1, MAX_SIDE), "side of the test crop (--image-size)"),
-        "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized shorter side"),
+        "image_size": (None, SIDES, "side of the square crop, or its height and width (as pre-trained, else 224)"),
+        "test_size": (None, SIDES, "the same of the test crop (--image-size)"),
+        "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized image, which covers it"),
         **DATA_FLAGS},
     "augmentation": {
         "crop_min": (0.5, number(float, 0.01, 1), "smallest area of the random crop"),

@@ -24,7 +24,8 @@ import masking
 from data import (NAMED, Batches, CropAndFlip, Samples, Subset, denormalise, eval_transform, normalise,
                   open_images, seed_for)
 from engine.command import World, command_line
-from engine.flags import AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, Parser, checked, defaults, number, path
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, Parser, checked, defaults, number, pair,
+                          path, told_size)
 from engine.files import read_lines
 from engine.images import Broken, every_image_once, make_loader, save_sheet, split_folder
 from engine.journal import Journal, Steps, open_run
@@ -170,7 +171,7 @@ def train(args: SimpleNamespace, world: World) -> None:
     if peak <= args.min_lr:
         world.say(f"the peak lr, {peak:.1e}, is not above its floor, {args.min_lr:g}: raise --lr (per 512 images)")
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
-              f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
+              f"{args.data}: {len(run.broken.source)} images at {told_size(args.image_size)}, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
@@ -231,7 +232,7 @@ def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
     """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
     pictures. Raises ValueError if they do not fit."""
-    size = (args.image_size, args.image_size)
+    size = pair(args.image_size)                             # (H, W)
     hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
@@ -286,7 +287,7 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), or "
                  f"{', '.join(NAMED)}; none: the demo"),
-        "image_size": (224, number(int, 1, MAX_SIDE), "side of the square crop"),
+        "image_size": (224, SIDES, "side of the square crop, or its height and width"),
         "val": (0.02, number(float, 0, 0.5), "share of images held out (of val/ if it is there), to see what the loss "
                 "is worth; 0 = none"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .command import Failed, Signals, Stopped, World
 from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
+from .flags import told_size
 from .images import save_curve
 
 # ---- the start of a run ----
@@ -243,5 +244,5 @@ class Journal:
         except (RuntimeError, ValueError, KeyError):
             made = saved["args"]
             raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
-                             f"{made.get('image_size')} px); resume with the run's own flags, or choose another --out"
-                             ) from None
+                             f"{told_size(made.get('image_size', 0))}); resume with the run's own flags, or choose "
+                             f"another --out") from None
