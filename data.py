@@ -43,7 +43,7 @@ def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 on `device`, with MEAN and STD."""
     mean, std = (255 * v for v in mean_and_std(torch.device(device)))
-    return images.to(device, non_blocking=True).float().sub_(mean).div_(std)
+    return images.to(device, non_blocking=mean.is_cuda).float().sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         images, index, broken = next(batches)
         run.broken.note(broken)
         images = erase(normalise(images, world.device), args.erasing)        # (B, 3, H, W)
-        labels = run.labels[index].to(world.device, non_blocking=True)       # (B,)
+        labels = run.labels[index].to(world.device, non_blocking=world.on_cuda)       # (B,)
         images, targets = mix_batch(images, labels, len(run.classes), args.mixup, args.cutmix)
         images = images.contiguous(memory_format=run.memory_format)
         sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
@@ -124,10 +124,9 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
@@ -217,10 +216,10 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     head = load_head(model, args.weights) if args.eval_only else set()
     if args.weights and not saved:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights), head))
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(world.device).to(memory_format=memory_format)
-    if world.size > 1 and world.on_gpu:
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
         model.compile()
@@ -229,7 +228,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
 
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
     make = {"lamb": Lamb, "sgd": partial(torch.optim.SGD, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)}
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)}
     optimizer = make[args.optimizer](groups, lr=0.0)         # the lr comes with each step
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
@@ -246,8 +245,8 @@ def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
 
     confusion (C, C): images of each class (row) by prediction (column)."""
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
-    counts = torch.cat([confusion, (best == labels[:, None]).sum()[None]]).double()
-    counts = (world.mean(counts) * world.size).round().long().cpu()
+    counts = torch.cat([confusion, (best == labels[:, None]).sum()[None]]).cpu().double()
+    counts = (world.mean(counts) * world.size).round().long()
     confusion, images = counts[:-1].view(classes, classes), counts[:-1].sum().item()
     top1, top5 = confusion.diag().sum().item() / images, counts[-1].item() / images
     return dict(top1=top1, top5=top5, images=images, confusion=confusion)

@@ -151,10 +151,9 @@ def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> 
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
@@ -247,17 +246,17 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
         world.say(f"{args.weights}: {told(load_backbone(encoder, args.weights))}")
     model = A2MIM(encoder, image_size=size, mask_cell=args.mask_cell, mask_stage=args.mask_stage, token=args.token,
                   fill=args.fill).to(world.device)
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(memory_format=memory_format)
-    if world.size > 1 and world.on_gpu:
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
         model.compile()
     if world.size > 1:
         net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.token_lr)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = Broken(source, args.max_bad, args.out)

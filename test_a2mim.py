@@ -33,7 +33,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import files, images, journal, optim, weights
+from engine import command, files, images, journal, optim, weights
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -2263,6 +2263,74 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2 and words in said and said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
+
+
+# ---- devices that are not here ----
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes torch see an accelerator, or none. Nothing can run on it."""
+    def see(kind):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *given, **more: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        if kind != "cpu":
+            monkeypatch.setattr(getattr(torch, kind), "set_device", lambda device: None, raising=False)
+        return command.World()
+    return see
+
+
+@pytest.mark.parametrize("kind, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl"),
+                                           ("mps", "gloo"), ("cpu", "gloo")])
+def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, backend, pretend, few_images, tmp_path):
+    world = pretend(kind)
+    world.take_gpu()
+    assert world.device == torch.device(kind, 0) if kind != "cpu" else world.device == torch.device("cpu")
+    assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
+    if kind in ("mps", "xpu"):
+        assert world.default_amp() == "off"
+    args = pretrain.parse([*TINY, "--arch", "resnet18", "--mask-cell", "32", "--out", str(tmp_path)])
+    args.amp, world.device = "off", torch.device("cpu")      # its switches, on what is here
+    run, *_ = pretrain.prepare(args, world, None)
+    assert run.optimizer.defaults["fused"] == (kind != "mps")
+    assert run.loader.pin_memory == (kind == "cuda")
+    assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
+    tuning = finetune.parse([*SMALL, "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path)])
+    tuned = finetune.prepare(tuning, world, None)
+    assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
+    world.use(kind)
+    world.take_gpu("cpu")                                    # asked for
+    assert not world.on_gpu and world.device == torch.device("cpu") and world.backend == "gloo"
+
+
+def test_a_device_that_cannot_be_used_gets_one_line(pretend, few_images, capsys, monkeypatch, tmp_path):
+    for here, asked, more, words in (
+        ("cpu", "cuda", {}, "--device cuda: torch sees no accelerator on this machine; use --device cpu"),
+        ("mps", "cuda", {}, "--device cuda: torch sees mps on this machine; use --device mps"),
+        ("mps", None, dict(size=2), "2 processes on mps: one only; start it without torchrun, or use --device cpu"),
+        ("xpu", None, dict(size=3, local_size=3), "--nproc_per_node=3: this machine has 2 GPUs"),
+    ):
+        world = pretend(here)
+        vars(world).update(more)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            world.take_gpu(asked)
+    monkeypatch.setattr(torch, "__version__", "2.7.1+old")
+    with pytest.raises(ValueError, match=re.escape("--device mps: needs torch 2.8, this is 2.7.1+old")):
+        pretend("mps").take_gpu()
+    pretend("mps").take_gpu("cpu")
+    pretend("cpu")
+    code, said = complaint(capsys, *TINY, "--device", "xpu", "--out", tmp_path / "run")
+    assert code == 2 and "--device xpu: torch sees no accelerator" in said and said.count("\n") == 1
+    out_of = RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB")
+    code, line = command.what_went_wrong(out_of, command.World())
+    assert code == 1 and line.startswith("not enough memory (MPS backend out of memory")
+
+
+def test_the_device_is_not_remembered(few_images, tmp_path):
+    """A run may go on elsewhere: args.json says where it ran, the checkpoint does not ask for it again."""
+    _, checkpoint = run(tmp_path / "run", "--epochs", "1", "--device", "cpu")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
+    assert "device" not in checkpoint["args"]
 
 
 # ---- faults ----

@@ -121,7 +121,7 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
                       collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 
 

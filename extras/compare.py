@@ -362,7 +362,7 @@ def main() -> None:
     args.seeds = 1 if args.quick else args.seeds
     args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
     out = Path(args.out)
     try:
         chains = plan(args)
