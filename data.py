@@ -57,24 +57,26 @@ def denormalise(images: Tensor) -> Tensor:
 class Folder:
     """Images below `root`, cut as ImageNet is (train/, val/, in any capitals), or in class folders, or just there.
 
-    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root. `labels` are the indices
-    of the first-level folders in sorted order; a flat folder is one class. Raises ValueError if there is no image."""
+    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root, as for 'all'. `labels` are
+    the indices of the first-level folders ('all': of those in train/ and val/) in sorted order; a flat folder is one.
+    Raises ValueError if there is no image."""
 
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
-        if split_folder(root, "train"):
+        cut = split_folder(root, "train") is not None
+        if cut and split != "all":
             inside = split_folder(root, split)
             if inside is None:
                 raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
-            root = inside
+            root, cut = inside, False
         names = list_images(root)
         if not names:
             raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
-        folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        folders = [name.split(os.sep)[cut:-1] for name in names]
+        folders = [inside[0] if inside else "" for inside in folders]
         classes = sorted(set(folders))
-        self.classes = [printable(name) for name in classes]
-        self.root = root
+        self.classes, self.root = [printable(name) for name in classes], root
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(classes, folders)
@@ -193,8 +195,7 @@ class Shapes:
 
     def read(self, index: int) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
-        H, W = self.size
-        side = min(H, W)
+        (H, W), side = self.size, min(self.size)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
         canvas = _texture(rng, x, y, ground)
@@ -223,7 +224,7 @@ class Shapes:
 
 def open_images(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets",
                 download: bool = False, labelled: bool = False):
-    """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: 'train' or 'val'.
+    """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: see Folder.
 
     data: a folder (see Folder) or one of NAMED. With `labelled`, a folder needs two classes, and one without train/ and
     val/ is split: of each class every fifth image is held out. Raises ValueError if it is not there or not labelled."""
@@ -234,9 +235,8 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
     source = Folder(Path(data), split)
     if labelled:
         folders = sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith("."))
-        for folder in map(printable, folders):
-            if folder not in source.classes:
-                raise ValueError(f"--data {source.root}: the class folder {folder}/ holds no images; fill or remove it")
+        if empty := [folder for folder in map(printable, folders) if folder not in source.classes]:
+            raise ValueError(f"--data {source.root}: the class folder {empty[0]}/ holds no images; fill or remove it")
     if labelled and (len(source.classes) < 2 or "" in source.classes):
         raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected "
                          f"{data}/train/<class>/*.jpg or {data}/<class>/*.jpg")

@@ -1,4 +1,4 @@
-"""Fine-tuning: what pre-trained weights are worth on a labelled set. Linear and k-NN probes, and plain evaluation, too.
+"""Fine-tuning: what pre-trained weights are worth on a labelled set. Probes, features and plain evaluation, too.
 
     python finetune.py --weights runs/shapes-resnet18/backbone.pt --data shapes --labels 0.05      after the demo
     torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data /path/to/imagenet --recipe rsb_a2
@@ -8,7 +8,6 @@ weights under torchvision's names, head included), result.json (accuracies, per 
 """
 
 import contextlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,10 @@ from engine.command import World, command_line
 from engine.files import make_folder, save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
                           pair, path, remembered, told_size)
-from engine.images import Broken, every_image_once, make_loader, save_confusion
+from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
+from engine.results import report, score, write_features
 from engine.weights import load_backbone, load_head, told
 from loss import class_loss, erase, mix_batch
 from model import Classifier, build_encoder, family
@@ -53,6 +53,7 @@ RECIPES = {
     "linear":   dict(LONG, frozen=True, epochs=100, optimizer="sgd", lr=30.0, lr_batch=256, weight_decay=0.0,
                      schedule="probe", warmup_epochs=0, smoothing=0.0),
     "knn":      dict(frozen=True),
+    "features": dict(frozen=True),
 }
 EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
     ("rsb_a2", "resnet101"): dict(ema=0.0, drop_path=0.1),
@@ -133,12 +134,16 @@ def train(args: SimpleNamespace, world: World) -> None:
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
     labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {told_size(args.image_size)}, "
+    holds = f"{labelled}{len(run.classes)} classes, {len(run.val_labels)} images for validation"
+    if args.recipe == "features":
+        holds = f"{len(run.labels)} images at {told_size(args.test_size or args.image_size)}"
     how = "evaluation only" if args.eval_only else f"recipe {args.recipe}"
-    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {labelled}{len(run.classes)} classes, "
-              f"{len(run.val_labels)} images for validation\n"
+    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {holds}\n"
               f"{how}; {world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
     if not trains(args):
         make_folder(args, world, run.steps.global_batch)
+        if args.recipe == "features":
+            return features(run.tested, args, world, run)
         measure = evaluate if args.eval_only else neighbours
         return report(measure(run.tested, args, world, run), args, world, run)
 
@@ -175,16 +180,18 @@ def train(args: SimpleNamespace, world: World) -> None:
 
 
 def trains(args: SimpleNamespace) -> bool:
-    return not args.eval_only and args.recipe != "knn"
+    return not args.eval_only and args.recipe not in ("knn", "features")
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size, test = pair(args.image_size), pair(args.test_size or args.image_size)          # (H, W)
+    alone, named = args.recipe == "features", args.data in NAMED             # one set of images, labelled or not
+    look = partial(open_images, args.data, root=args.data_root, labelled=named or not alone)
     if args.download:                                        # one process fetches for all
-        world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True, labelled=True)))
-    source = open_images(args.data, "train", size, args.data_root, labelled=True)
-    val = open_images(args.data, "val", test, args.data_root, labelled=True)
+        world.agree(lambda: len(look("train", size, download=True)))
+    source = look("all" if alone and not named else "train", size)
+    val = source if alone else look("val", test)
     if odd := sorted(set(source.classes) ^ set(val.classes)):
         more = ", ..." if len(odd) > 3 else ""
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")
@@ -192,7 +199,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         raise ValueError(f"--test-size of {told_size(test)}: {args.arch} has one grid of positions; use that of "
                          f"--image-size, {told_size(size)}")
     if len(val) < world.size:
-        raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
+        raise ValueError(f"--data {args.data}: {len(val)} {'' if alone else 'validation '}images are too few for "
+                         f"{world.size} processes")
     source = some_labels(source, args.labels, args.seed)
     labels, val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(val.labels).long()
     if not trains(args):
@@ -213,7 +221,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
     encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window)
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
-    head = load_head(model, args.weights) if args.eval_only else set()
+    head = load_head(model, args.weights) if args.eval_only else None if alone else set()
     if args.weights and not saved:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights), head))
     channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
@@ -240,28 +248,17 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
 
 # ---- evaluation ----
 
-def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
-    """The counts of all processes, added up: {'top1', 'top5', 'images', 'confusion'}. best (N, 5), likeliest first.
-
-    confusion (C, C): images of each class (row) by prediction (column)."""
-    confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
-    counts = torch.cat([confusion, (best == labels[:, None]).sum()[None]]).cpu().double()
-    counts = (world.mean(counts) * world.size).round().long()
-    confusion, images = counts[:-1].view(classes, classes), counts[:-1].sum().item()
-    top1, top5 = confusion.diag().sum().item() / images, counts[-1].item() / images
-    return dict(top1=top1, top5=top5, images=images, confusion=confusion)
-
-
 def outputs(f, loader: DataLoader, labels: Tensor, args, world: World, run: Run) -> tuple[Tensor, Tensor]:
     """f(images) in float32 and the labels, over this process's part of a set, without unreadable ones: (N, C), (N,)."""
-    parts, left_out = [], 0
+    parts, bad = [], [torch.zeros(0, dtype=torch.long)]
     for images, index, broken in loader:
-        images, index, left_out = images[broken < 0], index[broken < 0], left_out + int((broken >= 0).sum())
+        images, index, bad = images[broken < 0], index[broken < 0], [*bad, broken[broken >= 0]]
         with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
             z = f(normalise(images, world.device).contiguous(memory_format=run.memory_format))
         parts.append((z.float(), labels[index].to(world.device)))
-    if left_out:
-        world.say(f"{left_out} images cannot be read and are left out of the count")
+    if bad := sorted(world.gather(torch.cat(bad)).tolist()):
+        names = ", ".join(loader.dataset.source.name(i) for i in bad[:3]) + ", ..." * (len(bad) > 3)
+        world.say(f"{len(bad)} images cannot be read and are left out: {names}")
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -298,18 +295,12 @@ def neighbours(model: Classifier, args: SimpleNamespace, world: World, run: Run,
     return score(votes.topk(min(5, classes)).indices[mine], labels[mine], classes, world)
 
 
-def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
-    """Says the result, writes result.json (per-class accuracy too) and confusion.png."""
-    confusion, out = result.pop("confusion").double(), Path(args.out)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    per_class = {name: round(share, 4) for name, share in zip(run.classes, shares.diag().tolist())}
-    world.say(f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % of {result['images']} images")
-    if len(run.classes) <= 20:
-        world.say("per class: " + ", ".join(f"{name} {100 * share:.0f}" for name, share in per_class.items()))
-    if world.rank == 0:
-        more |= {"weights": args.weights or args.init} | ({} if args.eval_only else {"labels": len(run.labels)})
-        (out / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n")
-        save_confusion(out / "confusion.png", shares, run.classes)
+@torch.no_grad()
+def features(model: Classifier, args: SimpleNamespace, world: World, run: Run) -> None:
+    """The mean-pooled features of every image of --data, as the k-NN probe sees them, into features.npz."""
+    model.eval()
+    z, index = outputs(model.features, run.loader, torch.arange(len(run.labels)), args, world, run)
+    write_features(z, index, args, world, run.broken.source)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2206,6 +2206,45 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     assert result["top1"] == pytest.approx(right / 11)
 
 
+def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backbone, capsys, tmp_path):
+    """Of folders of every layout; two processes write what one does; an image that cannot be read is left out."""
+    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2,), "test": (1,)})
+    (tmp_path / "flat").mkdir()
+    for i in range(5):
+        paint(tmp_path / "flat" / f"{i}.png", colour=(50 * i, 90, 200), size=(60 + i, 40))
+    net = tv.resnet18()
+    net.load_state_dict(torch.load(backbone))
+    net.eval().fc = nn.Identity()                            # what is left is pooled
+    crop = tvf.InterpolationMode.BICUBIC
+    flags = f"--weights {backbone} --arch resnet18 --recipe features --image-size 48 32 --workers 0 --amp off".split()
+    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [0] * 5, [""])):
+        out = tmp_path / f"{name}-out"
+        finetune.main([*flags, "--data", str(tmp_path / name), "--out", str(out)])
+        found = np.load(out / "features.npz")
+        files = sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*.png"))
+        assert f"wrote {out}/features.npz: {len(files)} x 512" in capsys.readouterr().err
+        assert found["files"].tolist() == files and found["classes"].tolist() == classes
+        assert found["features"].dtype == np.float32 and found["labels"].dtype == np.int64
+        assert found["labels"].tolist() == labels            # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        for file, row in zip(files, found["features"]):      # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+            image = tvf.pil_to_tensor(Image.open(tmp_path / name / file).convert("RGB"))
+            image = tvf.center_crop(tvf.resize(image, 55, crop, antialias=True), (48, 32))
+            image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            with torch.no_grad():
+                close(torch.from_numpy(row), net(image[None])[0], atol=1e-4, rtol=1e-4)
+        assert {p.name for p in out.iterdir()} == {"features.npz", "args.json"}
+    (tmp_path / "flat" / "2.png").write_bytes(b"no image")
+    again = [*flags, "--data", tmp_path / "flat", "--out", tmp_path / "flat-out"]
+    code, said = complaint(capsys, *again, main=finetune.main)
+    assert code == 2 and "already holds a features.npz" in said
+    done = torchrun("finetune.py", *flags, "--data", tmp_path / "flat", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert f"1 images cannot be read and are left out: {tmp_path}/flat/2.png" in done.stderr
+    one, two = (np.load(tmp_path / name / "features.npz") for name in ("flat-out", "two"))
+    assert two["files"].tolist() == ["0.png", "1.png", "3.png", "4.png"]
+    np.testing.assert_allclose(two["features"], one["features"][[0, 1, 3, 4]], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
     run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
     result = tune(
