@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from engine.chain import cut, drop_residuals
+from engine.flags import pair
 from masking import MaskToken, fill_hidden, mask_grid, resize_mask, spread_mask
 
 
@@ -259,10 +260,6 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     net.head = nn.Identity()
     stages[4].append("norm")
     return Encoder(net, stages, kind.mask_stage, kind.layout)
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 # ---- A2MIM ----

@@ -24,7 +24,8 @@ import masking
 from data import (NAMED, Batches, CropAndFlip, Samples, Subset, denormalise, eval_transform, normalise,
                   open_images, seed_for)
 from engine.command import World, command_line
-from engine.flags import AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, Parser, checked, defaults, number, path
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, Parser, checked, defaults, number, pair,
+                          path, told_size)
 from engine.files import read_lines
 from engine.images import Broken, every_image_once, make_loader, save_sheet, split_folder
 from engine.journal import Journal, Steps, open_run
@@ -152,10 +153,9 @@ def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> 
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
@@ -173,7 +173,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         world.say(f"the peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight will move further "
                   f"than that, and little will be learned; raise --lr (per 512 images) or --epochs")
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
-              f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
+              f"{args.data}: {len(run.broken.source)} images at {told_size(args.image_size)}, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
@@ -258,7 +258,7 @@ def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
     """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
     pictures. Raises ValueError if they do not fit."""
-    size = (args.image_size, args.image_size)
+    size = pair(args.image_size)                             # (H, W)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
     source, others = hold_out(open_images(args.data, "train", size, args.data_root), args, size)
@@ -276,17 +276,17 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
         world.say(f"{args.weights}: {told(load_backbone(encoder, args.weights))}")
     model = A2MIM(encoder, image_size=size, mask_cell=args.mask_cell, mask_stage=args.mask_stage, token=args.token,
                   fill=args.fill).to(world.device)
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(memory_format=memory_format)
-    if world.size > 1 and world.on_gpu:
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
         model.compile()
     if world.size > 1:
         net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.token_lr)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = Broken(source, args.max_bad, args.out)
@@ -316,7 +316,7 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), or "
                  f"{', '.join(NAMED)}; none: the demo"),
-        "image_size": (224, number(int, 1, MAX_SIDE), "side of the square crop"),
+        "image_size": (224, SIDES, "side of the square crop, or its height and width"),
         "val": (0.02, number(float, 0, 0.5), "share of images held out (of val/ if it is there), to see what the loss "
                 "is worth; 0 = none"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),

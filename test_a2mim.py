@@ -33,7 +33,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import files, images, journal, optim, weights
+from engine import command, files, images, journal, optim, weights
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -881,6 +881,43 @@ def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
             assert torch.equal(*crops)
 
 
+def ramps(h, w):
+    """An image (2, h, w) that says where its pixels came from: y / h and x / w of their centres."""
+    y, x = (torch.arange(n) + 0.5 for n in (h, w))
+    return torch.stack([(y / h)[:, None].expand(h, w), (x / w)[None].expand(h, w)])
+
+
+@pytest.mark.parametrize("size, crop", [((48, 64), 0.875), ((64, 48), 0.95), ((32, 96), 1.0), ((40, 40), 0.875)])
+def test_the_test_crop_is_the_centre_of_an_image_that_covers_it_and_never_padded(size, crop):
+    for h, w in product((31, 60, 100), (37, 90, 233)):
+        whole = data.eval_transform(size, crop)(ramps(h, w))
+        assert whole.shape == (2, *size)
+        ends = (whole[0, -1] - whole[0, 0]).mean(), (whole[1, :, -1] - whole[1, :, 0]).mean()
+        step = [end / (side - 1) for end, side in zip(ends, size)]           # of the whole, per pixel
+        scale = [share.item() * side for share, side in zip(step, (h, w))]   # source pixels per pixel, down and across
+        assert scale[0] == pytest.approx(scale[1], rel=0.05)                 # nothing is stretched
+        shown = [share.item() * side for share, side in zip(step, size)]     # of the whole, down and across
+        assert max(shown) == pytest.approx(crop, abs=0.02)                   # as much as fits, and no more
+        close(whole.mean((1, 2)), torch.full((2,), 0.5), atol=0.03, rtol=0)  # of the middle
+        white = data.eval_transform(size, crop)(torch.full((3, h, w), 255, dtype=torch.uint8))
+        assert (white == 255).all()                          # padding would be black
+        if size[0] == size[1]:                               # the released rule, by torchvision
+            image = torch.randint(256, (3, h, w), dtype=torch.uint8)
+            resized = tvf.resize(image, round(size[0] / crop), tvf.InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(data.eval_transform(size, crop)(image), tvf.center_crop(resized, size))
+
+
+def test_a_random_crop_of_another_shape_stretches_by_a_third_at_most_either_way():
+    turns, transform = [], data.CropAndFlip((32, 64), 0.3)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        part = transform(ramps(100, 200))
+        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()                 # source pixels of 16 pixels
+        across = 200 * (part[1, :, 48] - part[1, :, 32]).mean().abs()
+        turns.append((across / down).item())
+    assert 0.72 < min(turns) < 0.85 and 1.18 < max(turns) < 1.39
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     source = data.Shapes("train", (48, 48))
     crop = data.CropAndFlip((48, 48), 0.2)
@@ -1081,6 +1118,72 @@ def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images,
     pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])  # the other flags are remembered
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("arch, more", [("resnet18", ["--mask-stage", "3"]), ("deit_tiny", [])])
+def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
+    arch, more, few_images, tmp_path, monkeypatch, capsys
+):
+    flags = ["--arch", arch, "--image-size", "64", "96", "--epochs", "1", "--val", "0.5", *more]
+    log, final = run(tmp_path / "whole", *flags, "--sheets", "2")
+    assert final["args"]["image_size"] == [64, 96] and log[-1]["held_out"] > 0
+    assert "images at 64 x 96 px, 15 of 24 cells hidden" in capsys.readouterr().err      # ceil(0.6 * 24)
+    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")     # 6 rows of 5, 2 px apart, 2 x enlarged
+    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22)
+    step = pretrain.train_step
+    monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 2 else 1 / 0)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cut", *flags, "--save-every", "1")
+    monkeypatch.setattr(pretrain, "train_step", step)
+    _, resumed = run(tmp_path / "cut", "--resume", base=[])
+    same_weights(final, resumed)
+    weights_file = tmp_path / "whole" / "backbone.pt"
+    monkeypatch.setattr(finetune, "EXCEPTIONS", {})
+    finetune.main(f"--weights {weights_file} --data shapes --batch-size 8 --epochs 0.5 --workers 0 --amp off --out "
+                  f"{tmp_path / 'tuned'}".split())
+    made = json.loads((tmp_path / "tuned" / "args.json").read_text())
+    assert made["image_size"] == [64, 96] and "labelled images at 64 x 96 px" in capsys.readouterr().err
+    call = f"--weights {tmp_path / 'tuned' / 'best.pt'} --data shapes --workers 0 --amp off --eval-only --out"
+    finetune.main([*call.split(), str(tmp_path / "eval")])
+    top1 = [json.loads((tmp_path / name / "result.json").read_text())["top1"] for name in ("tuned", "eval")]
+    assert top1[0] == top1[1]
+    code, said = complaint(capsys, "--out", tmp_path / "whole", "--resume", "--arch", "deit_small")
+    assert code == 2 and f"of another model ({arch} at 64 x 96 px)" in said
+    if arch == "deit_tiny":
+        code, said = complaint(capsys, "--weights", weights_file, "--data", "shapes", "--test-size", "96", "64",
+                               main=finetune.main)
+        assert code == 2 and "--test-size of 96 x 64 px: deit_tiny has one grid" in said
+
+
+def test_positions_of_a_grid_that_is_not_square_are_turned_into_another_as_pictures_are(tmp_path):
+    """4 x 6 patches and 6 x 4 are as many: without the size of then, one would be taken for the other."""
+    net = build_encoder("deit_tiny", (64, 96)).backbone
+    across = torch.arange(6).repeat(4).float()               # says in which column a patch is
+    offset = torch.arange(11).repeat(7).float()              # and how far a pair lies apart in columns
+    with torch.no_grad():
+        net.pos_embed[0, 1:] = across[:, None]
+        for block in net.blocks:
+            block.attn.relative_position_bias_table[:77] = offset[:, None]
+    torch.save(net.state_dict(), tmp_path / "backbone.pt")
+    for turned, made_at, beside in (((96, 64), (64, 96), None), ((96, 64), None, [64, 96]), ((80, 80), None, [64, 96])):
+        if beside:
+            (tmp_path / "args.json").write_text(json.dumps(dict(image_size=beside)))
+        again = build_encoder("deit_tiny", turned)
+        found = weights.load_backbone(again, tmp_path / "backbone.pt", made_at)
+        assert len(found["resized"]) == 13 and not found["missing"]
+        for table, gw, were in ((again.backbone.pos_embed[0, 1:], turned[1] // 16, 6),
+                                 (again.backbone.blocks[3].attn.relative_position_bias_table[:-3],
+                                  2 * (turned[1] // 16) - 1, 11)):
+            columns = table[:, 0].view(-1, gw)
+            close(columns, columns[:1].expand_as(columns))   # every row the same, as it was
+            assert (columns[0].diff() > 0).all()
+            assert columns[0].mean().item() == pytest.approx((were - 1) / 2, abs=0.01)
+    (tmp_path / "args.json").unlink()
+    same = build_encoder("deit_tiny", (64, 96))
+    assert not weights.load_backbone(same, tmp_path / "backbone.pt")["resized"]
+    close(same.backbone.pos_embed, net.pos_embed, atol=0, rtol=0)
+    wide = weights.load_backbone(build_encoder("deit_tiny", (80, 80)), tmp_path / "backbone.pt", (96, 64))
+    assert len(wide["resized"]) == 13                        # as many patches as told: taken at their word
 
 
 def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(
@@ -1285,16 +1388,19 @@ def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
 
 # ---- pre-training: what a loss is worth ----
 
-def test_a_blur_of_the_visible_pixels_is_their_weighted_mean():
-    x, mask = torch.randn(1, 2, 24, 24, dtype=torch.double), checkerboard(1, 3, 3)       # cells of 8 px: sigma 6
+@pytest.mark.parametrize("H, W", [(24, 24), (16, 24), (24, 8)])
+def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
+    x, mask = torch.randn(1, 2, H, W, dtype=torch.double), checkerboard(1, H // 8, W // 8)   # cells of 8 px: sigma 6
     painted = masking.fill_hidden(x, mask, "blur")
-    hidden = masking.resize_mask(mask, (24, 24))[0, 0]
-    reflect = lambda i: -i if i < 0 else 46 - i if i > 23 else i
+    hidden = masking.resize_mask(mask, (H, W))[0, 0]
+    reflect = lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+    down, across = (range(-min(18, n - 1), min(18, n - 1) + 1) for n in (H, W))          # three sigma, or the image
     for r, c in ((0, 0), (3, 4), (12, 12), (23, 20)):
-        assert hidden[r, c]
+        if r >= H or c >= W or not hidden[r, c]:
+            continue
         total, weight = torch.zeros(2, dtype=torch.double), 0.0
-        for dr, dc in product(range(-18, 19), repeat=2):
-            y, z = reflect(r + dr), reflect(c + dc)
+        for dr, dc in product(down, across):
+            y, z = reflect(r + dr, H), reflect(c + dc, W)
             if not hidden[y, z]:
                 w = math.exp(-(dr**2 + dc**2) / (2 * 6**2))
                 total, weight = total + w * x[0, :, y, z], weight + w
@@ -1395,6 +1501,8 @@ def complaint(capsys, *flags, main=pretrain.main):
         (["--epochs", "1e18"], "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
         (["--sheets", "2000000000"], "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
         (["--image-size", "1000000"], "argument --image-size: 1000000: must be an integer from 1 to 8192"),
+        (["--image-size", "64", "96", "128"], "argument --image-size: 64 96 128: must be one side of a square, or two"),
+        (["--image-size", "64", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
         (["--data", ""], "argument --data: is empty (an unset shell variable?)"),
         (["--out", ""], "argument --out: is empty"),
         (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
@@ -1530,7 +1638,9 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
         ("{", "cannot be read as the settings of a run"),
         ("7", "cannot be read as the settings of a run"),
         ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"),
-        ('{"image_size": [224, 224]}', "image_size is [224, 224]"),
+        ('{"image_size": [224, 192, 160]}', "image_size is [224, 192, 160], which --image-size would refuse"),
+        ('{"image_size": [224, "192"]}', "image_size is [224, '192']"),
+        ('{"image_size": []}', "image_size is []"),
         ('{"image_size": -5}', "image_size is -5"),
         ('{"image_size": 1e400}', "image_size is inf"),
         ('{"image_size": true}', "image_size is True"),
@@ -2096,6 +2206,45 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     assert result["top1"] == pytest.approx(right / 11)
 
 
+def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backbone, capsys, tmp_path):
+    """Of folders of every layout; two processes write what one does; an image that cannot be read is left out."""
+    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2,), "test": (1,)})
+    (tmp_path / "flat").mkdir()
+    for i in range(5):
+        paint(tmp_path / "flat" / f"{i}.png", colour=(50 * i, 90, 200), size=(60 + i, 40))
+    net = tv.resnet18()
+    net.load_state_dict(torch.load(backbone))
+    net.eval().fc = nn.Identity()                            # what is left is pooled
+    crop = tvf.InterpolationMode.BICUBIC
+    flags = f"--weights {backbone} --arch resnet18 --recipe features --image-size 48 32 --workers 0 --amp off".split()
+    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [0] * 5, [""])):
+        out = tmp_path / f"{name}-out"
+        finetune.main([*flags, "--data", str(tmp_path / name), "--out", str(out)])
+        found = np.load(out / "features.npz")
+        files = sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*.png"))
+        assert f"wrote {out}/features.npz: {len(files)} x 512" in capsys.readouterr().err
+        assert found["files"].tolist() == files and found["classes"].tolist() == classes
+        assert found["features"].dtype == np.float32 and found["labels"].dtype == np.int64
+        assert found["labels"].tolist() == labels            # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        for file, row in zip(files, found["features"]):      # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+            image = tvf.pil_to_tensor(Image.open(tmp_path / name / file).convert("RGB"))
+            image = tvf.center_crop(tvf.resize(image, 55, crop, antialias=True), (48, 32))
+            image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            with torch.no_grad():
+                close(torch.from_numpy(row), net(image[None])[0], atol=1e-4, rtol=1e-4)
+        assert {p.name for p in out.iterdir()} == {"features.npz", "args.json"}
+    (tmp_path / "flat" / "2.png").write_bytes(b"no image")
+    again = [*flags, "--data", tmp_path / "flat", "--out", tmp_path / "flat-out"]
+    code, said = complaint(capsys, *again, main=finetune.main)
+    assert code == 2 and "already holds a features.npz" in said
+    done = torchrun("finetune.py", *flags, "--data", tmp_path / "flat", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert f"1 images cannot be read and are left out: {tmp_path}/flat/2.png" in done.stderr
+    one, two = (np.load(tmp_path / name / "features.npz") for name in ("flat-out", "two"))
+    assert two["files"].tolist() == ["0.png", "1.png", "3.png", "4.png"]
+    np.testing.assert_allclose(two["features"], one["features"][[0, 1, 3, 4]], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
     run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
     result = tune(
@@ -2153,6 +2302,74 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2 and words in said and said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
+
+
+# ---- devices that are not here ----
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes torch see an accelerator, or none. Nothing can run on it."""
+    def see(kind):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *given, **more: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        if kind != "cpu":
+            monkeypatch.setattr(getattr(torch, kind), "set_device", lambda device: None, raising=False)
+        return command.World()
+    return see
+
+
+@pytest.mark.parametrize("kind, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl"),
+                                           ("mps", "gloo"), ("cpu", "gloo")])
+def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, backend, pretend, few_images, tmp_path):
+    world = pretend(kind)
+    world.take_gpu()
+    assert world.device == torch.device(kind, 0) if kind != "cpu" else world.device == torch.device("cpu")
+    assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
+    if kind in ("mps", "xpu"):
+        assert world.default_amp() == "off"
+    args = pretrain.parse([*TINY, "--arch", "resnet18", "--mask-cell", "32", "--out", str(tmp_path)])
+    args.amp, world.device = "off", torch.device("cpu")      # its switches, on what is here
+    run, *_ = pretrain.prepare(args, world, None)
+    assert run.optimizer.defaults["fused"] == (kind != "mps")
+    assert run.loader.pin_memory == (kind == "cuda")
+    assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
+    tuning = finetune.parse([*SMALL, "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path)])
+    tuned = finetune.prepare(tuning, world, None)
+    assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
+    world.use(kind)
+    world.take_gpu("cpu")                                    # asked for
+    assert not world.on_gpu and world.device == torch.device("cpu") and world.backend == "gloo"
+
+
+def test_a_device_that_cannot_be_used_gets_one_line(pretend, few_images, capsys, monkeypatch, tmp_path):
+    for here, asked, more, words in (
+        ("cpu", "cuda", {}, "--device cuda: torch sees no accelerator on this machine; use --device cpu"),
+        ("mps", "cuda", {}, "--device cuda: torch sees mps on this machine; use --device mps"),
+        ("mps", None, dict(size=2), "2 processes on mps: one only; start it without torchrun, or use --device cpu"),
+        ("xpu", None, dict(size=3, local_size=3), "--nproc_per_node=3: this machine has 2 GPUs"),
+    ):
+        world = pretend(here)
+        vars(world).update(more)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            world.take_gpu(asked)
+    monkeypatch.setattr(torch, "__version__", "2.7.1+old")
+    with pytest.raises(ValueError, match=re.escape("--device mps: needs torch 2.8, this is 2.7.1+old")):
+        pretend("mps").take_gpu()
+    pretend("mps").take_gpu("cpu")
+    pretend("cpu")
+    code, said = complaint(capsys, *TINY, "--device", "xpu", "--out", tmp_path / "run")
+    assert code == 2 and "--device xpu: torch sees no accelerator" in said and said.count("\n") == 1
+    out_of = RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB")
+    code, line = command.what_went_wrong(out_of, command.World())
+    assert code == 1 and line.startswith("not enough memory (MPS backend out of memory")
+
+
+def test_the_device_is_not_remembered(few_images, tmp_path):
+    """A run may go on elsewhere: args.json says where it ran, the checkpoint does not ask for it again."""
+    _, checkpoint = run(tmp_path / "run", "--epochs", "1", "--device", "cpu")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
+    assert "device" not in checkpoint["args"]
 
 
 # ---- faults ----

@@ -4,6 +4,7 @@
     command   processes, signals, and errors of one line
     journal   the course of a run: steps, exact resume
     files     the output folder, checkpoints, log lines
+    results   accuracies, confusion, features
     images    image files in, batches from workers, pictures out
     weights   our files, torchvision's, the authors'
     chain     torchvision's nets as chains of modules

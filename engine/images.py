@@ -1,6 +1,7 @@
 """Image files in, batches to the device, pictures out.
 
     read_image, list_images    every kind of image file, and every one below a folder
+    centre                     the middle of an image, for evaluation
     make_loader                batches from worker processes
     Broken                     the images that could not be read
     save_sheet, save_curve, save_confusion    PNG files, drawn with Pillow
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
 
@@ -70,6 +72,13 @@ def split_folder(root: Path, split: str) -> Path | None:
     return Path(found[-1]) if found else None                # sorted: train/ comes after Train/, and is taken first
 
 
+def centre(size: tuple[int, int], cover: tuple[int, int], image: Tensor) -> Tensor:
+    """(3, h, w) -> the middle `size` of the image, resized to just cover `cover`, at least `size`: no padding."""
+    (h, w), (H, W) = image.shape[-2:], cover
+    shape = [H, H * w // h] if H * w >= W * h else [W * h // w, W]
+    return tvf.center_crop(tvf.resize(image, shape, InterpolationMode.BICUBIC, antialias=True), list(size))
+
+
 class Broken:
     """The images that could not be read, on all processes together."""
 
@@ -112,7 +121,7 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
                       collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 
 

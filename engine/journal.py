@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .command import Failed, Signals, Stopped, World
 from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
+from .flags import told_size
 from .images import save_curve
 
 # ---- the start of a run ----
@@ -50,16 +51,17 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple
 def choose_folder(args: SimpleNamespace, name: str) -> str:
     """--out, by default runs/<name>, numbered if taken; --resume takes the newest. Tries to write there, and leaves
     nothing: a refused command makes no folder."""
+    results = ("result.json", "features.npz")                # of probes, which keep no log
     numbered = lambda n: Path("runs") / (name if n == 1 else f"{name}-{n}")
     if args.out is None:
-        taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", "result.json"))]
+        taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", *results))]
         args.out = str(numbered(max(taken, default=1) if args.resume else max(taken, default=0) + 1))
     out = Path(args.out)
     begun = (out / "log.jsonl").exists()
     if begun and not args.resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
-    if (out / "result.json").exists() and not begun:
-        raise ValueError(f"--out {out}: already holds a result.json; choose another folder")
+    if not begun and (there := [name for name in results if (out / name).exists()]):
+        raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
@@ -243,5 +245,5 @@ class Journal:
         except (RuntimeError, ValueError, KeyError):
             made = saved["args"]
             raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
-                             f"{made.get('image_size')} px); resume with the run's own flags, or choose another --out"
-                             ) from None
+                             f"{told_size(made.get('image_size', 0))}); resume with the run's own flags, or choose "
+                             f"another --out") from None

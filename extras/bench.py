@@ -13,6 +13,7 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -53,11 +54,11 @@ WORLD = World()
 def clock(f) -> float:
     """Seconds of one call, the GPU's work included."""
     if WORLD.on_gpu:
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
     start = time.perf_counter()
     f()
     if WORLD.on_gpu:
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
@@ -202,9 +203,10 @@ def a2mim_step(args, arch: str, batch: int, *more: str):
 def bare_step(args, arch: str, batch: int):
     """What a supervised step of the same backbone costs: its features, pooled, a linear head, cross-entropy, AdamW."""
     net = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(WORLD.device)
-    layout = torch.channels_last if family(arch).convolutional else torch.contiguous_format
+    channels_last = family(arch).convolutional and not WORLD.on_mps
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(memory_format=layout).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=not WORLD.on_mps)
     labels, stream = torch.randint(1000, (batch,), device=WORLD.device), forever(batch, args.image_size)
     scaler = torch.amp.GradScaler(WORLD.device.type, enabled=args.amp == "fp16")
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
@@ -255,7 +257,7 @@ def parts(run):
 
     def now() -> float:
         if WORLD.on_gpu:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     def timed(f):
@@ -304,11 +306,14 @@ def memory(table: Table, args) -> None:
 def allocated(f) -> float:
     """The most memory that a call had allocated at once beyond what there was before, MB."""
     gc.collect()                                             # what is left over must not be freed meanwhile
+    if WORLD.on_mps:
+        return math.nan                                      # torch does not count it there
     if WORLD.on_gpu:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        gpu = getattr(torch, WORLD.device.type)
+        before = gpu.memory_allocated()
+        gpu.reset_peak_memory_stats()
         f()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (gpu.max_memory_allocated() - before) / 2**20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         f()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -351,7 +356,7 @@ def modes(table: Table, args) -> None:
     """Reported without a target: precision with memory format, and the compiler."""
     plain = argparse.Namespace(**{**vars(args), "amp": "off"})
     contiguous = a2mim_step(plain, args.arch, args.batch_size, "--no-channels-last")[0]
-    low = "bf16" if not WORLD.on_gpu or torch.cuda.is_bf16_supported() else "fp16"
+    low = "bf16" if not WORLD.on_cuda or torch.cuda.is_bf16_supported() else "fp16"
     fast = a2mim_step(argparse.Namespace(**{**vars(args), "amp": low}), args.arch, args.batch_size)[0]
     b, a = in_turns(contiguous, fast, args.rounds)
     table.add(
@@ -623,6 +628,8 @@ def main() -> None:
         found = ROWS[name](table, args) or found
     device = (
         torch.cuda.get_device_name()
+        if WORLD.on_cuda
+        else WORLD.device.type
         if WORLD.on_gpu
         else f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
     )

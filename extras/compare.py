@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 import pretrain
 from data import NAMED, open_images
+from engine.flags import Sides, pair, told_size
 from engine.images import split_folder
 from model import ARCHS, build_encoder, family
 
@@ -86,11 +87,12 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
             f"--data {args.data}: needs train/<class>/ and val/<class>/; pre-training must not see what is tested on"
         )
     unlabelled, images = (
-        len(open_images(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True)
+        len(open_images(args.data, "train", pair(args.image_size), labelled=labelled)) for labelled in (False, True)
     )
     few = max(1, round(args.few * images)) / images
     kind = family(args.arch).name
-    both = f"--data {args.data} --image-size {args.image_size} --workers {args.workers} --log-every 50"
+    size = " ".join(str(side) for side in dict.fromkeys(pair(args.image_size)))          # '64', or '48 64'
+    both = f"--data {args.data} --image-size {size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
     token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
 
@@ -116,7 +118,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
         for name, first in (
             ("a2mim", pre("a2mim", token, seed, args.pretrain_images)),
             ("simmim", pre("simmim", "--baseline simmim", seed, args.pretrain_images)),
-            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {args.image_size} {seed}")),
+            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {size} {seed}")),
         ):
             start = f"--weights {args.out}/pretrained/{name}-{seed}/backbone.pt {arch}"
             chains.append(
@@ -168,9 +170,9 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
     (part / "flags.txt").write_text(flags)
     with open(part / "said.txt", "a") as said, contextlib.redirect_stderr(said):
         if program == "random":                              # an untrained backbone, for the probes
-            arch, size, seed = flags.split()
+            arch, *size, seed = flags.split()
             torch.manual_seed(int(seed))
-            torch.save(build_encoder(arch, int(size)).backbone.state_dict(), part / "backbone.pt")
+            torch.save(build_encoder(arch, pair([*map(int, size)])).backbone.state_dict(), part / "backbone.pt")
         else:
             resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
             for left in ("result.json",) if resume else ("log.jsonl", "result.json"):
@@ -245,7 +247,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     }
     got = {kind: collect(out, list(arms), kind) for kind in kinds}
     lines = [
-        f"{args.arch} on {args.data}, {args.image_size} px: pre-training {args.pretrain_images:,} images, "
+        f"{args.arch} on {args.data}, {told_size(args.image_size)}: pre-training {args.pretrain_images:,} images, "
         f"fine-tuning {args.finetune_images:,}; top-1 in percent, "
         f"mean ± standard deviation of {args.seeds} seeds",
         "",
@@ -326,7 +328,7 @@ def main() -> None:
         metavar="DIR",
         help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)",
     )
-    parser.add_argument("--image-size", type=int, default=64, metavar="PX", help="64")
+    parser.add_argument("--image-size", type=int, action=Sides, nargs="+", default=64, metavar=("H", "W"), help="64")
     parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
     parser.add_argument(
@@ -374,7 +376,7 @@ def main() -> None:
     args.seeds = 1 if args.quick else args.seeds
     args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
     out = Path(args.out)
     try:
         chains = plan(args)
