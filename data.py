@@ -57,23 +57,22 @@ class Folder:
     """Images below `root`, cut as ImageNet is (train/, val/, in any capitals), or in class folders, or just there.
 
     For `split` 'train' and 'val', root/split is read if root/train exists, else all of root. `labels` are the indices
-    of the first-level folders in sorted order; a flat folder is one class. Raises ValueError if there is no image."""
+    of the first-level folders in sorted order; a flat folder is one class. `least`: see read_image. Raises ValueError
+    if there is no image."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, least: int | None = None):
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
         if split_folder(root, "train"):
-            inside = split_folder(root, split)
-            if inside is None:
+            if (inside := split_folder(root, split)) is None:
                 raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
             root = inside
-        names = list_images(root)
-        if not names:
+        if not (names := list_images(root)):
             raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
         folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
         classes = sorted(set(folders))
         self.classes = [printable(name) for name in classes]
-        self.root = root
+        self.root, self.least = root, least
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(classes, folders)
@@ -88,7 +87,7 @@ class Folder:
         return printable(self.path(index))
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.least)
 
 
 # ---- torchvision's datasets ----
@@ -221,16 +220,17 @@ class Shapes:
 # ---- one door to all of them ----
 
 def open_images(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets",
-                download: bool = False, labelled: bool = False):
+                download: bool = False, labelled: bool = False, crop_min: float | None = None):
     """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: 'train' or 'val'.
 
     data: a folder (see Folder) or one of NAMED. With `labelled`, a folder needs two classes, and one without train/ and
-    val/ is split: of each class every fifth image is held out. Raises ValueError if it is not there or not labelled."""
+    val/ is split: of each class every fifth image is held out. With `crop_min`, the smallest area of a crop, files may
+    be decoded smaller; a crop of 3:4 keeps twice image_size. Raises ValueError if it is not there or not labelled."""
     if data == "shapes":
         return Shapes(split, image_size)
     if data in NAMED:
         return TorchvisionSet(data, split, Path(root), download, labelled)
-    source = Folder(Path(data), split)
+    source = Folder(Path(data), split, crop_min and math.ceil(2 * max(image_size) / math.sqrt(0.75 * crop_min)))
     if labelled:
         folders = sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith("."))
         for folder in map(printable, folders):

@@ -184,8 +184,9 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     size, test = (args.image_size,) * 2, (args.test_size or args.image_size,) * 2
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True, labelled=True)))
-    source = open_images(args.data, "train", size, args.data_root, labelled=True)
-    val = open_images(args.data, "val", test, args.data_root, labelled=True)
+    part = args.crop_min if trains(args) else args.test_crop**2              # smallest area of a crop
+    source = open_images(args.data, "train", size, args.data_root, labelled=True, crop_min=part)
+    val = open_images(args.data, "val", test, args.data_root, labelled=True, crop_min=args.test_crop**2)
     if odd := sorted(set(source.classes) ^ set(val.classes)):
         more = ", ..." if len(odd) > 3 else ""
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")

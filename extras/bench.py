@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tvf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import model
 import pretrain
-from data import MEAN, STD, CropAndFlip, Folder, Samples, Shapes, normalise
+from data import MEAN, STD, CropAndFlip, Folder, Samples, Shapes, normalise, open_images
 from engine.command import World
 from engine.images import colours_last
 from loss import fourier_loss
@@ -497,6 +498,29 @@ def loader(table: Table, args) -> None:
         over(c, a),
         (">=", 0.5),
         f"{rates} {1 / statistics.median(c):.0f}",
+    )
+    large_photographs(table, args)
+
+
+def large_photographs(table: Table, args) -> None:
+    """Files as of a phone, decoded in part as pre-training does, against the whole, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(12):
+            photo = tvf.resize(Shapes("train", (256, 256)).read(i), [3000, 4000])
+            noise = torch.randn(3000, 4000).mul_(6).to(torch.int16)  # of a sensor: it fills the file
+            torchvision.io.write_jpeg((photo + noise).clamp_(0, 255).byte(), f"{folder}/{i}.jpg", quality=90)
+        megabytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 12e6
+        crop = CropAndFlip((224, 224), 0.8)
+        whole, part = (
+            Samples(open_images(folder, "train", (224, 224), crop_min=least), crop, 0) for least in (None, 0.8)
+        )
+        b, a = in_turns(*(lambda s=s: [s[0, i] for i in range(12)] for s in (whole, part)), args.rounds, warm=1)
+    table.add(
+        f"12 photographs of 4000 x 3000, {megabytes:.1f} MB each, crop 224",
+        "decoding them whole",
+        over(b, a),
+        (">=", 1.5),
+        f"{seconds(statistics.median(a) / 12)} against {seconds(statistics.median(b) / 12)} each",
     )
 
 
