@@ -951,6 +951,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
 
 
+@pytest.mark.parametrize("batch", [5, 40])
+def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch):
+    """Every batch of two workers, looked at when all have come, is the batch made here."""
+    samples = data.Samples(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
+    keys = images.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
+    world = SimpleNamespace(on_gpu=False)
+    here, there = (list(images.make_loader(samples, keys, workers, world)) for workers in (0, 2))
+    assert len(here) == len(there) == math.ceil(203 / batch)
+    for a, b in zip(here, there):
+        assert all(map(torch.equal, a, b)) and a[0].stride() == b[0].stride() and a[0].stride(1) == 1
+        assert not b[0].is_shared()                          # the memory of the workers is theirs
+
+
 def flat(batches):
     return [list(b) for b in batches]
 

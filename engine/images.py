@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
@@ -118,8 +118,10 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
-                      collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+    ahead = 4                                                # batches that wait, of each worker
+    return Loader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
+                  collate_fn=ColoursLast(ahead + 1), prefetch_factor=ahead if workers else None,
+                  worker_init_fn=ignore_signals)
 
 
 def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
@@ -128,10 +130,38 @@ def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[in
     return [mine[i:i + batch] for i in range(0, len(mine), batch)]
 
 
-def colours_last(samples: list[tuple[Tensor, int, int]]) -> list[Tensor]:
-    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned."""
-    images, *rest = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
-    return [images.permute(0, 3, 1, 2), *rest]
+class ColoursLast:
+    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned.
+
+    A worker writes into shared memory that it has used before: fresh pages would cost more than the images' resize. A
+    worker is `ahead` batches in front at most, and Loader copies a batch as it comes: one buffer more, and none is
+    written while it is read."""
+
+    def __init__(self, count: int):
+        self.buffers, self.turn = [torch.empty(0, dtype=torch.uint8)] * count, -1
+
+    def __call__(self, samples: list[tuple[Tensor, int, int]]) -> tuple[Tensor, np.ndarray]:
+        images, *rest = zip(*samples)
+        images, out = [image.permute(1, 2, 0) for image in images], None
+        if get_worker_info():
+            self.turn = (self.turn + 1) % len(self.buffers)
+            if self.buffers[self.turn][:len(images)].shape != (len(images), *images[0].shape):
+                self.buffers[self.turn] = torch.empty(len(images), *images[0].shape, dtype=torch.uint8).share_memory_()
+            out = self.buffers[self.turn][:len(images)]
+        return torch.stack(images, out=out).permute(0, 3, 1, 2), np.array(rest)
+
+
+class Loader(DataLoader):
+    """Gives [images (B, 3, H, W), two numbers (B,) of each]: a batch in memory of its own."""
+
+    def __iter__(self):
+        return map(self.own, super().__iter__())
+
+    def own(self, batch: tuple[Tensor, np.ndarray]) -> list[Tensor]:
+        images, rest = batch
+        if self.num_workers and not self.pin_memory:         # to pin it was to copy it
+            images = images.clone()
+        return [images, *torch.from_numpy(rest)]
 
 
 def ignore_signals(worker: int) -> None:
