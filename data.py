@@ -59,24 +59,23 @@ class Folder:
 
     For `split` 'train' and 'val', root/split is read if root/train exists, else all of root, as for 'all'. `labels` are
     the indices of the first-level folders ('all': of those in train/ and val/) in sorted order; a flat folder is one.
-    Raises ValueError if there is no image."""
+    `least`: see read_image. Raises ValueError if there is no image."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, least: int | None = None):
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
         cut = split_folder(root, "train") is not None
         if cut and split != "all":
-            inside = split_folder(root, split)
-            if inside is None:
+            if (inside := split_folder(root, split)) is None:
                 raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
             root, cut = inside, False
-        names = list_images(root)
-        if not names:
+        if not (names := list_images(root)):
             raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
         folders = [name.split(os.sep)[cut:-1] for name in names]
         folders = [inside[0] if inside else "" for inside in folders]
         classes = sorted(set(folders))
-        self.classes, self.root = [printable(name) for name in classes], root
+        self.classes = [printable(name) for name in classes]
+        self.root, self.least = root, least
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(classes, folders)
@@ -91,7 +90,7 @@ class Folder:
         return printable(self.path(index))
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.least)
 
 
 # ---- torchvision's datasets ----
@@ -223,16 +222,17 @@ class Shapes:
 # ---- one door to all of them ----
 
 def open_images(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets",
-                download: bool = False, labelled: bool = False):
+                download: bool = False, labelled: bool = False, crop_min: float | None = None):
     """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: see Folder.
 
     data: a folder (see Folder) or one of NAMED. With `labelled`, a folder needs two classes, and one without train/ and
-    val/ is split: of each class every fifth image is held out. Raises ValueError if it is not there or not labelled."""
+    val/ is split: of each class every fifth image is held out. With `crop_min`, the smallest area of a crop, files may
+    be decoded smaller; a crop of 3:4 keeps twice image_size. Raises ValueError if it is not there or not labelled."""
     if data == "shapes":
         return Shapes(split, image_size)
     if data in NAMED:
         return TorchvisionSet(data, split, Path(root), download, labelled)
-    source = Folder(Path(data), split)
+    source = Folder(Path(data), split, crop_min and math.ceil(2 * max(image_size) / math.sqrt(0.75 * crop_min)))
     if labelled:
         folders = sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith("."))
         if empty := [folder for folder in map(printable, folders) if folder not in source.classes]:

@@ -190,8 +190,9 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     look = partial(open_images, args.data, root=args.data_root, labelled=named or not alone)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(look("train", size, download=True)))
-    source = look("all" if alone and not named else "train", size)
-    val = source if alone else look("val", test)
+    part = args.crop_min if trains(args) else args.test_crop**2              # smallest area of a crop
+    source = look("all" if alone and not named else "train", size, crop_min=part)
+    val = source if alone else look("val", test, crop_min=args.test_crop**2)
     if odd := sorted(set(source.classes) ^ set(val.classes)):
         more = ", ..." if len(odd) > 3 else ""
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")

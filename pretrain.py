@@ -250,7 +250,7 @@ def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
     if count == 0:
         return source, None
     apart = args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val"))
-    others = open_images(args.data, "val", size, args.data_root) if apart else source
+    others = open_images(args.data, "val", size, args.data_root, crop_min=args.crop_min) if apart else source
     order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
     return source if apart else Subset(source, np.sort(order[count:])), Subset(others, np.sort(order[:count]))
 
@@ -261,7 +261,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     size = pair(args.image_size)                             # (H, W)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
-    source, others = hold_out(open_images(args.data, "train", size, args.data_root), args, size)
+    source, others = hold_out(open_images(args.data, "train", size, args.data_root, crop_min=args.crop_min), args, size)
     steps = Steps.plan(args, world, len(source), saved)
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)

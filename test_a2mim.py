@@ -778,6 +778,63 @@ def test_a_photograph_taken_sideways_is_read_upright(tmp_path):
     assert images.read_image(str(tmp_path / "a.jpg")).shape == (3, 40, 30)
 
 
+def photograph(path, mode="RGB", turn=1, size=(1600, 1200)):
+    """Writes a JPEG of soft shades, waves of 63 pixels and noise, as a camera that was turned would; its path."""
+    x, y = np.meshgrid(*map(np.arange, size))
+    shade = [110 + 60 * np.sin(x / 300 + c) * np.cos(y / (200 + 40 * c)) for c in range(3)]
+    pixels = np.stack(shade, -1) + 25 * (np.sin(x / 10) * np.sin(y / 10))[..., None]
+    pixels += np.random.default_rng(0).uniform(-30, 30, pixels.shape)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert(mode).save(path, quality=90, exif=exif)
+    return str(path)
+
+
+@pytest.mark.parametrize("mode, turn", [("RGB", 1), ("L", 1), ("CMYK", 1), ("RGB", 6)])
+def test_a_large_jpeg_is_decoded_in_part_and_gives_the_same_crop(mode, turn, tmp_path):
+    """Of 255 levels: less than 0.3 apart in the mean, 2 at most."""
+    photograph(tmp_path / "a.jpg", mode, turn)
+    whole, fast = (data.open_images(str(tmp_path), "train", (64, 64), crop_min=c).read(0) for c in (None, 0.5))
+    assert whole.shape == ((3, 1600, 1200) if turn == 6 else (3, 1200, 1600))
+    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])  # 1/4: the shorter side 300, at 1/8 only 150
+    pairs, crop = [[data.eval_transform((64, 64))(x) for x in (whole, fast)]], data.CropAndFlip((64, 64), 0.5)
+    for seed in range(6):                                    # the same part of both
+        torch.manual_seed(seed)
+        box = crop.make_params([fast])
+        pairs.append([])
+        for image, scale in ((whole, 4), (fast, 1)):
+            crop.make_params = lambda _: {name: scale * n for name, n in box.items()}
+            torch.manual_seed(seed)
+            pairs[-1].append(crop(image))
+        del crop.make_params
+    for a, b in pairs:
+        apart = (a.float() - b.float()).abs()
+        assert apart.mean() < 0.3 and apart.max() <= 2, (apart.mean(), apart.max())
+    content = (tmp_path / "a.jpg").read_bytes()               # cut off: broken as it was
+    (tmp_path / "a.jpg").write_bytes(content[:len(content) // 2])
+    for least in (None, 200):
+        with pytest.raises((OSError, RuntimeError)):
+            images.read_image(str(tmp_path / "a.jpg"), least)
+
+
+def test_the_smallest_crop_of_a_photograph_decoded_in_part_has_twice_the_pixels(tmp_path):
+    """And what is not a JPEG, or too small for that, is decoded whole, bit by bit as ever."""
+    for size, crop_min in product(((1200, 1600), (1999, 1501), (3000, 800)), (0.08, 0.5, 0.8, 1.0)):
+        if crop_min == 0.08:
+            photograph(tmp_path / "a.jpg", size=size)
+        source = data.open_images(str(tmp_path), "train", (64, 64), crop_min=crop_min)
+        image, crop = source.read(0), data.CropAndFlip((64, 64), crop_min)
+        sides = [min(p["height"], p["width"]) for p in (crop.make_params([image]) for _ in range(200))]
+        assert min(sides) >= 127, (size, crop_min)           # 128, and rounding
+        assert min(image.shape[1:]) >= 2 * round(64 / 0.875) # the centre crop's
+        assert min(image.shape[1:]) < 4 * 64 / math.sqrt(0.75 * crop_min) + 2 or min(image.shape[1:]) == min(size)
+    small = photograph(tmp_path / "b.jpg", size=(300, 200))
+    large = str(tmp_path / "c.png")
+    Image.open(photograph(tmp_path / "a.jpg")).save(large)
+    for path, least in ((small, 101), (large, 50)):
+        assert torch.equal(images.read_image(path), images.read_image(path, least))
+
+
 def test_folders_of_every_layout(tmp_path):
     layouts = {
         "imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"],
@@ -929,6 +986,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     torch.set_rng_state(state)
     samples[2, 2]
     assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
+
+
+@pytest.mark.parametrize("batch", [5, 40])
+def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch):
+    """Every batch of two workers, looked at when all have come, is the batch made here."""
+    samples = data.Samples(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
+    keys = images.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
+    world = SimpleNamespace(on_gpu=False)
+    here, there = (list(images.make_loader(samples, keys, workers, world)) for workers in (0, 2))
+    assert len(here) == len(there) == math.ceil(203 / batch)
+    for a, b in zip(here, there):
+        assert all(map(torch.equal, a, b)) and a[0].stride() == b[0].stride() and a[0].stride(1) == 1
+        assert not b[0].is_shared()                          # the memory of the workers is theirs
 
 
 def flat(batches):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
@@ -34,17 +34,23 @@ MAX_PIXELS = 2**27                                           # 134 million: more
 
 # ---- files ----
 
-def read_image(path: str) -> Tensor:
+def read_image(path: str, least: int | None = None) -> Tensor:
     """A JPEG, PNG, WebP or BMP file as RGB, uint8 (3, H, W), upright. Gray, palette, CMYK and alpha are converted.
 
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if the shorter one keeps that many pixels.
     Raises OSError, RuntimeError or ValueError for a file that holds no image, or one of more than MAX_PIXELS."""
     if not os.path.isfile(path):                             # a pipe or a socket would be waited for
         raise OSError("not a regular file")
     content = np.fromfile(path, np.uint8)
     with Image.open(io.BytesIO(content)) as file:            # the header alone
+        whole = file.size
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels")
+        if least:
+            file.draft(None, (least, least))                 # libjpeg leaves out the high frequencies of each block
         try:
+            if file.size != whole:
+                raise RuntimeError("only Pillow decodes in part")
             image = decode_image(torch.from_numpy(content), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:                                 # BMP and rarer variants: Pillow knows more, and is slower
             image = tvf.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
@@ -121,8 +127,10 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: World) ->
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
-                      collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+    ahead = 4                                                # batches that wait, of each worker
+    return Loader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
+                  collate_fn=ColoursLast(ahead + 1), prefetch_factor=ahead if workers else None,
+                  worker_init_fn=ignore_signals)
 
 
 def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
@@ -131,10 +139,38 @@ def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[in
     return [mine[i:i + batch] for i in range(0, len(mine), batch)]
 
 
-def colours_last(samples: list[tuple[Tensor, int, int]]) -> list[Tensor]:
-    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned."""
-    images, *rest = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
-    return [images.permute(0, 3, 1, 2), *rest]
+class ColoursLast:
+    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned.
+
+    A worker writes into shared memory that it has used before: fresh pages would cost more than the images' resize. A
+    worker is `ahead` batches in front at most, and Loader copies a batch as it comes: one buffer more, and none is
+    written while it is read."""
+
+    def __init__(self, count: int):
+        self.buffers, self.turn = [torch.empty(0, dtype=torch.uint8)] * count, -1
+
+    def __call__(self, samples: list[tuple[Tensor, int, int]]) -> tuple[Tensor, np.ndarray]:
+        images, *rest = zip(*samples)
+        images, out = [image.permute(1, 2, 0) for image in images], None
+        if get_worker_info():
+            self.turn = (self.turn + 1) % len(self.buffers)
+            if self.buffers[self.turn][:len(images)].shape != (len(images), *images[0].shape):
+                self.buffers[self.turn] = torch.empty(len(images), *images[0].shape, dtype=torch.uint8).share_memory_()
+            out = self.buffers[self.turn][:len(images)]
+        return torch.stack(images, out=out).permute(0, 3, 1, 2), np.array(rest)
+
+
+class Loader(DataLoader):
+    """Gives [images (B, 3, H, W), two numbers (B,) of each]: a batch in memory of its own."""
+
+    def __iter__(self):
+        return map(self.own, super().__iter__())
+
+    def own(self, batch: tuple[Tensor, np.ndarray]) -> list[Tensor]:
+        images, rest = batch
+        if self.num_workers and not self.pin_memory:         # to pin it was to copy it
+            images = images.clone()
+        return [images, *torch.from_numpy(rest)]
 
 
 def ignore_signals(worker: int) -> None:
