@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torchvision.datasets as tvd
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -22,7 +21,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from engine.files import printable
 from engine.flags import pair
-from engine.images import SUFFIXES, centre, list_images, read_image, split_folder
+from engine.images import SUFFIXES, TorchvisionSet, centre, list_images, read_image, split_folder
 from engine.journal import steps_per_epoch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, one number per channel
@@ -91,46 +90,6 @@ class Folder:
 
     def read(self, index: int) -> Tensor:
         return read_image(self.path(index), self.least)
-
-
-# ---- torchvision's datasets ----
-
-class TorchvisionSet:
-    """A dataset of torchvision by name. If no labels are needed, 'stl10' has its 100,000 unlabelled images too."""
-
-    def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
-        train = split == "train"
-        try:
-            if download:
-                root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--data-root {root}: cannot be written ({error.strerror})") from None
-        try:
-            if name in ("cifar10", "cifar100"):
-                self.data = getattr(tvd, name.upper())(root, train=train, download=download)
-            elif name == "stl10":
-                part = "test" if not train else "train" if labelled else "train+unlabeled"
-                self.data = tvd.STL10(root, split=part, download=download)
-            else:
-                ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
-                self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
-        except RuntimeError:
-            raise ValueError(f"--data {name}: not found in --data-root {root}; add --download to fetch it") from None
-        except OSError as error:                             # a network that does not answer is one too
-            doing = "fetched into" if download else "read from"
-            raise ValueError(f"--data {name}: cannot be {doing} --data-root {root} ({error})") from None
-        self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
-        labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
-        self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, index: int) -> Tensor:
-        return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
 
 
 # ---- shapes: the built-in set, drawn on the fly ----

@@ -27,9 +27,10 @@ from engine.command import World, command_line
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, Parser, checked, defaults, number, pair,
                           path, told_size)
 from engine.files import read_lines
-from engine.images import Broken, every_image_once, make_loader, save_sheet, split_folder
+from engine.images import Broken, every_image_once, make_loader, split_folder
 from engine.journal import Journal, Steps, open_run
 from engine.optim import lr_at, parameter_groups
+from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
 from masking import fill_hidden, hidden_count, mask_grid, random_mask

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .command import Failed, Signals, Stopped, World
 from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
 from .flags import told_size
-from .images import save_curve
+from .pictures import save_curve
 
 # ---- the start of a run ----
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .command import World
-from .images import save_confusion
+from .pictures import save_confusion
 
 
 def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:

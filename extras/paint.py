@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import denormalise, normalise
 from engine.files import load_checked
 from engine.flags import pair
-from engine.images import read_image, save_sheet
+from engine.images import read_image
+from engine.pictures import save_sheet
 from engine.weights import load_backbone
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
