@@ -207,6 +207,17 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
     return source
 
 
+def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
+    """For pre-training: (images to train on, images held out), 16 to 2,000 of val/ if it is there, else drawn by the seed."""
+    count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
+    if count == 0:
+        return source, None
+    apart = args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val"))
+    others = open_images(args.data, "val", size, args.data_root, crop_min=args.crop_min) if apart else source
+    order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
+    return source if apart else Subset(source, np.sort(order[count:])), Subset(others, np.sort(order[:count]))
+
+
 class Subset:
     """Some images of a source: those at `indices`."""
 
