@@ -235,7 +235,7 @@ class Subset:
 
 
 class CropAndFlip(v2.RandomResizedCrop):
-    """torchvision's random crop of at least `scale` of the area, 3/4 to 4/3 as wide as `image_size`, resized, flipped.
+    """torchvision's random crop of at least `scale` of the area, 3/4 to 4/3 of the shape asked for, resized, flipped.
 
     uint8 (3, H, W) in and out. Antialiased; bilinear in pre-training, bicubic in fine-tuning, as released. The flip
     comes before the resize: the part is copied anyway, into the memory order that the uint8 resize is fast in."""

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data /path/to/imagenet --recipe rsb_a2
 
 Recipes: RECIPES below. Leaves in --out: args.json, log.jsonl, checkpoint.pt (the last state), best.pt (the best epoch's
-weights under torchvision's names, head included), result.json (accuracies, per class too), loss.png, confusion.png.
+weights under torchvision's names, head included), result.json (accuracies, per class too), loss.png, confusion.png;
+recipe features: features.npz.
 """
 
 import contextlib
@@ -100,7 +101,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         images, index, broken = next(batches)
         run.broken.note(broken)
         images = erase(normalise(images, world.device), args.erasing)        # (B, 3, H, W)
-        labels = run.labels[index].to(world.device, non_blocking=world.on_cuda)       # (B,)
+        labels = run.labels[index].to(world.device, non_blocking=world.on_cuda)            # (B,)
         images, targets = mix_batch(images, labels, len(run.classes), args.mixup, args.cutmix)
         images = images.contiguous(memory_format=run.memory_format)
         sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step

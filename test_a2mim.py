@@ -134,6 +134,7 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
         (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
         (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
         (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
+        (lambda: build_encoder("maxvit_t", (64, 96)), "'maxvit_t' at 64x96 px: torchvision's MaxViT takes squares"),
         (
             lambda: build_encoder("maxvit_t", 64),
             "arch 'maxvit_t' at 64x64 px: Input size (16, 16) of block 0 is not divisible",
