@@ -173,7 +173,8 @@ def train(args: SimpleNamespace, world: World) -> None:
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
-              + (f", from step {steps.start}" if saved else "") + f"\nwriting {args.out}/")
+              + (f", from step {steps.start}" if saved else "") + f"\nrecipe {args.recipe}"
+              + f" (small if an epoch has under {FEW_STEPS} steps)" * ("recipe" not in args.given) + f"; writing {args.out}/")
     preview_masks = draw_masks(len(previews), model.grid, args, world.device, args.seed)
     picture_steps = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 
@@ -215,11 +216,10 @@ def train(args: SimpleNamespace, world: World) -> None:
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
-def choose_recipe(args: SimpleNamespace, world: World, images: int, steps: Steps, encoder: Encoder) -> None:
+def choose_recipe(args: SimpleNamespace, images: int, steps: Steps, encoder: Encoder) -> None:
     """--recipe, if none was typed, and into args what `small` has and nobody typed."""
     if args.recipe is None:
         args.recipe = "small" if steps.per_epoch < FEW_STEPS and images < FEW_IMAGES else "imagenet"
-        world.say(f"{images} images, an epoch of {steps.per_epoch} steps (few: < {FEW_STEPS}): --recipe {args.recipe}")
     if args.recipe == "small":
         kind, typed = family(args.arch).name, args.given.get("mask_cell")
         unit, peak = args.patch_size if kind == "vit" else 8, SMALL_PEAK * (3 if kind == "resnet" else 1)
@@ -240,7 +240,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
     if not saved:
-        choose_recipe(args, world, len(source), steps, encoder)
+        choose_recipe(args, len(source), steps, encoder)
         steps = Steps.plan(args, world, len(source), saved)
     hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
