@@ -208,7 +208,7 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
 
 
 def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
-    """For pre-training: (images to train on, images held out), 16 to 2,000 of val/ if it is there, else drawn by the seed."""
+    """(images to train on, images held out) in pre-training: 16 to 2,000, of val/ if it is there, else by the seed."""
     count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
     if count == 0:
         return source, None

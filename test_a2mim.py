@@ -1571,13 +1571,13 @@ def settings_of(capsys, out, *flags):
     return json.loads((out / "args.json").read_text()), capsys.readouterr().err
 
 
-def test_few_images_get_the_small_recipe_whose_lr_does_not_shrink_with_the_batch(few_images, capsys, tmp_path, monkeypatch):
+def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
     common = "--data shapes --arch resnet18 --image-size 64".split()
     peaks = []
     for batch in (4, 8):
         made, said = settings_of(capsys, tmp_path / f"{batch}", *common, "--batch-size", str(batch))
-        assert made["recipe"] == "small" and "recipe small (small if an epoch has under 500 steps)" in said
+        assert made["recipe"] == "small" and "recipe small (small: epochs under 500 steps); writing" in said
         assert made["epochs"] * (32 // batch) == 8           # counted in steps
         peaks.append(made["lr"] * batch / 512)
     assert peaks == pytest.approx([3e-3, 3e-3])

@@ -50,25 +50,26 @@ def on_white(file: Path) -> Image.Image | None:
     return page.convert("RGB").resize((round(width * scale), round(height * scale)), Image.LANCZOS)
 
 
+def refuse(why: str) -> None:
+    print(f"clipart.py: error: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the set is written")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/openclipart/png"), help="the package's files")
     args = parser.parse_args(argv)
     if not args.source.is_dir():
-        print(f"clipart.py: error: --source {args.source}: no such folder; apt install openclipart-png", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"--source {args.source}: no such folder; apt install openclipart-png")
     if args.folder.exists():
-        print(f"clipart.py: error: {args.folder}: is there already; choose another folder", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{args.folder}: is there already; choose another folder")
     found = {kind: [] for kind in KINDS}
     for file in sorted(args.source.rglob("*.png")):
         if kind := kind_of(file.relative_to(args.source)):
             found[kind].append(file)
     if not any(found.values()):
-        print(f"clipart.py: error: --source {args.source}: no PNG files in folders named {', '.join(KINDS)}",
-              file=sys.stderr)
-        sys.exit(2)
+        refuse(f"--source {args.source}: no PNG files in folders named {', '.join(KINDS)}")
     for kind, pictures in tqdm(found.items(), unit="class"):
         kept = 0
         for i in np.random.default_rng(0).permutation(len(pictures)):        # by chance: neighbours are often alike
