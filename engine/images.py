@@ -108,12 +108,13 @@ class Broken:
 
 # ---- batches ----
 
-def make_loader(samples: Dataset, batches, workers: int | None, world: World) -> DataLoader:
+def make_loader(samples: Dataset, batches, workers: int | None, world: World, collate=None) -> DataLoader:
     """One loader for the whole run: no pause between epochs, and workers that start once."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
-                      collate_fn=colours_last, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+                      collate_fn=collate or colours_last, prefetch_factor=4 if workers else None,
+                      worker_init_fn=ignore_signals)
 
 
 def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
