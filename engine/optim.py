@@ -55,8 +55,8 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
     """Fine-tuning's groups: scale = layer_decay^(n - i) for level i of n (stem or patch embedding 0), 1 for the head.
 
     The levels are the encoder's stages: a ViT's block i is level i + 1, so that 0.65^(L + 1 - j) comes out, with j = 0
-    for positions too; ConvNeXt has finer ones. prefix: of the backbone's names in `model`, where its model.Encoder keeps
-    it. Frozen parameters stay out."""
+    for positions too; ConvNeXt has finer ones. prefix: of the backbone's names in `model`, below its model.Encoder.
+    Frozen parameters stay out."""
     encoder, groups = model.get_submodule(prefix.removesuffix(".backbone.")), {}
     levels = [tuple(f"{name}." for name in names) for names in encoder.levels]
     for name, p in model.named_parameters():
