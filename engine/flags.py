@@ -133,7 +133,8 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
         if action.dest in kept:
             value = kept[action.dest]
             try:
-                right = type(value) in (int, float, str) and action.type(str(value)) == value
+                allowed = value in action.choices if action.choices else action.type(str(value)) == value
+                right = type(value) in (int, float, str) and allowed
             except argparse.ArgumentTypeError:
                 right = False
             if not right:
