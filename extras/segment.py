@@ -122,6 +122,8 @@ def train(args: SimpleNamespace, world: World) -> None:
               f"{len(run.classes)} classes, {len(run.val_loader.dataset)} images for validation\n"
               f"{'evaluation only' if args.eval_only else f'recipe {args.recipe}'}, {args.head}, {args.image_size} px; "
               f"{world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
+    if args.demo and not args.weights:
+        world.say(f"no {DEMO} (python pretrain.py makes it): from random weights")
     if args.eval_only:
         make_folder(args, world, steps.global_batch)
         return report(evaluate(args, world, run), args, world, run)
@@ -286,7 +288,7 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
     if len(run.classes) <= 21:
         world.say("IoU: " + ", ".join(f"{name} {100 * (share or 0):.0f}" for name, share in per_class.items()))
     if world.rank == 0:
-        more |= {"weights": args.weights or args.init, "images": len(run.val_loader.dataset)}
+        more |= {"weights": args.weights or args.init, "recipe": args.recipe, "images": len(run.val_loader.dataset)}
         (Path(args.out) / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1)
                                                     + "\n")
         save_confusion(Path(args.out) / "confusion.png", confusion / confusion.sum(1, keepdim=True).clamp(min=1),
