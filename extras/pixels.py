@@ -181,7 +181,7 @@ def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[st
         return Semantic(split, (args.image_size, args.image_size))
     if args.data == "voc":
         try:
-            voc = tvd.VOCSegmentation(args.data_root, "2012", split, download=args.download and world.rank == 0)
+            voc = tvd.VOCSegmentation(args.data_root, "2012", split, download=args.download)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"--data voc: not found as {args.data_root}/VOCdevkit/VOC2012 ({error}); name that folder "
                              f"with --data-root, or add --download to fetch it") from None

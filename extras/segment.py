@@ -158,8 +158,9 @@ def train(args: SimpleNamespace, world: World) -> None:
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
-    if args.download:                                        # one process fetches for all
+    if args.download and args.data == "voc":                 # one process fetches for all, once
         world.agree(lambda: len(open_pairs(args, "train", world)))
+    args.download = False
     source = open_pairs(args, "train", world)
     val = open_pairs(args, "val", world, source.classes)
     if len(val) < world.size:
@@ -194,8 +195,8 @@ def load_all(model: Segmenter, file: str) -> None:
     try:
         model.load_state_dict(read_weights(file, model.state_dict()))
     except RuntimeError:
-        raise ValueError(f"{file}: does not hold this backbone and head for these classes; --eval-only needs best.pt of "
-                         f"a run of this script, with its args.json beside it") from None
+        raise ValueError(f"{file}: does not hold this backbone and head for these classes; --eval-only needs best.pt "
+                         f"of a run of this script, with its args.json beside it") from None
 
 
 # ---- evaluation ----
@@ -275,8 +276,9 @@ def save_pictures(args: SimpleNamespace, world: World, run: Run, side: int = 160
             row = (F.interpolate(x, (h, w)) for x in (images / 255, paint(labels), paint(predicted)))
             rows.append([F.pad(x[0], (0, side - w, 0, side - h), value=1.0) for x in row])
     if rows:
-        titles = ("image", "label", "prediction")
-        save_sheet(Path(args.out) / "segmentation.png", {t: torch.stack(c) for t, c in zip(titles, zip(*rows))})
+        columns = zip(("image", "label", "prediction"), zip(*rows))
+        with contextlib.suppress(OSError):                   # a full disk does not end the run
+            save_sheet(Path(args.out) / "segmentation.png", {title: torch.stack(part) for title, part in columns})
 
 
 def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
