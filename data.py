@@ -155,7 +155,7 @@ SHAPES = {  # name -> f(u, v), negative inside, about one unit of distance per u
 }
 
 
-def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Stripes, checks, dots or a soft shade, around `colour`; x, y in image sides. (3, h, w)"""
     a, f, p, q = rng.uniform(0, np.pi), rng.uniform(25, 60), rng.uniform(0, 6.3), rng.uniform(0, 6.3)
     s, t = np.sin(f * (x * np.cos(a) + y * np.sin(a)) + p), np.sin(f * (y * np.cos(a) - x * np.sin(a)) + q)
@@ -177,7 +177,7 @@ def draw_shape(canvas: np.ndarray, rng: np.random.Generator, kind: int, radius: 
     dx, dy = (x - cx) / radius, (y - cy) / radius
     u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
     alpha = np.clip(0.5 - list(SHAPES.values())[kind](u, v) * radius * side, 0, 1)       # one pixel of soft edge
-    canvas[:, rows, cols] += alpha * (_texture(rng, x, y, colour) - canvas[:, rows, cols])
+    canvas[:, rows, cols] += alpha * (texture(rng, x, y, colour) - canvas[:, rows, cols])
     return alpha, rows, cols
 
 
@@ -206,7 +206,7 @@ class Shapes:
         side = min(H, W)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
-        canvas = _texture(rng, x, y, ground)
+        canvas = texture(rng, x, y, ground)
         for main in (False, True) if rng.random() < 0.5 else (True,):
             kind = self.labels[index] if main else rng.integers(len(SHAPES))
             radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)

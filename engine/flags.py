@@ -133,8 +133,8 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
         if action.dest in kept:
             value = kept[action.dest]
             try:
-                allowed = value in action.choices if action.choices else action.type(str(value)) == value
-                right = type(value) in (int, float, str) and allowed
+                right = type(value) in (int, float, str) and (
+                    value in action.choices if action.choices else action.type(str(value)) == value)
             except argparse.ArgumentTypeError:
                 right = False
             if not right:

@@ -22,7 +22,7 @@ from torchvision.ops import masks_to_boxes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import SHAPES, _texture, draw_shape
+from data import SHAPES, draw_shape, texture
 from engine.command import World
 from engine.flags import MAX_EPOCHS, number
 from engine.journal import Steps
@@ -127,7 +127,7 @@ class Scenes:
         side = min(H, W)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
-        canvas, masks, labels = _texture(rng, x, y, ground), [], []
+        canvas, masks, labels = texture(rng, x, y, ground), [], []
         for _ in range(rng.integers(1, 5)):
             kind, radius = rng.integers(len(SHAPES)), rng.uniform(0.10, 0.28)
             cx, cy = rng.uniform(0.08, W / side - 0.08), rng.uniform(0.08, H / side - 0.08)  # some reach over the edge

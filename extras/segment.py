@@ -321,7 +321,8 @@ FLAGS = {
         "aux": (0.4, number(float, 0), "weight of the second head's loss; 0 = no such head")},
     "optimiser": {
         "recipe": (None, tuple(RECIPES), "the table below (for shapes shapes, for ResNet fcn, else upernet)"),
-        **OPTIM_FLAGS},
+        **OPTIM_FLAGS,
+        "schedule": ("cosine", ("cosine", "poly"), "see extras/dense.py, rate")},
     "run": {
         **RUN_FLAGS,
         "inference": ("whole", ("whole", "slide"), "slide: by windows of --image-size, as a ViT needs"),
