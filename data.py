@@ -165,7 +165,7 @@ def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.n
 
 
 def draw_shape(canvas: np.ndarray, rng: np.random.Generator, kind: int, radius: float, cx: float, cy: float, ground):
-    """Paints outline `kind`, turned, lighter than `ground`, on (3, H, W); in image sides. Gives alpha, rows, columns."""
+    """Paints outline `kind`, turned, lighter than `ground`, on (3, H, W); in image sides. Gives alpha, rows, cols."""
     side, half = min(canvas.shape[1:]), 1.3 * radius         # draw within the object's own square only
     turn = rng.uniform(-np.pi / 6, np.pi / 6)
     colour = rng.uniform(0.05, 0.95, 3)
