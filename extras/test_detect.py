@@ -100,8 +100,8 @@ def arrays(boxes, labels, side=120, **more):
 
 
 def test_ap_by_pencil():
-    """Two objects of class 1. By score: right (IoU 0.81), wrong, right (IoU 0.925): precision 1, 1/2, 2/3 at recall 1/2,
-    1/2, 1. Interpolated 1 up to recall 0.5 (51 points), 2/3 beyond (50 points)."""
+    """Two objects of class 1. By score: right (IoU 0.81), wrong, right (IoU 0.925): precision 1, 1/2, 2/3 at
+    recall 1/2, 1/2, 1. Interpolated 1 up to recall 0.5 (51 points), 2/3 beyond (50 points)."""
     truth = arrays([(0, 0, 40, 40), (60, 60, 100, 100)], [1, 1], crowd=np.zeros(2, bool), area=np.array([1600.0] * 2))
     found = arrays([(60, 60, 97, 100), (0, 0, 36, 36), (0, 80, 20, 100)], [1, 1, 1], scores=np.array([0.5, 0.9, 0.7]))
     record = coco.judge(found, truth)
