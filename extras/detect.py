@@ -113,10 +113,9 @@ def train(args: SimpleNamespace, world: World) -> None:
         dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
-    demo = args.demo
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
-    if demo:
+    if args.demo:
         world.say("no --data given: running the demo on drawn scenes, from "
                   + (args.weights or f"random weights, as there is no {DEMO_WEIGHTS} (python pretrain.py makes it)"))
     run = prepare(args, world, saved)
@@ -348,6 +347,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         raise ValueError("--data is missing: a folder in COCO's format, or shapes")
     if (args.weights is None) == (args.init is None):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
+    if args.eval_only and args.init:
+        raise ValueError("--eval-only: needs --weights, best.pt of a run")
     if args.arch is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch resnet50")
     return args
