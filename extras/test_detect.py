@@ -419,7 +419,7 @@ def test_three_steps_and_three_resumed_are_six(few_scenes, tmp_path, monkeypatch
     for name in ("detections.png", "loss.png", "best.pt", "args.json"):
         assert (tmp_path / "whole" / name).is_file()
     alone = ["--data", "shapes", "--weights", tmp_path / "whole" / "best.pt", "--eval-only", "--workers", "0"]
-    detect.main([*map(str, alone), "--amp", "off", "--out", str(tmp_path / "alone")])        # the rest is in args.json beside it
+    detect.main([*map(str, alone), "--amp", "off", "--out", str(tmp_path / "alone")])        # the rest is in args.json
     evaluated = json.loads((tmp_path / "alone" / "result.json").read_text())
     assert evaluated["box"] == result["box"] and evaluated["mask"] == result["mask"]
     step = detect.train_step
