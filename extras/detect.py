@@ -234,8 +234,8 @@ def evaluate(model: MaskRCNN, args: SimpleNamespace, world: World, run: Run) -> 
         good = [i for i in range(len(images)) if broken[i] < 0]
         outputs = model([as_float(images[i], world) for i in good]) if good else []
         for i, found in zip(good, outputs):
-            found = {name: value.cpu().numpy() for name, value in found.items()}
             found["masks"] = found["masks"][:, 0] > 0.5      # (D, H, W) at the image's own size
+            found = {name: value.cpu().numpy() for name, value in found.items()}
             records[int(index[i])] = judge(found, truth_of(targets[i]))
     model.train(training)
     parts = [(records, left_out)] * world.size

@@ -381,14 +381,18 @@ def test_every_family_learns_and_an_image_may_be_empty(flags):
         assert [tuple(z.shape) for z in maps.values()] == [(1, 16, n, n) for n in (16, 8, 4, 2, 1)]
 
 
-def test_boxes_and_masks_are_in_the_pixels_of_each_image():
-    """An image and the same at twice its size look alike to the net: its boxes are at twice the place."""
-    _, model = settings("--arch", "resnet18")
-    image = dense.Scenes("val", (64, 96)).read(0)[0] / 255
+@pytest.mark.parametrize("arch, size", [("resnet18", (64, 96)), ("deit_tiny", (48, 64))])
+def test_boxes_and_masks_are_in_the_pixels_of_each_image(arch, size):
+    """An image and the same at twice its size look alike to the net: its boxes are at twice the place.
+
+    A ViT sees a square of 64 px: the longer side is 64, the rest is padded."""
+    _, model = settings("--arch", arch)
+    image = dense.Scenes("val", size).read(0)[0] / 255
     once, twice = model.eval()([image, image.repeat_interleave(2, 1).repeat_interleave(2, 2)])
     assert len(once["boxes"]) == len(twice["boxes"]) > 5
     torch.testing.assert_close(2 * once["boxes"], twice["boxes"], atol=1e-3, rtol=1e-4)
-    assert once["masks"].shape[1:] == (1, 64, 96) and twice["masks"].shape[1:] == (1, 128, 192)
+    H, W = size
+    assert once["masks"].shape[1:] == (1, H, W) and twice["masks"].shape[1:] == (1, 2 * H, 2 * W)
 
 
 def test_half_precision_stays_in_the_backbone():
