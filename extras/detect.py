@@ -116,8 +116,8 @@ def train(args: SimpleNamespace, world: World) -> None:
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
     if args.demo:
-        world.say("no --data given: running the demo on drawn scenes, from "
-                  + (args.weights or f"random weights, as there is no {DEMO_WEIGHTS} (python pretrain.py makes it)"))
+        hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
+        world.say(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
     run = prepare(args, world, saved)
     world.say(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
               f"{len(run.val_loader.dataset)} images for validation\n"
