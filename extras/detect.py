@@ -284,7 +284,8 @@ def save_detections(file: Path, args: SimpleNamespace, world: World, run: Run, s
                 labels = objects["labels"].tolist()
                 colours = [COLOURS[label % len(COLOURS)] for label in labels]
                 drawn = draw_segmentation_masks(image, masks, 0.5, colours)
-                drawn = draw_bounding_boxes(drawn, boxes, [run.classes[label - 1] for label in labels], colours)
+                names = [run.classes[label - 1] for label in labels]
+                drawn = draw_bounding_boxes(drawn, boxes, names, colours, label_colors="white")
             columns[title].append(F.pad(drawn.float() / 255, (0, side - w, 0, side - h), value=1))
     save_sheet(file, {title: torch.stack(images) for title, images in columns.items()})
 
