@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torchvision.datasets as tvd
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -21,7 +20,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
 from engine.files import printable
-from engine.images import SUFFIXES, list_images, read_image, split_folder
+from engine.flags import pair
+from engine.images import SUFFIXES, TorchvisionSet, centre, list_images, read_image, split_folder
 from engine.journal import steps_per_epoch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, one number per channel
@@ -42,7 +42,7 @@ def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 on `device`, with MEAN and STD."""
     mean, std = (255 * v for v in mean_and_std(torch.device(device)))
-    return images.to(device, non_blocking=True).float().sub_(mean).div_(std)
+    return images.to(device, non_blocking=mean.is_cuda).float().sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
@@ -56,24 +56,25 @@ def denormalise(images: Tensor) -> Tensor:
 class Folder:
     """Images below `root`, cut as ImageNet is (train/, val/, in any capitals), or in class folders, or just there.
 
-    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root. `labels` are the indices
-    of the first-level folders in sorted order; a flat folder is one class. Raises ValueError if there is no image."""
+    For `split` 'train' and 'val', root/split is read if root/train exists, else all of root, as for 'all'. `labels` are
+    the indices of the first-level folders ('all': of those in train/ and val/) in sorted order; a flat folder is one.
+    `least`: see read_image. Raises ValueError if there is no image."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, least: int | None = None):
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
-        if split_folder(root, "train"):
-            inside = split_folder(root, split)
-            if inside is None:
+        cut = split_folder(root, "train") is not None
+        if cut and split != "all":
+            if (inside := split_folder(root, split)) is None:
                 raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
-            root = inside
-        names = list_images(root)
-        if not names:
+            root, cut = inside, False
+        if not (names := list_images(root)):
             raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
-        folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        folders = [name.split(os.sep)[cut:-1] for name in names]
+        folders = [inside[0] if inside else "" for inside in folders]
         classes = sorted(set(folders))
         self.classes = [printable(name) for name in classes]
-        self.root = root
+        self.root, self.least = root, least
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.searchsorted(classes, folders)
@@ -88,47 +89,7 @@ class Folder:
         return printable(self.path(index))
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.path(index))
-
-
-# ---- torchvision's datasets ----
-
-class TorchvisionSet:
-    """A dataset of torchvision by name. If no labels are needed, 'stl10' has its 100,000 unlabelled images too."""
-
-    def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
-        train = split == "train"
-        try:
-            if download:
-                root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--data-root {root}: cannot be written ({error.strerror})") from None
-        try:
-            if name in ("cifar10", "cifar100"):
-                self.data = getattr(tvd, name.upper())(root, train=train, download=download)
-            elif name == "stl10":
-                part = "test" if not train else "train" if labelled else "train+unlabeled"
-                self.data = tvd.STL10(root, split=part, download=download)
-            else:
-                ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
-                self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
-        except RuntimeError:
-            raise ValueError(f"--data {name}: not found in --data-root {root}; add --download to fetch it") from None
-        except OSError as error:                             # a network that does not answer is one too
-            doing = "fetched into" if download else "read from"
-            raise ValueError(f"--data {name}: cannot be {doing} --data-root {root} ({error})") from None
-        self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
-        labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
-        self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, index: int) -> Tensor:
-        return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
+        return read_image(self.path(index), self.least)
 
 
 # ---- shapes: the built-in set, drawn on the fly ----
@@ -202,8 +163,7 @@ class Shapes:
 
     def read(self, index: int) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
-        H, W = self.size
-        side = min(H, W)
+        (H, W), side = self.size, min(self.size)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
         canvas = texture(rng, x, y, ground)
@@ -219,21 +179,21 @@ class Shapes:
 # ---- one door to all of them ----
 
 def open_images(data: str, split: str, image_size: tuple[int, int], root: str | Path = "datasets",
-                download: bool = False, labelled: bool = False):
-    """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: 'train' or 'val'.
+                download: bool = False, labelled: bool = False, crop_min: float | None = None):
+    """`--data` -> images with len(), .read(index) -> uint8 (3, H, W), .labels and .classes. split: see Folder.
 
     data: a folder (see Folder) or one of NAMED. With `labelled`, a folder needs two classes, and one without train/ and
-    val/ is split: of each class every fifth image is held out. Raises ValueError if it is not there or not labelled."""
+    val/ is split: of each class every fifth image is held out. With `crop_min`, the smallest area of a crop, files may
+    be decoded smaller; a crop of 3:4 keeps twice image_size. Raises ValueError if it is not there or not labelled."""
     if data == "shapes":
         return Shapes(split, image_size)
     if data in NAMED:
         return TorchvisionSet(data, split, Path(root), download, labelled)
-    source = Folder(Path(data), split)
+    source = Folder(Path(data), split, crop_min and math.ceil(2 * max(image_size) / math.sqrt(0.75 * crop_min)))
     if labelled:
         folders = sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith("."))
-        for folder in map(printable, folders):
-            if folder not in source.classes:
-                raise ValueError(f"--data {source.root}: the class folder {folder}/ holds no images; fill or remove it")
+        if empty := [folder for folder in map(printable, folders) if folder not in source.classes]:
+            raise ValueError(f"--data {source.root}: the class folder {empty[0]}/ holds no images; fill or remove it")
     if labelled and (len(source.classes) < 2 or "" in source.classes):
         raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected "
                          f"{data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
@@ -245,12 +205,22 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
     return source
 
 
+def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
+    """For pre-training: (images to train on, images held out), 16 to 2,000 of val/ if it is there, else drawn by the seed."""
+    count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
+    if count == 0:
+        return source, None
+    apart = args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val"))
+    others = open_images(args.data, "val", size, args.data_root, crop_min=args.crop_min) if apart else source
+    order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
+    return source if apart else Subset(source, np.sort(order[count:])), Subset(others, np.sort(order[:count]))
+
+
 class Subset:
     """Some images of a source: those at `indices`."""
 
     def __init__(self, source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.classes, self.labels = source.classes, source.labels[indices]
+        self.source, self.indices, self.classes, self.labels = source, indices, source.classes, source.labels[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -263,13 +233,14 @@ class Subset:
 
 
 class CropAndFlip(v2.RandomResizedCrop):
-    """torchvision's random crop of at least `scale` of the area, resized, and flipped with even odds.
+    """torchvision's random crop of at least `scale` of the area, 3/4 to 4/3 of the shape asked for, resized, flipped.
 
     uint8 (3, H, W) in and out. Antialiased; bilinear in pre-training, bicubic in fine-tuning, as released. The flip
     comes before the resize: the part is copied anyway, into the memory order that the uint8 resize is fast in."""
 
     def __init__(self, image_size: tuple[int, int], scale: float, interpolation=InterpolationMode.BILINEAR):
-        super().__init__(image_size, (scale, 1.0), interpolation=interpolation, antialias=True)
+        wide = image_size[1] / image_size[0]
+        super().__init__(image_size, (scale, 1.0), (3 / 4 * wide, 4 / 3 * wide), interpolation, antialias=True)
 
     def forward(self, image: Tensor) -> Tensor:
         part = tvf.crop(image, **self.make_params([image]))  # (3, h, w), a view
@@ -278,18 +249,17 @@ class CropAndFlip(v2.RandomResizedCrop):
         return tvf.resize(part, self.size, self.interpolation, antialias=True)[0]
 
 
-def eval_transform(image_size: tuple[int, int], crop: float = 0.875) -> v2.Transform:
-    """The centre, `crop` of the shorter side once resized. uint8 in and out."""
-    short = round(max(image_size) / crop)
-    return v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(image_size)])
+def eval_transform(image_size: tuple[int, int], crop: float = 0.875):
+    """The centre of an image that was resized to just cover (H, W) / crop: nothing is padded. uint8 in and out."""
+    return functools.partial(centre, image_size, tuple(round(side / crop) for side in image_size))
 
 
 class Samples(Dataset):
     """source + transform, indexed by (visit, index): gives (image, index of that image, broken).
 
     visit: how often the image was seen before; the epoch, if there are no repeats. The transform's randomness comes
-    from (seed, visit, index) and nothing else. An image that cannot be read gives way to the next one
-    that can; `broken` is then the index of the bad one, else -1."""
+    from (seed, visit, index) and nothing else. An image that cannot be read gives way to the next one that can;
+    `broken` is then the index of the bad one, else -1."""
 
     def __init__(self, source, transform: v2.Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -390,7 +360,7 @@ class RandAugment(nn.Module):
 
 def augment(args: SimpleNamespace) -> v2.Transform:
     """Training augmentation of one image, uint8 in and out: crop, flip, RandAugment, colour jitter."""
-    steps = [CropAndFlip((args.image_size, args.image_size), args.crop_min, InterpolationMode.BICUBIC)]
+    steps = [CropAndFlip(pair(args.image_size), args.crop_min, InterpolationMode.BICUBIC)]
     if args.randaug:
         steps.append(RandAugment(args.randaug))
     if args.jitter:

@@ -1,14 +1,14 @@
-"""Fine-tuning: what pre-trained weights are worth on a labelled set. Linear and k-NN probes, and plain evaluation, too.
+"""Fine-tuning: what pre-trained weights are worth on a labelled set. Probes, features and plain evaluation, too.
 
     python finetune.py --weights runs/shapes-resnet18/backbone.pt --data shapes --labels 0.05      after the demo
     torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data /path/to/imagenet --recipe rsb_a2
 
 Recipes: RECIPES below. Leaves in --out: args.json, log.jsonl, checkpoint.pt (the last state), best.pt (the best epoch's
-weights under torchvision's names, head included), result.json (accuracies, per class too), loss.png, confusion.png.
+weights under torchvision's names, head included), result.json (accuracies, per class too), loss.png, confusion.png;
+recipe features: features.npz.
 """
 
 import contextlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from data import (NAMED, Batches, Samples, augment, eval_transform, normalise, o
                   some_labels)
 from engine.command import World, command_line
 from engine.files import make_folder, save_atomically
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked, defaults, number,
-                          path, remembered)
-from engine.images import Broken, every_image_once, make_loader, save_confusion
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
+                          pair, path, remembered, told_size)
+from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
+from engine.results import report, score, write_features
 from engine.weights import load_backbone, load_head, told
 from loss import class_loss, erase, mix_batch
 from model import Classifier, build_encoder, family
@@ -53,6 +54,7 @@ RECIPES = {
     "linear":   dict(LONG, frozen=True, epochs=100, optimizer="sgd", lr=30.0, lr_batch=256, weight_decay=0.0,
                      schedule="probe", warmup_epochs=0, smoothing=0.0),
     "knn":      dict(frozen=True),
+    "features": dict(frozen=True),
 }
 EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
     ("rsb_a2", "resnet101"): dict(ema=0.0, drop_path=0.1),
@@ -99,7 +101,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
         images, index, broken = next(batches)
         run.broken.note(broken)
         images = erase(normalise(images, world.device), args.erasing)        # (B, 3, H, W)
-        labels = run.labels[index].to(world.device, non_blocking=True)       # (B,)
+        labels = run.labels[index].to(world.device, non_blocking=world.on_cuda)            # (B,)
         images, targets = mix_batch(images, labels, len(run.classes), args.mixup, args.cutmix)
         images = images.contiguous(memory_format=run.memory_format)
         sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
@@ -124,22 +126,25 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
-    labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {args.image_size} px, "
+    labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {told_size(args.image_size)}, "
+    holds = f"{labelled}{len(run.classes)} classes, {len(run.val_labels)} images for validation"
+    if args.recipe == "features":
+        holds = f"{len(run.labels)} images at {told_size(args.test_size or args.image_size)}"
     how = "evaluation only" if args.eval_only else f"recipe {args.recipe}"
-    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {labelled}{len(run.classes)} classes, "
-              f"{len(run.val_labels)} images for validation\n"
+    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {holds}\n"
               f"{how}; {world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
     if not trains(args):
         make_folder(args, world, run.steps.global_batch)
+        if args.recipe == "features":
+            return features(run.tested, args, world, run)
         measure = evaluate if args.eval_only else neighbours
         return report(measure(run.tested, args, world, run), args, world, run)
 
@@ -176,23 +181,28 @@ def train(args: SimpleNamespace, world: World) -> None:
 
 
 def trains(args: SimpleNamespace) -> bool:
-    return not args.eval_only and args.recipe != "knn"
+    return not args.eval_only and args.recipe not in ("knn", "features")
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
-    size, test = (args.image_size,) * 2, (args.test_size or args.image_size,) * 2
+    size, test = pair(args.image_size), pair(args.test_size or args.image_size)          # (H, W)
+    alone, named = args.recipe == "features", args.data in NAMED             # one set of images, labelled or not
+    look = partial(open_images, args.data, root=args.data_root, labelled=named or not alone)
     if args.download:                                        # one process fetches for all
-        world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True, labelled=True)))
-    source = open_images(args.data, "train", size, args.data_root, labelled=True)
-    val = open_images(args.data, "val", test, args.data_root, labelled=True)
+        world.agree(lambda: len(look("train", size, download=True)))
+    part = args.crop_min if trains(args) else args.test_crop**2              # smallest area of a crop
+    source = look("all" if alone and not named else "train", size, crop_min=part)
+    val = source if alone else look("val", test, crop_min=args.test_crop**2)
     if odd := sorted(set(source.classes) ^ set(val.classes)):
         more = ", ..." if len(odd) > 3 else ""
         raise ValueError(f"--data {args.data}: train/ and val/ hold different classes ({', '.join(odd[:3])}{more})")
     if test != size and (family(args.arch).name == "vit" or args.arch.startswith("maxvit")) and trains(args):
-        raise ValueError(f"--test-size {test[0]}: {args.arch} has one grid of positions; use --image-size, {size[0]}")
+        raise ValueError(f"--test-size of {told_size(test)}: {args.arch} has one grid of positions; use that of "
+                         f"--image-size, {told_size(size)}")
     if len(val) < world.size:
-        raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
+        raise ValueError(f"--data {args.data}: {len(val)} {'' if alone else 'validation '}images are too few for "
+                         f"{world.size} processes")
     source = some_labels(source, args.labels, args.seed)
     labels, val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(val.labels).long()
     if not trains(args):
@@ -213,13 +223,13 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
     encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window)
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
-    head = load_head(model, args.weights) if args.eval_only else set()
+    head = load_head(model, args.weights) if args.eval_only else None if alone else set()
     if args.weights and not saved:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights), head))
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(world.device).to(memory_format=memory_format)
-    if world.size > 1 and world.on_gpu:
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
         model.compile()
@@ -228,7 +238,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
 
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
     make = {"lamb": Lamb, "sgd": partial(torch.optim.SGD, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)}
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)}
     optimizer = make[args.optimizer](groups, lr=0.0)         # the lr comes with each step
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
@@ -240,28 +250,17 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
 
 # ---- evaluation ----
 
-def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
-    """The counts of all processes, added up: {'top1', 'top5', 'images', 'confusion'}. best (N, 5), likeliest first.
-
-    confusion (C, C): images of each class (row) by prediction (column)."""
-    confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
-    counts = torch.cat([confusion, (best == labels[:, None]).sum()[None]]).double()
-    counts = (world.mean(counts) * world.size).round().long().cpu()
-    confusion, images = counts[:-1].view(classes, classes), counts[:-1].sum().item()
-    top1, top5 = confusion.diag().sum().item() / images, counts[-1].item() / images
-    return dict(top1=top1, top5=top5, images=images, confusion=confusion)
-
-
 def outputs(f, loader: DataLoader, labels: Tensor, args, world: World, run: Run) -> tuple[Tensor, Tensor]:
     """f(images) in float32 and the labels, over this process's part of a set, without unreadable ones: (N, C), (N,)."""
-    parts, left_out = [], 0
+    parts, bad = [], [torch.zeros(0, dtype=torch.long)]
     for images, index, broken in loader:
-        images, index, left_out = images[broken < 0], index[broken < 0], left_out + int((broken >= 0).sum())
+        images, index, bad = images[broken < 0], index[broken < 0], [*bad, broken[broken >= 0]]
         with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
             z = f(normalise(images, world.device).contiguous(memory_format=run.memory_format))
         parts.append((z.float(), labels[index].to(world.device)))
-    if left_out:
-        world.say(f"{left_out} images cannot be read and are left out of the count")
+    if bad := sorted(world.gather(torch.cat(bad)).tolist()):
+        names = ", ".join(loader.dataset.source.name(i) for i in bad[:3]) + ", ..." * (len(bad) > 3)
+        world.say(f"{len(bad)} images cannot be read and are left out: {names}")
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -298,18 +297,12 @@ def neighbours(model: Classifier, args: SimpleNamespace, world: World, run: Run,
     return score(votes.topk(min(5, classes)).indices[mine], labels[mine], classes, world)
 
 
-def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
-    """Says the result, writes result.json (per-class accuracy too) and confusion.png."""
-    confusion, out = result.pop("confusion").double(), Path(args.out)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    per_class = {name: round(share, 4) for name, share in zip(run.classes, shares.diag().tolist())}
-    world.say(f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % of {result['images']} images")
-    if len(run.classes) <= 20:
-        world.say("per class: " + ", ".join(f"{name} {100 * share:.0f}" for name, share in per_class.items()))
-    if world.rank == 0:
-        more |= {"weights": args.weights or args.init} | ({} if args.eval_only else {"labels": len(run.labels)})
-        (out / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n")
-        save_confusion(out / "confusion.png", shares, run.classes)
+@torch.no_grad()
+def features(model: Classifier, args: SimpleNamespace, world: World, run: Run) -> None:
+    """The mean-pooled features of every image of --data, as the k-NN probe sees them, into features.npz."""
+    model.eval()
+    z, index = outputs(model.features, run.loader, torch.arange(len(run.labels)), args, world, run)
+    write_features(z, index, args, world, run.broken.source)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,9 +316,9 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), f"labelled images (train/ and val/, or class folders), or {', '.join(NAMED)}"),
         "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count such as 20/class"),
-        "image_size": (None, number(int, 1, MAX_SIDE), "side of the square crop (as pre-trained, else 224)"),
-        "test_size": (None, number(int, 1, MAX_SIDE), "side of the test crop (--image-size)"),
-        "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized shorter side"),
+        "image_size": (None, SIDES, "side of the square crop, or its height and width (as pre-trained, else 224)"),
+        "test_size": (None, SIDES, "the same of the test crop (--image-size)"),
+        "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized image, which covers it"),
         **DATA_FLAGS},
     "augmentation": {
         "crop_min": (0.5, number(float, 0.01, 1), "smallest area of the random crop"),

@@ -88,7 +88,7 @@ def fill_hidden(images: Tensor, mask: Tensor, fill: str = "mean", generator: tor
     elif fill == "blur":
         seen = (~resize_mask(mask, images.shape[-2:])).to(images.dtype)      # (B, 1, H, W)
         sigma = 0.75 * images.shape[-1] / mask.shape[-1]
-        size = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:]]
+        size = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[:-3:-1]]    # across, down
         blurred, weight = (gaussian_blur(x, size, [sigma, sigma]) for x in (images * seen, seen))
         colour = torch.where(weight > 1e-4, blurred / weight.clamp(min=1e-4), images.mean((2, 3), keepdim=True))
     else:

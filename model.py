@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from engine.chain import cut, drop_residuals
+from engine.flags import pair
 from masking import MaskToken, fill_hidden, mask_grid, resize_mask, spread_mask
 
 
@@ -261,10 +262,6 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     return Encoder(net, stages, kind.mask_stage, kind.layout)
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 # ---- A2MIM ----
 
 def build_decoder(width: int, channels: int, stride: int) -> nn.Module:
@@ -349,6 +346,17 @@ class A2MIM(nn.Module):
         self.train(training)
         pasted = torch.where(resize_mask(mask, self.image_size), painted, images)
         return fill_hidden(images, mask, self.fill), painted, pasted
+
+
+def fit_cell(encoder: Encoder, image_size: tuple[int, int], unit: int = 8, cell: int | None = None) -> tuple[int, int]:
+    """(mask cell, mask stage) for an image of any size (no paper's): of the cells that tile it and hold whole units, the
+    one nearest to a sixth of its shorter side; a CNN's token enters as deep as a feature is at most half a cell wide."""
+    (H, W), shapes = image_size, encoder.shapes(image_size)
+    fits = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0] or [32]
+    cell = cell or min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))
+    if len(shapes[-2]) < 4 or encoder.layout == "nhwc":      # a Transformer: at its released place
+        return cell, encoder.mask_stage
+    return cell, max(k for k, shape in enumerate(shapes[:-1]) if k == 0 or 2 * H // shape[2] <= cell)
 
 
 # ---- a classifier, for fine-tuning ----

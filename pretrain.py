@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,18 +20,20 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 import masking
-from data import (NAMED, Batches, CropAndFlip, Samples, Subset, denormalise, eval_transform, normalise,
-                  open_images, seed_for)
+from data import (NAMED, Batches, CropAndFlip, Samples, denormalise, eval_transform, hold_out, normalise, open_images,
+                  seed_for)
 from engine.command import World, command_line
-from engine.flags import AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, Parser, checked, defaults, number, path
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, Parser, checked, defaults, number, pair,
+                          path, told_size)
 from engine.files import read_lines
-from engine.images import Broken, every_image_once, make_loader, save_sheet, split_folder
+from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.optim import lr_at, parameter_groups
+from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
 from masking import fill_hidden, hidden_count, mask_grid, random_mask
-from model import A2MIM, build_encoder, family
+from model import A2MIM, Encoder, build_encoder, family, fit_cell
 
 # ---- recipes: every value has a flag of the same name; lr is per 512 images of the global batch ----
 
@@ -55,11 +56,12 @@ EXCEPTIONS = {  # as released
     "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
-# The demo has minutes: a small net at a high lr, and small cells. Its batches are small, too: the mean residual of
-# 16 images says little, so it takes one spectrum per image (see loss.fourier_loss).
-DEMO = dict(data="shapes", arch="resnet18", image_size=96, epochs=1, global_batch=16, lr=0.032, spectrum="image",
-            log_every=5)
-DEMO_RESNET = dict(lr=0.096, mask_cell=8, mask_stage=3)       # if it is a ResNet, as it is without --arch
+# A few thousand images (no paper's; found on photographs and clip art): the lr is a peak, as one that shrinks with the
+# batch comes to nothing. Small batches: the mean residual of 32 images says little, so each image has its spectrum.
+SMALL, FEW_STEPS, FEW_IMAGES = dict(spectrum="image", token_lr=1.0, schedule="cosine"), 500, 100_000
+SMALL_PEAK = {"resnet": 3e-3, "convnext": 1e-3, "vit": 1e-3, "swin": 1e-3, "torchvision": 1e-3}
+SMALL_STEPS = 1500
+DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1, global_batch=16, log_every=5)
 
 
 # ---- one step ----
@@ -150,10 +152,9 @@ def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> 
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
     args.amp = args.amp or world.default_amp()
@@ -167,10 +168,11 @@ def train(args: SimpleNamespace, world: World) -> None:
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
     millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
-    if peak <= args.min_lr:
-        world.say(f"the peak lr, {peak:.1e}, is not above its floor, {args.min_lr:g}: raise --lr (per 512 images)")
+    if peak * steps.total < 0.1:                             # about as far as AdamW can move a weight
+        world.say(f"the peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight moves further than "
+                  f"that, and little will be learned; raise --lr (per 512 images) or --epochs")
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
-              f"{args.data}: {len(run.broken.source)} images at {args.image_size} px, "
+              f"{args.data}: {len(run.broken.source)} images at {told_size(args.image_size)}, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
@@ -217,46 +219,55 @@ def train(args: SimpleNamespace, world: World) -> None:
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
-def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
-    """(images to train on, images held out): of val/ if there is one, else drawn by the seed; 16 to 2,000 of them."""
-    count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
-    if count == 0:
-        return source, None
-    apart = args.data in NAMED or all(split_folder(Path(args.data), split) for split in ("train", "val"))
-    others = open_images(args.data, "val", size, args.data_root) if apart else source
-    order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
-    return source if apart else Subset(source, np.sort(order[count:])), Subset(others, np.sort(order[:count]))
+def choose_recipe(args: SimpleNamespace, world: World, images: int, steps: Steps, encoder: Encoder) -> None:
+    """--recipe, if none was typed, and into args what `small` has and nobody typed."""
+    if args.recipe is None:
+        few = steps.per_epoch < FEW_STEPS and images < FEW_IMAGES
+        args.recipe = "small" if few else "imagenet"
+        if few:
+            world.say(f"{images} images, an epoch of {steps.per_epoch} steps: --recipe small; as released: imagenet")
+    if args.recipe == "small":
+        kind = family(args.arch).name
+        cell, stage = fit_cell(encoder, pair(args.image_size), args.patch_size if kind == "vit" else 8,
+                               args.mask_cell if "mask_cell" in args.given else None)
+        small = dict(SMALL, lr=SMALL_PEAK[kind] * 512 / steps.global_batch, min_lr=SMALL_PEAK[kind] / 100,
+                     epochs=SMALL_STEPS / steps.per_epoch, mask_cell=cell, mask_stage=stage)
+        kept = {*args.given, *(DEMO if args.demo else {}), *(SIMMIM if args.baseline else {})}
+        vars(args).update({name: value for name, value in small.items() if name not in kept})
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
     """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
     pictures. Raises ValueError if they do not fit."""
-    size = (args.image_size, args.image_size)
-    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
+    size = pair(args.image_size)                             # (H, W)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
-    source, others = hold_out(open_images(args.data, "train", size, args.data_root), args, size)
+    source, others = hold_out(open_images(args.data, "train", size, args.data_root, crop_min=args.crop_min), args, size)
     steps = Steps.plan(args, world, len(source), saved)
+    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
+    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    if not saved:
+        choose_recipe(args, world, len(source), steps, encoder)
+        steps = Steps.plan(args, world, len(source), saved)
+    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
     loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, args.workers, world)
 
-    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
     if args.weights and not saved:
         world.say(f"{args.weights}: {told(load_backbone(encoder, args.weights))}")
     model = A2MIM(encoder, image_size=size, mask_cell=args.mask_cell, mask_stage=args.mask_stage, token=args.token,
                   fill=args.fill).to(world.device)
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(memory_format=memory_format)
-    if world.size > 1 and world.on_gpu:
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)         # statistics over all GPUs, as released
     if args.compile:
         model.compile()
     if world.size > 1:
         net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.token_lr)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = Broken(source, args.max_bad, args.out)
@@ -286,9 +297,8 @@ FLAGS = {
     "data": {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), or "
                  f"{', '.join(NAMED)}; none: the demo"),
-        "image_size": (224, number(int, 1, MAX_SIDE), "side of the square crop"),
-        "val": (0.02, number(float, 0, 0.5), "share of images held out (of val/ if it is there), to see what the loss "
-                "is worth; 0 = none"),
+        "image_size": (224, SIDES, "side of the square crop, or its height and width"),
+        "val": (0.02, number(float, 0, 0.5), "share of images held out (of val/ if it is there) for the yardstick"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),
         **DATA_FLAGS},
     "masking": {
@@ -298,8 +308,7 @@ FLAGS = {
                        "before block N), 4 = before the last stage of a CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
         "token": ("gamma", masking.TOKENS, "how the token joins the features"),
         "fill": ("mean", masking.FILLS, "colour of hidden pixels at the input"),
-        "baseline": (None, ("simmim",), "run SimMIM instead: the token replaces features after the stem, zero fill, "
-                     "plain L1, no Fourier loss")},
+        "baseline": (None, ("simmim",), "SimMIM: token replaces features after the stem, zero fill, L1, no Fourier")},
     "model": {
         "arch": ("resnet50", checked("NAME", family), "a backbone of the paper, or any of torchvision's"),
         "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or a released file"),
@@ -308,8 +317,7 @@ FLAGS = {
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 px")},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
-        "stand_in": ("mixed", STAND_INS, "what visible pixels show the Fourier loss: mixed as released, prediction as "
-                     "in the paper"),
+        "stand_in": ("mixed", STAND_INS, "what visible pixels show it: mixed as released, prediction as in the paper"),
         "visible_weight": (0.0, share, "share of gradient that visible pixels keep in it, 0 to 1"),
         "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per image as the paper"),
         "fourier_focal": (True, yes_no, "focal frequency loss, or mean focal L1 of |D|"),
@@ -317,6 +325,7 @@ FLAGS = {
         "log_weight": (True, yes_no, "log(1 + |D|^alpha) as frequency weight"),
         "focal_pixels": (True, yes_no, "focal L1 over pixels, or plain L1")},
     "optimiser": {
+        "recipe": (None, ("imagenet", "small"), f"as released, or for few images (an epoch of < {FEW_STEPS} steps)"),
         "epochs": (300, number(float, 0.001, MAX_EPOCHS), "passes over the data; a fraction such as 0.5 too"),
         "batch_size": (None, count, "images per process and forward pass (GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),
@@ -338,10 +347,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     given = vars(parser.parse_args(argv))
     demo = DEMO if "data" not in given else {}
     arch = given.get("arch", demo.get("arch", DEFAULTS["arch"]))
-    kind = family(arch).name
-    demo = {**demo, **(DEMO_RESNET if demo and kind == "resnet" else {})}
-    baseline = SIMMIM if given.get("baseline") == "simmim" else {}
-    recipe = {**RECIPES[kind], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
+    baseline = SIMMIM if "baseline" in given else {}
+    recipe = {**RECIPES[family(arch).name], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
     more = dict(program="pretrain.py", given=given, demo=bool(demo))
     return SimpleNamespace(**{**DEFAULTS, "arch": arch, **recipe, **given}, **more)
 

@@ -33,7 +33,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import files, images, journal, optim, weights
+from engine import command, files, images, journal, optim, weights
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -134,6 +134,7 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
         (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
         (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
         (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
+        (lambda: build_encoder("maxvit_t", (64, 96)), "'maxvit_t' at 64x96 px: torchvision's MaxViT takes squares"),
         (
             lambda: build_encoder("maxvit_t", 64),
             "arch 'maxvit_t' at 64x64 px: Input size (16, 16) of block 0 is not divisible",
@@ -778,6 +779,63 @@ def test_a_photograph_taken_sideways_is_read_upright(tmp_path):
     assert images.read_image(str(tmp_path / "a.jpg")).shape == (3, 40, 30)
 
 
+def photograph(path, mode="RGB", turn=1, size=(1600, 1200)):
+    """Writes a JPEG of soft shades, waves of 63 pixels and noise, as a camera that was turned would; its path."""
+    x, y = np.meshgrid(*map(np.arange, size))
+    shade = [110 + 60 * np.sin(x / 300 + c) * np.cos(y / (200 + 40 * c)) for c in range(3)]
+    pixels = np.stack(shade, -1) + 25 * (np.sin(x / 10) * np.sin(y / 10))[..., None]
+    pixels += np.random.default_rng(0).uniform(-30, 30, pixels.shape)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert(mode).save(path, quality=90, exif=exif)
+    return str(path)
+
+
+@pytest.mark.parametrize("mode, turn", [("RGB", 1), ("L", 1), ("CMYK", 1), ("RGB", 6)])
+def test_a_large_jpeg_is_decoded_in_part_and_gives_the_same_crop(mode, turn, tmp_path):
+    """Of 255 levels: less than 0.3 apart in the mean, 2 at most."""
+    photograph(tmp_path / "a.jpg", mode, turn)
+    whole, fast = (data.open_images(str(tmp_path), "train", (64, 64), crop_min=c).read(0) for c in (None, 0.5))
+    assert whole.shape == ((3, 1600, 1200) if turn == 6 else (3, 1200, 1600))
+    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])  # 1/4: the shorter side 300, at 1/8 only 150
+    pairs, crop = [[data.eval_transform((64, 64))(x) for x in (whole, fast)]], data.CropAndFlip((64, 64), 0.5)
+    for seed in range(6):                                    # the same part of both
+        torch.manual_seed(seed)
+        box = crop.make_params([fast])
+        pairs.append([])
+        for image, scale in ((whole, 4), (fast, 1)):
+            crop.make_params = lambda _: {name: scale * n for name, n in box.items()}
+            torch.manual_seed(seed)
+            pairs[-1].append(crop(image))
+        del crop.make_params
+    for a, b in pairs:
+        apart = (a.float() - b.float()).abs()
+        assert apart.mean() < 0.3 and apart.max() <= 2, (apart.mean(), apart.max())
+    content = (tmp_path / "a.jpg").read_bytes()               # cut off: broken as it was
+    (tmp_path / "a.jpg").write_bytes(content[:len(content) // 2])
+    for least in (None, 200):
+        with pytest.raises((OSError, RuntimeError)):
+            images.read_image(str(tmp_path / "a.jpg"), least)
+
+
+def test_the_smallest_crop_of_a_photograph_decoded_in_part_has_twice_the_pixels(tmp_path):
+    """And what is not a JPEG, or too small for that, is decoded whole, bit by bit as ever."""
+    for size, crop_min in product(((1200, 1600), (1999, 1501), (3000, 800)), (0.08, 0.5, 0.8, 1.0)):
+        if crop_min == 0.08:
+            photograph(tmp_path / "a.jpg", size=size)
+        source = data.open_images(str(tmp_path), "train", (64, 64), crop_min=crop_min)
+        image, crop = source.read(0), data.CropAndFlip((64, 64), crop_min)
+        sides = [min(p["height"], p["width"]) for p in (crop.make_params([image]) for _ in range(200))]
+        assert min(sides) >= 127, (size, crop_min)           # 128, and rounding
+        assert min(image.shape[1:]) >= 2 * round(64 / 0.875) # the centre crop's
+        assert min(image.shape[1:]) < 4 * 64 / math.sqrt(0.75 * crop_min) + 2 or min(image.shape[1:]) == min(size)
+    small = photograph(tmp_path / "b.jpg", size=(300, 200))
+    large = str(tmp_path / "c.png")
+    Image.open(photograph(tmp_path / "a.jpg")).save(large)
+    for path, least in ((small, 101), (large, 50)):
+        assert torch.equal(images.read_image(path), images.read_image(path, least))
+
+
 def test_folders_of_every_layout(tmp_path):
     layouts = {
         "imagenet": ["train/cat/1.jpg", "train/dog/2.JPEG", "val/cat/3.jpg"],
@@ -881,6 +939,43 @@ def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
             assert torch.equal(*crops)
 
 
+def ramps(h, w):
+    """An image (2, h, w) that says where its pixels came from: y / h and x / w of their centres."""
+    y, x = (torch.arange(n) + 0.5 for n in (h, w))
+    return torch.stack([(y / h)[:, None].expand(h, w), (x / w)[None].expand(h, w)])
+
+
+@pytest.mark.parametrize("size, crop", [((48, 64), 0.875), ((64, 48), 0.95), ((32, 96), 1.0), ((40, 40), 0.875)])
+def test_the_test_crop_is_the_centre_of_an_image_that_covers_it_and_never_padded(size, crop):
+    for h, w in product((31, 60, 100), (37, 90, 233)):
+        whole = data.eval_transform(size, crop)(ramps(h, w))
+        assert whole.shape == (2, *size)
+        ends = (whole[0, -1] - whole[0, 0]).mean(), (whole[1, :, -1] - whole[1, :, 0]).mean()
+        step = [end / (side - 1) for end, side in zip(ends, size)]           # of the whole, per pixel
+        scale = [share.item() * side for share, side in zip(step, (h, w))]   # source pixels per pixel, down and across
+        assert scale[0] == pytest.approx(scale[1], rel=0.05)                 # nothing is stretched
+        shown = [share.item() * side for share, side in zip(step, size)]     # of the whole, down and across
+        assert max(shown) == pytest.approx(crop, abs=0.02)                   # as much as fits, and no more
+        close(whole.mean((1, 2)), torch.full((2,), 0.5), atol=0.03, rtol=0)  # of the middle
+        white = data.eval_transform(size, crop)(torch.full((3, h, w), 255, dtype=torch.uint8))
+        assert (white == 255).all()                          # padding would be black
+        if size[0] == size[1]:                               # the released rule, by torchvision
+            image = torch.randint(256, (3, h, w), dtype=torch.uint8)
+            resized = tvf.resize(image, round(size[0] / crop), tvf.InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(data.eval_transform(size, crop)(image), tvf.center_crop(resized, size))
+
+
+def test_a_random_crop_of_another_shape_stretches_by_a_third_at_most_either_way():
+    turns, transform = [], data.CropAndFlip((32, 64), 0.3)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        part = transform(ramps(100, 200))
+        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()                 # source pixels of 16 pixels
+        across = 200 * (part[1, :, 48] - part[1, :, 32]).mean().abs()
+        turns.append((across / down).item())
+    assert 0.72 < min(turns) < 0.85 and 1.18 < max(turns) < 1.39
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     source = data.Shapes("train", (48, 48))
     crop = data.CropAndFlip((48, 48), 0.2)
@@ -892,6 +987,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     torch.set_rng_state(state)
     samples[2, 2]
     assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
+
+
+@pytest.mark.parametrize("batch", [5, 40])
+def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch):
+    """Every batch of two workers, looked at when all have come, is the batch made here."""
+    samples = data.Samples(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
+    keys = images.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
+    world = SimpleNamespace(on_gpu=False)
+    here, there = (list(images.make_loader(samples, keys, workers, world)) for workers in (0, 2))
+    assert len(here) == len(there) == math.ceil(203 / batch)
+    for a, b in zip(here, there):
+        assert all(map(torch.equal, a, b)) and a[0].stride() == b[0].stride() and a[0].stride(1) == 1
+        assert not b[0].is_shared()                          # the memory of the workers is theirs
 
 
 def flat(batches):
@@ -1081,6 +1189,72 @@ def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images,
     pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])  # the other flags are remembered
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("arch, more", [("resnet18", ["--mask-stage", "3"]), ("deit_tiny", [])])
+def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
+    arch, more, few_images, tmp_path, monkeypatch, capsys
+):
+    flags = ["--arch", arch, "--image-size", "64", "96", "--epochs", "1", "--val", "0.5", *more]
+    log, final = run(tmp_path / "whole", *flags, "--sheets", "2")
+    assert final["args"]["image_size"] == [64, 96] and log[-1]["held_out"] > 0
+    assert "images at 64 x 96 px, 15 of 24 cells hidden" in capsys.readouterr().err      # ceil(0.6 * 24)
+    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")     # 6 rows of 5, 2 px apart, 2 x enlarged
+    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22)
+    step = pretrain.train_step
+    monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 2 else 1 / 0)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cut", *flags, "--save-every", "1")
+    monkeypatch.setattr(pretrain, "train_step", step)
+    _, resumed = run(tmp_path / "cut", "--resume", base=[])
+    same_weights(final, resumed)
+    weights_file = tmp_path / "whole" / "backbone.pt"
+    monkeypatch.setattr(finetune, "EXCEPTIONS", {})
+    finetune.main(f"--weights {weights_file} --data shapes --batch-size 8 --epochs 0.5 --workers 0 --amp off --out "
+                  f"{tmp_path / 'tuned'}".split())
+    made = json.loads((tmp_path / "tuned" / "args.json").read_text())
+    assert made["image_size"] == [64, 96] and "labelled images at 64 x 96 px" in capsys.readouterr().err
+    call = f"--weights {tmp_path / 'tuned' / 'best.pt'} --data shapes --workers 0 --amp off --eval-only --out"
+    finetune.main([*call.split(), str(tmp_path / "eval")])
+    top1 = [json.loads((tmp_path / name / "result.json").read_text())["top1"] for name in ("tuned", "eval")]
+    assert top1[0] == top1[1]
+    code, said = complaint(capsys, "--out", tmp_path / "whole", "--resume", "--arch", "deit_small")
+    assert code == 2 and f"of another model ({arch} at 64 x 96 px)" in said
+    if arch == "deit_tiny":
+        code, said = complaint(capsys, "--weights", weights_file, "--data", "shapes", "--test-size", "96", "64",
+                               main=finetune.main)
+        assert code == 2 and "--test-size of 96 x 64 px: deit_tiny has one grid" in said
+
+
+def test_positions_of_a_grid_that_is_not_square_are_turned_into_another_as_pictures_are(tmp_path):
+    """4 x 6 patches and 6 x 4 are as many: without the size of then, one would be taken for the other."""
+    net = build_encoder("deit_tiny", (64, 96)).backbone
+    across = torch.arange(6).repeat(4).float()               # says in which column a patch is
+    offset = torch.arange(11).repeat(7).float()              # and how far a pair lies apart in columns
+    with torch.no_grad():
+        net.pos_embed[0, 1:] = across[:, None]
+        for block in net.blocks:
+            block.attn.relative_position_bias_table[:77] = offset[:, None]
+    torch.save(net.state_dict(), tmp_path / "backbone.pt")
+    for turned, made_at, beside in (((96, 64), (64, 96), None), ((96, 64), None, [64, 96]), ((80, 80), None, [64, 96])):
+        if beside:
+            (tmp_path / "args.json").write_text(json.dumps(dict(image_size=beside)))
+        again = build_encoder("deit_tiny", turned)
+        found = weights.load_backbone(again, tmp_path / "backbone.pt", made_at)
+        assert len(found["resized"]) == 13 and not found["missing"]
+        for table, gw, were in ((again.backbone.pos_embed[0, 1:], turned[1] // 16, 6),
+                                 (again.backbone.blocks[3].attn.relative_position_bias_table[:-3],
+                                  2 * (turned[1] // 16) - 1, 11)):
+            columns = table[:, 0].view(-1, gw)
+            close(columns, columns[:1].expand_as(columns))   # every row the same, as it was
+            assert (columns[0].diff() > 0).all()
+            assert columns[0].mean().item() == pytest.approx((were - 1) / 2, abs=0.01)
+    (tmp_path / "args.json").unlink()
+    same = build_encoder("deit_tiny", (64, 96))
+    assert not weights.load_backbone(same, tmp_path / "backbone.pt")["resized"]
+    close(same.backbone.pos_embed, net.pos_embed, atol=0, rtol=0)
+    wide = weights.load_backbone(build_encoder("deit_tiny", (80, 80)), tmp_path / "backbone.pt", (96, 64))
+    assert len(wide["resized"]) == 13                        # as many patches as told: taken at their word
 
 
 def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(
@@ -1285,16 +1459,19 @@ def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
 
 # ---- pre-training: what a loss is worth ----
 
-def test_a_blur_of_the_visible_pixels_is_their_weighted_mean():
-    x, mask = torch.randn(1, 2, 24, 24, dtype=torch.double), checkerboard(1, 3, 3)       # cells of 8 px: sigma 6
+@pytest.mark.parametrize("H, W", [(24, 24), (16, 24), (24, 8)])
+def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
+    x, mask = torch.randn(1, 2, H, W, dtype=torch.double), checkerboard(1, H // 8, W // 8)   # cells of 8 px: sigma 6
     painted = masking.fill_hidden(x, mask, "blur")
-    hidden = masking.resize_mask(mask, (24, 24))[0, 0]
-    reflect = lambda i: -i if i < 0 else 46 - i if i > 23 else i
+    hidden = masking.resize_mask(mask, (H, W))[0, 0]
+    reflect = lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+    down, across = (range(-min(18, n - 1), min(18, n - 1) + 1) for n in (H, W))          # three sigma, or the image
     for r, c in ((0, 0), (3, 4), (12, 12), (23, 20)):
-        assert hidden[r, c]
+        if r >= H or c >= W or not hidden[r, c]:
+            continue
         total, weight = torch.zeros(2, dtype=torch.double), 0.0
-        for dr, dc in product(range(-18, 19), repeat=2):
-            y, z = reflect(r + dr), reflect(c + dc)
+        for dr, dc in product(down, across):
+            y, z = reflect(r + dr, H), reflect(c + dc, W)
             if not hidden[y, z]:
                 w = math.exp(-(dr**2 + dc**2) / (2 * 6**2))
                 total, weight = total + w * x[0, :, y, z], weight + w
@@ -1373,7 +1550,7 @@ def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, caps
 
 def test_a_peak_lr_below_its_floor_is_told(few_images, capsys, tmp_path):
     run(tmp_path / "run", "--epochs", "1", "--lr", "1e-4")
-    assert "the peak lr, 1.6e-06, is not above its floor, 1e-05: raise --lr" in capsys.readouterr().err
+    assert "the peak lr 1.6e-06 x 1 steps = 2e-06" in capsys.readouterr().err
 
 
 # ---- pre-training: the command line ----
@@ -1395,6 +1572,8 @@ def complaint(capsys, *flags, main=pretrain.main):
         (["--epochs", "1e18"], "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
         (["--sheets", "2000000000"], "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
         (["--image-size", "1000000"], "argument --image-size: 1000000: must be an integer from 1 to 8192"),
+        (["--image-size", "64", "96", "128"], "argument --image-size: 64 96 128: must be one side of a square, or two"),
+        (["--image-size", "64", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
         (["--data", ""], "argument --data: is empty (an unset shell variable?)"),
         (["--out", ""], "argument --out: is empty"),
         (["--batch-size", "2.5"], "argument --batch-size: 2.5: must be an integer"),
@@ -1530,7 +1709,9 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
         ("{", "cannot be read as the settings of a run"),
         ("7", "cannot be read as the settings of a run"),
         ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"),
-        ('{"image_size": [224, 224]}', "image_size is [224, 224]"),
+        ('{"image_size": [224, 192, 160]}', "image_size is [224, 192, 160], which --image-size would refuse"),
+        ('{"image_size": [224, "192"]}', "image_size is [224, '192']"),
+        ('{"image_size": []}', "image_size is []"),
         ('{"image_size": -5}', "image_size is -5"),
         ('{"image_size": 1e400}', "image_size is inf"),
         ('{"image_size": true}', "image_size is True"),
@@ -2096,6 +2277,45 @@ def test_knn_votes_as_counted_by_hand(tmp_path):
     assert result["top1"] == pytest.approx(right / 11)
 
 
+def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backbone, capsys, tmp_path):
+    """Of folders of every layout; two processes write what one does; an image that cannot be read is left out."""
+    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2,), "test": (1,)})
+    (tmp_path / "flat").mkdir()
+    for i in range(5):
+        paint(tmp_path / "flat" / f"{i}.png", colour=(50 * i, 90, 200), size=(60 + i, 40))
+    net = tv.resnet18()
+    net.load_state_dict(torch.load(backbone))
+    net.eval().fc = nn.Identity()                            # what is left is pooled
+    crop = tvf.InterpolationMode.BICUBIC
+    flags = f"--weights {backbone} --arch resnet18 --recipe features --image-size 48 32 --workers 0 --amp off".split()
+    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [0] * 5, [""])):
+        out = tmp_path / f"{name}-out"
+        finetune.main([*flags, "--data", str(tmp_path / name), "--out", str(out)])
+        found = np.load(out / "features.npz")
+        files = sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*.png"))
+        assert f"wrote {out}/features.npz: {len(files)} x 512" in capsys.readouterr().err
+        assert found["files"].tolist() == files and found["classes"].tolist() == classes
+        assert found["features"].dtype == np.float32 and found["labels"].dtype == np.int64
+        assert found["labels"].tolist() == labels            # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        for file, row in zip(files, found["features"]):      # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+            image = tvf.pil_to_tensor(Image.open(tmp_path / name / file).convert("RGB"))
+            image = tvf.center_crop(tvf.resize(image, 55, crop, antialias=True), (48, 32))
+            image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            with torch.no_grad():
+                close(torch.from_numpy(row), net(image[None])[0], atol=1e-4, rtol=1e-4)
+        assert {p.name for p in out.iterdir()} == {"features.npz", "args.json"}
+    (tmp_path / "flat" / "2.png").write_bytes(b"no image")
+    again = [*flags, "--data", tmp_path / "flat", "--out", tmp_path / "flat-out"]
+    code, said = complaint(capsys, *again, main=finetune.main)
+    assert code == 2 and "already holds a features.npz" in said
+    done = torchrun("finetune.py", *flags, "--data", tmp_path / "flat", "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert f"1 images cannot be read and are left out: {tmp_path}/flat/2.png" in done.stderr
+    one, two = (np.load(tmp_path / name / "features.npz") for name in ("flat-out", "two"))
+    assert two["files"].tolist() == ["0.png", "1.png", "3.png", "4.png"]
+    np.testing.assert_allclose(two["features"], one["features"][[0, 1, 3, 4]], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
     run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
     result = tune(
@@ -2153,6 +2373,74 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2 and words in said and said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
+
+
+# ---- devices that are not here ----
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes torch see an accelerator, or none. Nothing can run on it."""
+    def see(kind):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *given, **more: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        if kind != "cpu":
+            monkeypatch.setattr(getattr(torch, kind), "set_device", lambda device: None, raising=False)
+        return command.World()
+    return see
+
+
+@pytest.mark.parametrize("kind, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl"),
+                                           ("mps", "gloo"), ("cpu", "gloo")])
+def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, backend, pretend, few_images, tmp_path):
+    world = pretend(kind)
+    world.take_gpu()
+    assert world.device == torch.device(kind, 0) if kind != "cpu" else world.device == torch.device("cpu")
+    assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
+    if kind in ("mps", "xpu"):
+        assert world.default_amp() == "off"
+    args = pretrain.parse([*TINY, "--arch", "resnet18", "--mask-cell", "32", "--out", str(tmp_path)])
+    args.amp, world.device = "off", torch.device("cpu")      # its switches, on what is here
+    run, *_ = pretrain.prepare(args, world, None)
+    assert run.optimizer.defaults["fused"] == (kind != "mps")
+    assert run.loader.pin_memory == (kind == "cuda")
+    assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
+    tuning = finetune.parse([*SMALL, "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path)])
+    tuned = finetune.prepare(tuning, world, None)
+    assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
+    world.use(kind)
+    world.take_gpu("cpu")                                    # asked for
+    assert not world.on_gpu and world.device == torch.device("cpu") and world.backend == "gloo"
+
+
+def test_a_device_that_cannot_be_used_gets_one_line(pretend, few_images, capsys, monkeypatch, tmp_path):
+    for here, asked, more, words in (
+        ("cpu", "cuda", {}, "--device cuda: torch sees no accelerator on this machine; use --device cpu"),
+        ("mps", "cuda", {}, "--device cuda: torch sees mps on this machine; use --device mps"),
+        ("mps", None, dict(size=2), "2 processes on mps: one only; start it without torchrun, or use --device cpu"),
+        ("xpu", None, dict(size=3, local_size=3), "--nproc_per_node=3: this machine has 2 GPUs"),
+    ):
+        world = pretend(here)
+        vars(world).update(more)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            world.take_gpu(asked)
+    monkeypatch.setattr(torch, "__version__", "2.7.1+old")
+    with pytest.raises(ValueError, match=re.escape("--device mps: needs torch 2.8, this is 2.7.1+old")):
+        pretend("mps").take_gpu()
+    pretend("mps").take_gpu("cpu")
+    pretend("cpu")
+    code, said = complaint(capsys, *TINY, "--device", "xpu", "--out", tmp_path / "run")
+    assert code == 2 and "--device xpu: torch sees no accelerator" in said and said.count("\n") == 1
+    out_of = RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB")
+    code, line = command.what_went_wrong(out_of, command.World())
+    assert code == 1 and line.startswith("not enough memory (MPS backend out of memory")
+
+
+def test_the_device_is_not_remembered(few_images, tmp_path):
+    """A run may go on elsewhere: args.json says where it ran, the checkpoint does not ask for it again."""
+    _, checkpoint = run(tmp_path / "run", "--epochs", "1", "--device", "cpu")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
+    assert "device" not in checkpoint["args"]
 
 
 # ---- faults ----

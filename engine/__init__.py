@@ -4,7 +4,9 @@
     command   processes, signals, and errors of one line
     journal   the course of a run: steps, exact resume
     files     the output folder, checkpoints, log lines
-    images    image files in, batches from workers, pictures out
+    results   accuracies, confusion, features
+    images    image files in, batches from workers
+    pictures  sheets and curves, as PNG files
     weights   our files, torchvision's, the authors'
     chain     torchvision's nets as chains of modules
     optim     learning rates, parameter groups, LAMB, the moving average of the weights

@@ -27,6 +27,8 @@ def cut(arch: str, image_size: tuple[int, int], drop_path: float) -> tuple[nn.Mo
                           f"them; use {near}, or cut it yourself: model.Encoder([...])")
     if arch.startswith(("vit_", "googlenet", "inception")):  # known: not built for nothing
         raise no_chain
+    if by_size and H != W:
+        raise ValueError(f"arch {arch!r} at {H}x{W} px: torchvision's MaxViT takes squares alone; give one side")
     try:
         net = tv.get_model(arch, **({"input_size": (H, W)} if by_size else {}))
     except ValueError as error:

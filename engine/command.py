@@ -24,23 +24,44 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 
 @dataclass
 class World:
-    """Who we are among the processes of torchrun: `rank` of `size`, on `device`. Without torchrun: rank 0 of 1."""
+    """Who we are among the processes of torchrun: `rank` of `size`, on `device`. Without torchrun: rank 0 of 1.
+
+    The device is the accelerator that torch sees, else the CPU. Nobody has run this on Apple's mps or Intel's xpu yet,
+    so what they may lack is left out there. on_mps: no fused AdamW (it makes the step that GradScaler skips), no
+    channels_last, one process. Not on_cuda: no pinned memory, no copy that does not wait (on mps it comes out wrong),
+    no SyncBatchNorm, no mixed precision unless asked for. float64 stays on the CPU."""
     size: int = int(os.environ.get("WORLD_SIZE", 1))
     rank: int = int(os.environ.get("RANK", 0))
     local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
     local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def __post_init__(self):
-        self.on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
+        self.use(torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
 
-    def take_gpu(self) -> None:
-        """This process's own GPU becomes the current one. Raises ValueError if there are more processes than GPUs."""
-        if self.on_gpu:
-            if self.local_size > torch.cuda.device_count():
-                has = torch.cuda.device_count()
+    def use(self, kind: str) -> None:
+        self.on_gpu, self.on_cuda, self.on_mps = kind != "cpu", kind == "cuda", kind == "mps"
+        self.device = torch.device(kind, self.local_rank) if self.on_gpu else torch.device("cpu")
+        # gloo, too: what CPUs agree on does not wait for the GPU
+        self.backend = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}.get(kind, "gloo")
+
+    def take_gpu(self, asked: str | None = None) -> None:
+        """This process's own GPU becomes the current one, or the CPU if `asked`. Raises ValueError if the device asked
+        for is not there, there are more processes than GPUs, or torch is too old for it."""
+        here = self.device.type
+        if asked not in (None, here, "cpu"):
+            has = "no accelerator" if here == "cpu" else here
+            raise ValueError(f"--device {asked}: torch sees {has} on this machine; use --device {here}")
+        self.use(asked or here)
+        if self.on_mps and self.size > 1:
+            raise ValueError(f"{self.size} processes on mps: one only; start it without torchrun, or use --device cpu")
+        if self.on_mps and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):       # no GradScaler before
+            raise ValueError(f"--device mps: needs torch 2.8, this is {torch.__version__}; update it, or use "
+                             f"--device cpu")
+        if self.on_gpu and not self.on_mps:
+            if self.local_size > torch.accelerator.device_count():
+                has = torch.accelerator.device_count()
                 raise ValueError(f"--nproc_per_node={self.local_size}: this machine has {has} GPUs")
-            torch.cuda.set_device(self.device)
+            getattr(torch, self.device.type).set_device(self.device)
             torch.set_float32_matmul_precision("high")
 
     def meeting_place(self):
@@ -50,8 +71,10 @@ class World:
         return dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store
 
     def default_amp(self) -> str:
-        """bf16 if the device computes in it natively; else fp16 on a GPU, off on a CPU."""
-        if self.on_gpu:
+        """bf16 if the device computes in it natively; else fp16 on an NVIDIA GPU, off on what is left."""
+        if self.on_gpu and not self.on_cuda:
+            return "off"
+        if self.on_cuda:
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         has = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
@@ -139,7 +162,8 @@ def what_went_wrong(error: BaseException, world: World) -> tuple[int, str]:
     """An exception as (exit code, one line). A bug is told with its traceback, and has no line."""
     text = str(error)
     first, last = (text.splitlines() or [""])[0], (text.splitlines() or [""])[-1].strip()
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "Unable to allocate" in text:
+    full = ("can't allocate memory", "Unable to allocate", "MPS backend out of memory")
+    if isinstance(error, MemoryError) or any(words in text for words in full):
         return 1, f"not enough memory ({last or 'no more is said'}); use a smaller --image-size or --batch-size"
     if isinstance(error, ValueError):                        # a loader worker sends a traceback, the message last
         return 2, f"error: {last}"

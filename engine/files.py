@@ -32,7 +32,7 @@ def make_folder(args: SimpleNamespace, world: World, global_batch: int) -> None:
 
 def settings(args: SimpleNamespace) -> dict:
     """What args.json and a checkpoint remember of the flags."""
-    return {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download")}
+    return {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download", "device")}
 
 
 # ---- checkpoints ----
@@ -121,8 +121,8 @@ def printable(name: str) -> str:
 
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if device.type in ("cuda", "xpu"):
+        return round(getattr(torch, device.type).max_memory_allocated(device) / 2**20, 1)
     try:
         import resource                                      # not on Windows
     except ImportError:

@@ -1,6 +1,7 @@
 """Flags: a table {group: {name: (default, kind, help)}} says all about them, in one place.
 
     number, path, how_often   kinds of flags: what is allowed, and one clear line for the rest
+    SIDES, pair, told_size    an image size: one number is a square, two are height and width
     DATA_FLAGS, RUN_FLAGS     what both stages have
     Parser                    argparse, made from such a table
     remembered                flags from the args.json that lies beside a file of weights
@@ -10,11 +11,13 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Sequence
 
 import torch
 
 MAX_SIDE, MAX_EPOCHS = 8192, 100_000                         # more is a slip of the keyboard
 SWITCH = object()                                            # a kind of flag: one without a value
+SIDES = object()                                             # and one of one or two: 224, or 192 256 (height, width)
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +68,27 @@ def how_often(text: str) -> str:
 
 how_often.metavar = "N"
 
+
+class Sides(argparse.Action):
+    """SIDES as an int, or as a list [H, W], which args.json and a checkpoint can hold."""
+
+    def __call__(self, parser, args, values, option=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: must be one side of a square, or two "
+                                               f"sides, height and width")
+        setattr(args, self.dest, values[0] if len(values) == 1 else values)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of an image size; one number is a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def told_size(size: int | Sequence[int]) -> str:
+    H, W = pair(size)
+    return f"{H} px" if H == W else f"{H} x {W} px"
+
+
 DATA_FLAGS = {  # what both stages have
     "data_root": ("datasets", path("DIR"), "where torchvision's datasets are kept"),
     "download": (False, SWITCH, "fetch a torchvision dataset that is not there yet"),
@@ -75,7 +99,8 @@ RUN_FLAGS = {
     "out": (None, path("DIR"), "where everything is written (runs/<data>-<arch>..., numbered if taken)"),
     "resume": (False, SWITCH, "go on from checkpoint.pt in --out; its flags are remembered"),
     "seed": (0, number(int, 0), "fixes all randomness: weights, order, augmentation, masks"),
-    "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; else GPU fp16, CPU off)"),
+    "device": (None, ("cpu", "cuda", "mps", "xpu"), "where it runs (the accelerator that is there, else the CPU)"),
+    "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; else CUDA fp16, the rest off)"),
     "compile": (False, bool, "torch.compile the model"),
     "channels_last": (True, bool, "memory format of CNNs"),
     "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
@@ -103,6 +128,8 @@ class Parser(argparse.ArgumentParser):
                     more["action"] = argparse.BooleanOptionalAction
                 elif kind is SWITCH:
                     more["action"] = "store_true"
+                elif kind is SIDES:
+                    more |= dict(action=Sides, nargs="+", type=number(int, 1, MAX_SIDE), metavar=("H", "W"))
                 elif isinstance(kind, tuple):
                     more["choices"] = kind
                 else:
@@ -129,16 +156,14 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
         kept = {name: made[name] for name in names if made.get(name) is not None}
     except (ValueError, OSError, AttributeError, RecursionError):
         raise ValueError(f"{beside}: cannot be read as the settings of a run; move it away and give --arch") from None
-    for action in parser._actions:
-        if action.dest in kept:
-            value = kept[action.dest]
-            try:
-                right = type(value) in (int, float, str) and (
-                    value in action.choices if action.choices else action.type(str(value)) == value)
-            except argparse.ArgumentTypeError:
-                right = False
-            if not right:
-                flag = action.option_strings[0]
-                raise ValueError(f"{beside}: {action.dest} is {value!r}, which {flag} would refuse; repair it, or move "
-                                 f"the file away and give the flags")
+    for name, value in kept.items():
+        flag, words = "--" + name.replace("_", "-"), value if type(value) is list else [value]
+        try:                                                 # as if it were typed
+            right = all(type(word) in (int, float, str) for word in words)
+            right = right and getattr(parser.parse_args([flag, *map(str, words)]), name) == value
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(f"{beside}: {name} is {value!r}, which {flag} would refuse; repair it, or move the file "
+                             f"away and give the flags")
     return kept

@@ -1,9 +1,10 @@
-"""Image files in, batches to the device, pictures out.
+"""Image files in, batches to the device.
 
     read_image, list_images    every kind of image file, and every one below a folder
+    centre                     the middle of an image, for evaluation
     make_loader                batches from worker processes
+    TorchvisionSet             a data set of torchvision, fetched if asked for
     Broken                     the images that could not be read
-    save_sheet, save_curve, save_confusion    PNG files, drawn with Pillow
 """
 
 import contextlib
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torchvision.datasets as tvd
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
-from torchvision.utils import make_grid
 
 from .command import Failed, World
-from .files import read_lines
 
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 
@@ -32,17 +33,23 @@ MAX_PIXELS = 2**27                                           # 134 million: more
 
 # ---- files ----
 
-def read_image(path: str) -> Tensor:
+def read_image(path: str, least: int | None = None) -> Tensor:
     """A JPEG, PNG, WebP or BMP file as RGB, uint8 (3, H, W), upright. Gray, palette, CMYK and alpha are converted.
 
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if the shorter one keeps that many pixels.
     Raises OSError, RuntimeError or ValueError for a file that holds no image, or one of more than MAX_PIXELS."""
     if not os.path.isfile(path):                             # a pipe or a socket would be waited for
         raise OSError("not a regular file")
     content = np.fromfile(path, np.uint8)
     with Image.open(io.BytesIO(content)) as file:            # the header alone
+        whole = file.size
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels")
+        if least:
+            file.draft(None, (least, least))                 # libjpeg leaves out the high frequencies of each block
         try:
+            if file.size != whole:
+                raise RuntimeError("only Pillow decodes in part")
             image = decode_image(torch.from_numpy(content), ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:                                 # BMP and rarer variants: Pillow knows more, and is slower
             image = tvf.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
@@ -69,6 +76,55 @@ def split_folder(root: Path, split: str) -> Path | None:
     found = sorted(f.path for f in os.scandir(root) if f.name.lower() == split and f.is_dir())
     return Path(found[-1]) if found else None                # sorted: train/ comes after Train/, and is taken first
 
+
+def centre(size: tuple[int, int], cover: tuple[int, int], image: Tensor) -> Tensor:
+    """(3, h, w) -> the middle `size` of the image, resized to just cover `cover`, at least `size`: no padding."""
+    (h, w), (H, W) = image.shape[-2:], cover
+    shape = [H, H * w // h] if H * w >= W * h else [W * h // w, W]
+    return tvf.center_crop(tvf.resize(image, shape, InterpolationMode.BICUBIC, antialias=True), list(size))
+
+
+# ---- torchvision's datasets ----
+
+class TorchvisionSet:
+    """A dataset of torchvision by name. If no labels are needed, 'stl10' has its 100,000 unlabelled images too."""
+
+    def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
+        train = split == "train"
+        try:
+            if download:
+                root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--data-root {root}: cannot be written ({error.strerror})") from None
+        try:
+            if name in ("cifar10", "cifar100"):
+                self.data = getattr(tvd, name.upper())(root, train=train, download=download)
+            elif name == "stl10":
+                part = "test" if not train else "train" if labelled else "train+unlabeled"
+                self.data = tvd.STL10(root, split=part, download=download)
+            else:
+                ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
+                self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
+        except RuntimeError:
+            raise ValueError(f"--data {name}: not found in --data-root {root}; add --download to fetch it") from None
+        except OSError as error:                             # a network that does not answer is one too
+            doing = "fetched into" if download else "read from"
+            raise ValueError(f"--data {name}: cannot be {doing} --data-root {root} ({error})") from None
+        self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
+        labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
+        self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int) -> Tensor:
+        return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
+
+
+# ---- images that cannot be read ----
 
 class Broken:
     """The images that could not be read, on all processes together."""
@@ -109,12 +165,15 @@ class Broken:
 # ---- batches ----
 
 def make_loader(samples: Dataset, batches, workers: int | None, world: World, collate=None) -> DataLoader:
-    """One loader for the whole run: no pause between epochs, and workers that start once."""
+    """One loader for the whole run: no pause between epochs, and workers that start once.
+
+    collate: makes a batch of samples that are more than an image and two numbers."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_gpu,
-                      collate_fn=collate or colours_last, prefetch_factor=4 if workers else None,
-                      worker_init_fn=ignore_signals)
+    ahead = 4                                                # batches that wait, of each worker
+    make, collate = (DataLoader, collate) if collate else (Loader, ColoursLast(ahead + 1))
+    return make(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda, collate_fn=collate,
+                prefetch_factor=ahead if workers else None, worker_init_fn=ignore_signals)
 
 
 def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:
@@ -123,83 +182,41 @@ def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[in
     return [mine[i:i + batch] for i in range(0, len(mine), batch)]
 
 
-def colours_last(samples: list[tuple[Tensor, int, int]]) -> list[Tensor]:
-    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned."""
-    images, *rest = default_collate([(image.permute(1, 2, 0), *rest) for image, *rest in samples])
-    return [images.permute(0, 3, 1, 2), *rest]
+class ColoursLast:
+    """A batch (B, 3, H, W) in the memory order of decoded JPEG files and of fast convolutions: nothing is turned.
+
+    A worker writes into shared memory that it has used before: fresh pages would cost more than the images' resize. A
+    worker is `ahead` batches in front at most, and Loader copies a batch as it comes: one buffer more, and none is
+    written while it is read."""
+
+    def __init__(self, count: int):
+        self.buffers, self.turn = [torch.empty(0, dtype=torch.uint8)] * count, -1
+
+    def __call__(self, samples: list[tuple[Tensor, int, int]]) -> tuple[Tensor, np.ndarray]:
+        images, *rest = zip(*samples)
+        images, out = [image.permute(1, 2, 0) for image in images], None
+        if get_worker_info():
+            self.turn = (self.turn + 1) % len(self.buffers)
+            if self.buffers[self.turn][:len(images)].shape != (len(images), *images[0].shape):
+                self.buffers[self.turn] = torch.empty(len(images), *images[0].shape, dtype=torch.uint8).share_memory_()
+            out = self.buffers[self.turn][:len(images)]
+        return torch.stack(images, out=out).permute(0, 3, 1, 2), np.array(rest)
+
+
+class Loader(DataLoader):
+    """Gives [images (B, 3, H, W), two numbers (B,) of each]: a batch in memory of its own."""
+
+    def __iter__(self):
+        return map(self.own, super().__iter__())
+
+    def own(self, batch: tuple[Tensor, np.ndarray]) -> list[Tensor]:
+        images, rest = batch
+        if self.num_workers and not self.pin_memory:         # to pin it was to copy it
+            images = images.clone()
+        return [images, *torch.from_numpy(rest)]
 
 
 def ignore_signals(worker: int) -> None:
     """Loader workers leave Ctrl-C and SIGTERM to the process they work for: it still wants images for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---- pictures ----
-
-def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
-    """A PNG with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1]."""
-    images = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()      # (N * columns, 3, H, W)
-    sheet = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
-    zoom = max(1, round(160 * len(columns) / sheet.width))
-    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.NEAREST)
-    page = Image.new("RGB", (sheet.width, sheet.height + 22), "white")
-    page.paste(sheet, (0, 22))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    for i, title in enumerate(columns):
-        draw.text(((i + 0.5) * sheet.width / len(columns), 11), title, "black", font, anchor="mm")
-    page.save(path)
-
-
-def save_curve(path: Path, log: Path) -> None:
-    """The loss over steps, from log.jsonl: every line in gray, their running mean in blue; held-out images in orange.
-
-    Held out, it is the pixel loss; two lines say what painting the mean colour, and a blur of what is seen, costs."""
-    lines = read_lines(log)
-    drawn = [(r["step"], r["loss"]) for r in lines if r.get("loss") is not None]
-    held_out = [(r["step"], r["held_out"]) for r in lines if r.get("held_out") is not None]
-    levels = next(({k: r[k] for k in ("mean_colour", "blur")} for r in lines if "mean_colour" in r), {})
-    if len(drawn) < 2:
-        return
-    W, H, left, right, top, bottom = 720, 400, 60, 20, 30, 40
-    first, last, shown = drawn[0][0], drawn[-1][0], [v for _, v in drawn + held_out] + list(levels.values())
-    low, high = min(shown), max(max(shown), min(shown) + 1e-9)
-    page = Image.new("RGB", (W, H), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-
-    def at(step, loss):
-        return (left + (step - first) / (last - first) * (W - left - right),
-                H - bottom - (loss - low) / (high - low) * (H - top - bottom))
-
-    for i in range(5):
-        step, loss = first + i / 4 * (last - first), low + i / 4 * (high - low)
-        draw.line([at(first, loss), at(last, loss)], "#dddddd")
-        draw.text((left - 6, at(step, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
-        draw.text((at(step, loss)[0], H - bottom + 12), f"{step:.0f}", "black", font, anchor="mm")
-    for name, level in levels.items():
-        draw.line([at(first, level), at(last, level)], "#e08a2c")
-        draw.text((W - right, at(last, level)[1] - 7), name.replace("_", " "), "#e08a2c", font, anchor="rm")
-    half, losses = max(1, len(drawn) // 40), [loss for _, loss in drawn]
-    smooth = [sum(part) / len(part) for part in (losses[max(0, i - half):i + half + 1] for i in range(len(losses)))]
-    draw.line([at(*p) for p in drawn], "#bbbbbb", 1)
-    draw.line([at(step, loss) for (step, _), loss in zip(drawn, smooth)], "#1f5fbf", 3)
-    if len(held_out) > 1:
-        draw.line([at(*p) for p in held_out], "#e08a2c", 3)
-    title = "loss over optimiser steps" + "; orange: pixel loss on held-out images" * bool(held_out)
-    draw.text((W / 2, 14), title, "black", font, anchor="mm")
-    page.save(path)
-
-
-def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
-    """shares (C, C), rows sum to 1: of each true class (row) the share taken for each class (column), darker = more."""
-    C = len(shares)
-    cell = max(1, min(28, 560 // C))
-    left, top = (90, 24) if C <= 20 else (10, 24)
-    page = Image.new("RGB", (left + C * cell + 10, top + C * cell + 10), "white")
-    shade = (255 * (1 - shares.clamp(0, 1).sqrt())).round().byte().numpy()
-    page.paste(Image.fromarray(shade).resize((C * cell, C * cell), Image.NEAREST), (left, top))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    draw.text((left, 12), "true class (row) taken for (column, same order)", "black", font, anchor="lm")
-    for i, name in enumerate(classes if C <= 20 else ()):
-        draw.text((left - 6, top + (i + 0.5) * cell), str(name)[:12], "black", font, anchor="rm")
-    page.save(path)

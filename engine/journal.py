@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from .command import Failed, Signals, Stopped, World
 from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
-from .images import save_curve
+from .flags import told_size
+from .pictures import save_curve
 
 # ---- the start of a run ----
 
@@ -44,26 +45,23 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple
         if "data" not in args.given:
             raise ValueError(f"--resume: no checkpoint in {args.out}; give --data and the flags of the run to start it")
         world.say(f"{args.out}: no checkpoint yet, starting from the beginning")
-    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        if "warmup_epochs" in args.given:
-            raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
-        args.warmup_epochs = None                            # a short run of a long recipe: a tenth of it
     return args, saved
 
 
 def choose_folder(args: SimpleNamespace, name: str) -> str:
     """--out, by default runs/<name>, numbered if taken; --resume takes the newest. Tries to write there, and leaves
     nothing: a refused command makes no folder."""
+    results = ("result.json", "features.npz")                # of probes, which keep no log
     numbered = lambda n: Path("runs") / (name if n == 1 else f"{name}-{n}")
     if args.out is None:
-        taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", "result.json"))]
+        taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", *results))]
         args.out = str(numbered(max(taken, default=1) if args.resume else max(taken, default=0) + 1))
     out = Path(args.out)
     begun = (out / "log.jsonl").exists()
     if begun and not args.resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
-    if (out / "result.json").exists() and not begun:
-        raise ValueError(f"--out {out}: already holds a result.json; choose another folder")
+    if not begun and (there := [name for name in results if (out / name).exists()]):
+        raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
@@ -88,6 +86,10 @@ class Steps:
     @classmethod
     def plan(cls, args: SimpleNamespace, world: World, images: int, saved: dict | None) -> "Steps":
         """From the flags and the number of images. Raises ValueError if the data set is smaller than one step."""
+        if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+            if "warmup_epochs" in args.given:
+                raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
+            args.warmup_epochs = None                        # a short run of a long recipe: a tenth of it
         if args.global_batch and not args.batch_size and args.global_batch % world.size:
             raise ValueError(f"{world.size} processes do not divide the global batch of {args.global_batch}; "
                              f"give --batch-size, images per process")
@@ -243,5 +245,5 @@ class Journal:
         except (RuntimeError, ValueError, KeyError):
             made = saved["args"]
             raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
-                             f"{made.get('image_size')} px); resume with the run's own flags, or choose another --out"
-                             ) from None
+                             f"{told_size(made.get('image_size', 0))}); resume with the run's own flags, or choose "
+                             f"another --out") from None

@@ -5,16 +5,19 @@
     load_head       the classification head
 """
 
+import contextlib
+import json
 import math
 import re
 from pathlib import Path
-from typing import Container
+from typing import Container, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import load_checked
+from .flags import pair
 
 BLOCK = {"depthwise_conv": 0, "norm": 2, "pointwise_conv1": 3, "pointwise_conv2": 5}
 RENAMES = [  # the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); their ResNet has torchvision's already
@@ -70,22 +73,25 @@ def read_weights(path: str | Path, own: Container[str] = ()) -> dict[str, Tensor
     return state
 
 
-def load_backbone(encoder: nn.Module, path: str | Path) -> dict[str, list[str]]:
+def load_backbone(encoder: nn.Module, path: str | Path, made_at: int | Sequence[int] | None = None
+                  ) -> dict[str, list[str]]:
     """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'resized', 'skipped', 'missing'}.
 
     resized: position tables of another image size (bicubic), used too; skipped: in the file, not in the backbone
-    (heads, decoder, token) or of another shape; missing: in the backbone, not in the file. Raises ValueError as
-    `read_weights` does, or if less than nine tenths of the backbone's parameters are found."""
+    (heads, decoder, token) or of another shape; missing: in the backbone, not in the file. made_at: the image size of
+    these tables, by default as in args.json beside the file, else a square. Raises ValueError as `read_weights` does,
+    or if less than nine tenths of the backbone's parameters are found."""
     full, head = encoder.backbone.state_dict(), (f"{encoder.head_name}.",) if encoder.head_name else ()
     own = {name: tensor for name, tensor in full.items() if not name.startswith(head)}
     state, used, resized = read_weights(path, own), {}, []
+    made_at = made_at or beside(path)
     for name, tensor in state.items():
         if name not in own:
             continue
-        differs = tensor.squeeze().shape != own[name].squeeze().shape
-        if differs and name.endswith(("pos_embed", "relative_position_bias_table")):
-            tensor = resize_positions(name, tensor, encoder.backbone)
-            resized.append(name)
+        if name.endswith(("pos_embed", "relative_position_bias_table")):
+            table = resize_positions(name, tensor, encoder.backbone, made_at)
+            if table is not tensor:
+                tensor, resized = table, [*resized, name]
         if tensor is not None and tensor.squeeze().shape == own[name].squeeze().shape:
             used[name] = tensor.reshape(own[name].shape)     # (C) for (C, 1, 1), 1x1 convolution for linear
     parameters = [name for name, _ in encoder.backbone.named_parameters() if name in own]
@@ -99,23 +105,40 @@ def load_backbone(encoder: nn.Module, path: str | Path) -> dict[str, list[str]]:
             "skipped": sorted(set(state) - set(used)), "missing": sorted(set(own) - set(used))}
 
 
-def resize_positions(name: str, table: Tensor, backbone: nn.Module) -> Tensor | None:
-    """A position table of one image size, bicubically resized to the backbone's; None if the old grid was not square.
+def beside(path: str | Path) -> int | list[int] | None:
+    """The image size in the args.json beside a file of weights; None if there is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        size = json.loads((Path(path).parent / "args.json").read_text()).get("image_size")
+        sides = size if type(size) is list else [size]
+        return size if len(sides) in (1, 2) and all(type(side) is int for side in sides) else None
+
+
+def resize_positions(name: str, table: Tensor, backbone: nn.Module, made_at: int | Sequence[int] | None
+                     ) -> Tensor | None:
+    """A position table of one image size, bicubically resized to the backbone's; the same object if that is its own
+    size; None if the old grid is not known: it does not follow from made_at, and is not square.
 
     pos_embed (1, 1 + hw, C), class token first; ViT's bias table ((2h-1)(2w-1) + 3, heads), class pairs last; Swin's
     has no extras."""
+    whole = table
     if not hasattr(backbone, "grid"):                       # Swin: one table per window
-        new, first, last = (math.isqrt(len(backbone.state_dict()[name])),) * 2, 0, 0
-    elif name.endswith("pos_embed"):
-        table, new, first, last = table[0], backbone.grid, 1, 0
+        new, first, last, old = (math.isqrt(len(backbone.state_dict()[name])),) * 2, 0, 0, None
     else:
-        new, first, last = (2 * backbone.grid[0] - 1, 2 * backbone.grid[1] - 1), 0, 3
+        patch = backbone.patch_embed.proj.stride[0]
+        new, old = backbone.grid, [side // patch for side in pair(made_at)] if made_at else None
+        if name.endswith("pos_embed"):
+            table, first, last = table[0], 1, 0
+        else:
+            (new, old), first, last = ([2 * side - 1 for side in grid] if grid else None for grid in (new, old)), 0, 3
     middle = table[first:len(table) - last]
-    side = math.isqrt(len(middle))
-    if side * side != len(middle):
+    if not old or old[0] * old[1] != len(middle):            # not told, or of other patches
+        old = new if len(middle) == new[0] * new[1] else [math.isqrt(len(middle))] * 2
+    if [*old] == [*new]:
+        return whole
+    if old[0] * old[1] != len(middle):
         return None
-    middle = middle.T.reshape(1, -1, side, side).float()     # (1, C, side, side)
-    middle = F.interpolate(middle, new, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
+    middle = middle.T.reshape(1, -1, *old).float()           # (1, C, h, w)
+    middle = F.interpolate(middle, tuple(new), mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
     table = torch.cat([table[:first], middle, table[len(table) - last:]])
     return table[None] if name.endswith("pos_embed") else table
 

@@ -1,18 +1,21 @@
-"""What is pre-training worth? One command: pre-train, fine-tune and probe on the drawn `shapes`, several seeds.
+"""What is pre-training worth? One command: pre-train, fine-tune and probe, several seeds, on drawn or real images.
 
-    python extras/compare.py                            ResNet-18, 3 seeds, under 40 minutes on 2 CPU cores
+    python extras/compare.py                            ResNet-18 on `shapes`, an hour on 2 CPU cores
     python extras/compare.py --arch deit_tiny           a small Transformer
-    python extras/compare.py --data /path/to/classes    on real images; --quick: the same in small, under 5 minutes
+    python extras/compare.py --data /path/to/classes    real images: train/<class>/, val/<class>/; recipe small
+    python extras/compare.py --quick                    the same in small, under 5 minutes
 
 Arms, all fine-tuned alike: from A2MIM, from SimMIM (`--baseline simmim`), from scratch, and from scratch with the
-compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN; then the paper's ablations,
-one change at a time. Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or
-finetune.py with its own folder; a second start runs only what is missing.
+compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN, where "scratch" are random
+features. Differences are paired by seed, with a 95 % interval. Then the paper's ablations, one change at a time.
+Writes table.md, results.json and plot.png into --out. Every cell is a run of pretrain.py or finetune.py with its own
+folder; a second start runs only what is missing.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -29,16 +32,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 import pretrain
 from data import NAMED, open_images
+from engine.flags import Sides, pair, told_size
 from engine.images import split_folder
 from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
 
-PRETRAIN = {  # the same for A2MIM and SimMIM; lr per 512 images
-    "resnet": "--mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
-    "convnext": "--mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
-    "vit": "--patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine --drop-path 0",
-    "swin": "--mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
+PRETRAIN = {  # on shapes, the same for A2MIM and SimMIM; lr per 512 images
+    "resnet": "--recipe imagenet --mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
+    "convnext": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
+    "vit": "--recipe imagenet --patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine "
+           "--drop-path 0",
+    "swin": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
 }
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"  # the same for every arm
 PROBE = ("--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine "
@@ -82,11 +87,12 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
             f"--data {args.data}: needs train/<class>/ and val/<class>/; pre-training must not see what is tested on"
         )
     unlabelled, images = (
-        len(open_images(args.data, "train", (args.image_size,) * 2, labelled=labelled)) for labelled in (False, True)
+        len(open_images(args.data, "train", pair(args.image_size), labelled=labelled)) for labelled in (False, True)
     )
     few = max(1, round(args.few * images)) / images
     kind = family(args.arch).name
-    both = f"--data {args.data} --image-size {args.image_size} --workers {args.workers} --log-every 50"
+    size = " ".join(str(side) for side in dict.fromkeys(pair(args.image_size)))          # '64', or '48 64'
+    both = f"--data {args.data} --image-size {size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
     token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
 
@@ -112,7 +118,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
         for name, first in (
             ("a2mim", pre("a2mim", token, seed, args.pretrain_images)),
             ("simmim", pre("simmim", "--baseline simmim", seed, args.pretrain_images)),
-            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {args.image_size} {seed}")),
+            ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {size} {seed}")),
         ):
             start = f"--weights {args.out}/pretrained/{name}-{seed}/backbone.pt {arch}"
             chains.append(
@@ -164,9 +170,9 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
     (part / "flags.txt").write_text(flags)
     with open(part / "said.txt", "a") as said, contextlib.redirect_stderr(said):
         if program == "random":                              # an untrained backbone, for the probes
-            arch, size, seed = flags.split()
+            arch, *size, seed = flags.split()
             torch.manual_seed(int(seed))
-            torch.save(build_encoder(arch, int(size)).backbone.state_dict(), part / "backbone.pt")
+            torch.save(build_encoder(arch, pair([*map(int, size)])).backbone.state_dict(), part / "backbone.pt")
         else:
             resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
             for left in ("result.json",) if resume else ("log.jsonl", "result.json"):
@@ -208,12 +214,22 @@ def say(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t, 97.5 %, for 1 to 9 degrees of freedom
+
+
+def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of a - b, paired by seed: a 95 % interval by Student's t. Without pairs it has no ends."""
+    gains = [x - y for x, y in zip(a, b)]
+    mean, pairs = statistics.mean(gains), len(gains)
+    half = T95[min(pairs, 10) - 2] * statistics.stdev(gains) / math.sqrt(pairs) if pairs > 1 else math.inf
+    return mean, mean - half, mean + half
+
+
 def verdict(name: str, a: list[float], b: list[float], other: str) -> str:
-    """One plain sentence: is `a` above `b`, and is that more than the spread of the seeds?"""
-    gain = statistics.mean(a) - statistics.mean(b)
-    noise = sum(statistics.stdev(v) for v in (a, b)) if min(len(a), len(b)) > 1 else float("inf")
-    word = "better than" if gain > noise else "worse than" if gain < -noise else "not clearly different from"
-    return f"- {name}: {word} {other} ({gain:+.1f} points)"
+    """One plain sentence: is `a` above `b`? Only if the interval of the difference excludes 0."""
+    gain, low, high = interval(a, b)
+    word = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
+    return f"- {name}: {word} {other} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {len(a)} seeds)"
 
 
 def summary(args: SimpleNamespace, out: Path) -> str:
@@ -231,7 +247,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     }
     got = {kind: collect(out, list(arms), kind) for kind in kinds}
     lines = [
-        f"{args.arch} on {args.data}, {args.image_size} px: pre-training {args.pretrain_images:,} images, "
+        f"{args.arch} on {args.data}, {told_size(args.image_size)}: pre-training {args.pretrain_images:,} images, "
         f"fine-tuning {args.finetune_images:,}; top-1 in percent, "
         f"mean ± standard deviation of {args.seeds} seeds",
         "",
@@ -312,7 +328,7 @@ def main() -> None:
         metavar="DIR",
         help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)",
     )
-    parser.add_argument("--image-size", type=int, default=64, metavar="PX", help="64")
+    parser.add_argument("--image-size", type=int, action=Sides, nargs="+", default=64, metavar=("H", "W"), help="64")
     parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
     parser.add_argument(
@@ -360,7 +376,7 @@ def main() -> None:
     args.seeds = 1 if args.quick else args.seeds
     args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
     out = Path(args.out)
     try:
         chains = plan(args)

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import denormalise, normalise
 from engine.files import load_checked
-from engine.images import read_image, save_sheet
+from engine.flags import pair
+from engine.images import read_image
+from engine.pictures import save_sheet
 from engine.weights import load_backbone
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
@@ -43,11 +45,11 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
         raise ValueError(f"{path}: no such file") from None
     except Exception:                                        # torch.load has no one type for a broken file
         raise ValueError(f"{path}: not a checkpoint.pt of pretrain.py") from None
-    size = size or (run.image_size, run.image_size)
+    size = size or pair(run.image_size)
     encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window)
     model = A2MIM(encoder, image_size=size, mask_cell=run.mask_cell, mask_stage=run.mask_stage, token=run.token,
                   fill=run.fill)
-    load_backbone(encoder, path)                             # position tables take another size
+    load_backbone(encoder, path, run.image_size)             # position tables take another size
     model.load_state_dict(form, strict=False)
     return model.eval(), run
 
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         unit = math.lcm(run.mask_cell, plain.stride, 32)     # 32: what every backbone can take
         for name in args.images:
             try:
-                image = fitted(read_image(name), run.image_size, unit)
+                image = fitted(read_image(name), min(pair(run.image_size)), unit)
             except (OSError, RuntimeError, SyntaxError) as error:
                 raise ValueError(f"{name}: cannot be read as an image ({str(error).splitlines()[0]})") from None
             model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))

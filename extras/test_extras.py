@@ -5,6 +5,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import paint
+from extras import compare, paint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -35,6 +36,18 @@ def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, cell, tmp_path, cap
         with pytest.raises(SystemExit) as exit:
             paint.main([*call, *more])
         assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, typed", [(64, "64"), ([48, 64], "48 64")])
+def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, typed):
+    args = SimpleNamespace(data="shapes", image_size=size, few=0.05, arch="resnet18", workers=0, seeds=1, out="x",
+                           ablation_seeds=1, pretrain_images=100, ablation_images=100, finetune_images=100,
+                           tune_lr=1e-3)
+    cells = [cell for chain in compare.plan(args) for cell in chain]
+    for _, program, flags in cells:
+        if program == "pretrain":
+            assert pretrain.parse(flags.split()).image_size == size
+    assert f"resnet18 {typed} 0" in [flags for *_, flags in cells]               # the untrained one
 
 
 def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
