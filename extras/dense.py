@@ -220,15 +220,15 @@ def rate(step: int, steps: Steps, base: float, args: SimpleNamespace) -> float:
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
 
 
-def memory_format(args: SimpleNamespace) -> torch.memory_format:
-    channels_last = args.channels_last and family(args.arch).convolutional   # faster on a CNN
+def memory_format(args: SimpleNamespace, world: World) -> torch.memory_format:
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def wrapped(model: nn.Module, args: SimpleNamespace, world: World) -> tuple[nn.Module, nn.Module]:
     """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP over processes."""
-    model = net = model.to(world.device).to(memory_format=memory_format(args))
-    if world.size > 1 and world.on_gpu:
+    model = net = model.to(world.device).to(memory_format=memory_format(args, world))
+    if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
@@ -241,5 +241,6 @@ def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch
     """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see there."""
     groups = layer_groups(model, args.weight_decay, args.layer_decay, prefix)
     make = {"sgd": partial(torch.optim.SGD, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)}
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8,
+                             fused=next(model.parameters()).device.type != "mps")}
     return make[args.optimizer](groups, lr=0.0)

@@ -29,8 +29,9 @@ from data import Batches, Samples, normalise, seed_for
 from engine.command import World, command_line
 from engine.files import make_folder, save_atomically
 from engine.flags import AMP, DATA_FLAGS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults, number, path, remembered
-from engine.images import Broken, every_image_once, make_loader, save_confusion, save_sheet
+from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
+from engine.pictures import save_confusion, save_sheet
 from engine.weights import load_backbone, read_weights, told
 from extras.dense import OPTIM_FLAGS, memory_format, optimizer_for, plan, rate, stacked, wrapped
 from extras.pixels import IGNORED, ScaleCropFlip, Segmenter, open_pairs, resize, whole
@@ -85,8 +86,9 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
     for part in range(args.accum):
         images, labels, _, broken = next(batches)
         run.broken.note(broken)
-        images = normalise(images, world.device).contiguous(memory_format=memory_format(args))       # (B, 3, H, W)
-        labels = labels.to(world.device, non_blocking=True).long()           # (B, H, W)
+        images = normalise(images, world.device)             # (B, 3, H, W)
+        images = images.contiguous(memory_format=memory_format(args, world))
+        labels = labels.to(world.device, non_blocking=world.on_cuda).long()  # (B, H, W)
         sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
         with contextlib.nullcontext() if sync_now else run.net.no_sync():
             with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
@@ -108,10 +110,9 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "-eval" if args.eval_only else "-scratch" if args.init else ""
     args, saved = open_run(args, world, DEFAULTS, f"{Path(args.data or '').resolve().name}-{args.arch}-segment{kind}")
     args.amp = args.amp or world.default_amp()
@@ -219,7 +220,7 @@ def slide(f, images: Tensor, side: int) -> Tensor:
 
 def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world: World, run: Run) -> Tensor:
     """uint8 (B, 3, h, w) -> the likeliest class of every pixel (B, *size), whole or by windows."""
-    images = normalise(images, world.device).contiguous(memory_format=memory_format(args))
+    images = normalise(images, world.device).contiguous(memory_format=memory_format(args, world))
     f = lambda x: resize(run.model(x)[0].float(), x.shape[-2:])
     with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
         logits = slide(f, images, args.image_size) if args.inference == "slide" else f(images)
@@ -244,7 +245,8 @@ def evaluate(args: SimpleNamespace, world: World, run: Run) -> dict:
     if world.rank == 0:
         save_pictures(args, world, run)
     run.model.train()
-    return score((world.mean(counts.double()) * world.size).round().cpu().view(C, C), run.classes)
+    counts = world.mean(counts.cpu().double()) * world.size
+    return score(counts.round().view(C, C), run.classes)
 
 
 def score(confusion: Tensor, classes: list[str]) -> dict:
