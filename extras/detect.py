@@ -33,8 +33,9 @@ from data import NAMED, Batches, Samples, seed_for
 from engine.command import Failed, World, command_line
 from engine.files import load_checked, make_folder, save_atomically
 from engine.flags import DATA_FLAGS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults, number, path, remembered
-from engine.images import Broken, every_image_once, make_loader, save_sheet
+from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
+from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from extras.coco import Coco, judge, summarise
 from extras.dense import OPTIM_FLAGS, Scenes, listed, optimizer_for, plan, rate, wrapped
@@ -100,17 +101,16 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 def as_float(image: Tensor, world: World) -> Tensor:
     """uint8 (3, H, W) -> float32 in [0, 1] on the device; the detector normalises by itself."""
-    return image.as_subclass(Tensor).to(world.device, non_blocking=True).float().div_(255)
+    return image.as_subclass(Tensor).to(world.device, non_blocking=world.on_cuda).float().div_(255)
 
 
 # ---- the run ----
 
 def train(args: SimpleNamespace, world: World) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu()
-    if world.size > 1 and not dist.is_initialized():         # gloo, too: what CPUs agree on does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if world.on_gpu else "gloo"
-        dist.init_process_group(backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+    world.take_gpu(args.device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name)
