@@ -190,10 +190,9 @@ class Shapes:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, mask: bool = False) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
-        H, W = self.size
-        side = min(H, W)
+        (H, W), side = self.size, min(self.size)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
         canvas = _texture(rng, x, y, ground)
@@ -207,14 +206,15 @@ class Shapes:
             while colour.mean() < ground.mean() + 0.2:       # a light object: it stands out, and is not like a hole
                 colour = rng.uniform(0.05, 0.95, 3)
             half = 1.3 * radius                              # draw within the object's own square only
-            rows = slice(max(0, int((cy - half) * side)), max(0, int((cy + half) * side) + 1))
-            cols = slice(max(0, int((cx - half) * side)), max(0, int((cx + half) * side) + 1))
+            rows, cols = (slice(max(0, int((c - half) * side)), max(0, int((c + half) * side) + 1)) for c in (cy, cx))
             dx, dy = (x[rows, cols] - cx) / radius, (y[rows, cols] - cy) / radius
             u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
-            outline = list(SHAPES.values())[kind](u, v)
-            alpha = np.clip(0.5 - outline * radius * side, 0, 1)             # one pixel of soft edge
+            alpha = np.clip(0.5 - list(SHAPES.values())[kind](u, v) * radius * side, 0, 1)   # one pixel of soft edge
             paint = _texture(rng, x[rows, cols], y[rows, cols], colour)
             canvas[:, rows, cols] += alpha * (paint - canvas[:, rows, cols])
+        if mask:                                             # of the object, drawn last: (1, H, W), 255 inside
+            canvas = np.zeros((1, H, W))
+            canvas[:, rows, cols] = alpha
         return torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
 
 
