@@ -217,7 +217,8 @@ def occlusion(args: SimpleNamespace, world: World) -> Result:
         for name in nets:
             rows[name] += hits[name].unbind()
     bar.close()
-    by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0) for name, row in rows.items()}  # (4, seeds, 10)
+    by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)       # (4, seeds, 10)
+               for name, row in rows.items()}
     shares, by = [count / cells for count in counts], "the object's pixels" if judge is None else f"{judge}'s gradient"
     lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} cells, hidden ones filled with "
              f"{args.fill}; mean of {SEEDS} seeds; cells ranked by {by}; area: mean of the curve over its shares"]
@@ -351,6 +352,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     args.settings["random"] = first
     args.image_size = first.get("image_size", 96)
     for file, own in args.settings.items():
+        if file != "random" and not Path(file).is_file():
+            raise ValueError(f"--weights: {file}: no such file")
         if "arch" not in own and args.what != "mim":
             raise ValueError(f"--arch is missing: no args.json beside {file} names it; try --arch resnet18")
     args.images = args.images or max(4, IMAGES[args.what] // (8 if args.quick else 1))
