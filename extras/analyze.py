@@ -31,7 +31,7 @@ from extras import inside
 from extras.chart import Panel, charts
 from extras.paint import build_model, load_model
 from loss import residual
-from masking import FILLS, fill_hidden, mask_grid, random_mask, resize_mask
+from masking import fill_hidden, mask_grid, random_mask, resize_mask
 from model import family
 
 ORDERS = (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)       # of an interaction: cells seen, as a share of the others
@@ -230,7 +230,7 @@ def occlusion(args: SimpleNamespace, world: World) -> Result:
         found[kind] = {}
         for name, top1 in by_seed.items():
             mean, std = top1[k].mean(0)[:len(xs)], top1[k].std(0)[:len(xs)]
-            area = np.trapezoid(mean, xs) / xs[-1]
+            area = torch.trapezoid(mean, torch.tensor(xs).double()).item() / xs[-1]
             found[kind][name] = dict(top1=mean.tolist(), std=std.tolist(), x=xs if k < 3 else cuts, area=area)
             lines.append(f"| {name} | " + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std))
                          + f" | {area:.1f} |" * (k < 3) + " |" * (k == 3))
@@ -255,6 +255,8 @@ def mim(args: SimpleNamespace, world: World) -> Result:
     for name, file in tqdm(runs.items(), "mim", disable=args.quiet):
         torch.manual_seed(seed_for(run.seed))                # `random`: what the run itself started from
         model, own = (build_model(run), run) if file == "random" else load_model(file)
+        if own.image_size != run.image_size:
+            raise ValueError(f"--weights: {file}: of {own.image_size} px, the last of {run.image_size}; give one size")
         model, images = model.to(world.device).train(), normalise(data.images, world.device)
         generator = torch.Generator().manual_seed(args.seed)
         mask = random_mask(len(images), model.grid, own.mask_ratio, generator=generator).to(world.device)
@@ -296,12 +298,12 @@ def analyse(args: SimpleNamespace, world: World) -> None:
     args.quiet, out = world.rank > 0, Path(args.out or f"runs/analyze-{args.what}")
     lines, found, panels = ANALYSES[args.what](args, world)
     if world.rank == 0:
+        print("\n".join(lines))
         out.mkdir(parents=True, exist_ok=True)
         (out / "table.md").write_text("\n".join(lines) + "\n")
         settings = {k: v for k, v in vars(args).items() if k not in ("settings", "quiet")}
         (out / "results.json").write_text(json.dumps(dict(args=settings, found=found), indent=1) + "\n")
         charts(panels).save(out / "plot.png", optimize=True)
-        print("\n".join(lines))
         world.say(f"writing {out}/: table.md, results.json, plot.png")
 
 
@@ -320,7 +322,7 @@ FLAGS = {
         "grid": (8, number(int, 2, 64), "cells a side"),
         "pairs": (6, count, "pairs of cells of an image"),
         "contexts": (10, number(int, 2), "sets of other cells, of a pair and order"),
-        "fill": ("black", ("black", *FILLS), "of occluded cells; mean is what A2MIM has seen in pre-training"),
+        "fill": ("black", ("black", "zero", "mean"), "of occluded cells; mean is what A2MIM has seen in pre-training"),
         "saliency_from": (None, path("NAME"), "weights whose gradient ranks the cells (the object of a drawn image, "
                           "else the first)")},
     "run": {

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#1f5fbf", "#e08a2c", "#2e8b57", "#b0413e", "#7a5aa6", "#59636e", "#c2a400", "#17828f")
-WIDTH, HEIGHT = 430, 330                                     # of a panel, pixels
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 74, 44                    # room around the axes
+WIDTH, HEIGHT = 430, 340                                     # of a panel, pixels
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 84, 44                    # room around the axes
 
 
 @dataclass
@@ -65,7 +65,7 @@ def drawn(panel: Panel) -> Image.Image:
     for x, word in (panel.ticks or {x: f"{x:g}" for x in round_numbers(left, right)}).items():
         draw.text((at(x, low)[0], HEIGHT - BOTTOM + 11), word, "black", font, "mm")
     draw.text((WIDTH / 2, HEIGHT - 13), panel.x, "#59636e", font, "mm")
-    place = LEFT
+    place, row = LEFT, 54
     for i, (name, line) in enumerate(panel.series.items()):
         share = i / max(1, len(panel.series) - 1)
         ramp = tuple(round(a + share * (b - a)) for a, b in zip((20, 20, 90), (240, 170, 40)))
@@ -79,6 +79,8 @@ def drawn(panel: Panel) -> Image.Image:
         draw.line([at(*p[:2]) for p in line], colour, 2, "curve")
         if not panel.ramp or share in (0, 1):                # of a ramp, its two ends are named
             word = name if not panel.ramp or share == 1 else f"{name} to"
-            draw.text((place, 56), word, colour, font, "lm")
+            if place > LEFT and place + draw.textlength(word, font) > WIDTH:
+                place, row = LEFT, row + 16
+            draw.text((place, row), word, colour, font, "lm")
             place += draw.textlength(word, font) + (5 if panel.ramp else 14)
     return page
