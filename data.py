@@ -161,7 +161,7 @@ class Shapes:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, mask: bool = False) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
         (H, W), side = self.size, min(self.size)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
@@ -172,7 +172,10 @@ class Shapes:
             radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)
             reach = 0.1 if main else 0.5                     # from the middle, in image sides
             cx, cy = W / side / 2 + rng.uniform(-reach, reach), H / side / 2 + rng.uniform(-reach, reach)
-            draw_shape(canvas, rng, kind, radius, cx, cy, ground)
+            alpha, rows, cols = draw_shape(canvas, rng, kind, radius, cx, cy, ground)
+        if mask:                                             # of the object, drawn last: (1, H, W), 255 inside
+            canvas = np.zeros((1, H, W))
+            canvas[:, rows, cols] = alpha
         return torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
 
 
@@ -206,7 +209,7 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
 
 
 def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
-    """For pre-training: (images to train on, images held out), 16 to 2,000 of val/ if it is there, else drawn by the seed."""
+    """For pre-training: (images to train on, images held out), 16 to 2,000 of val/ if there, else drawn by seed."""
     count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4) if args.val else 0
     if count == 0:
         return source, None

@@ -173,8 +173,8 @@ def train(args: SimpleNamespace, world: World) -> None:
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
-              + (f", from step {steps.start}" if saved else "") + f"\nrecipe {args.recipe}"
-              + f" (small if an epoch has under {FEW_STEPS} steps)" * ("recipe" not in args.given) + f"; writing {args.out}/")
+              + (f", from step {steps.start}" if saved else "") + f"; writing {args.out}/\nrecipe {args.recipe}"
+              + f" (small if an epoch has under {FEW_STEPS} steps)" * ("recipe" not in args.given))
     preview_masks = draw_masks(len(previews), model.grid, args, world.device, args.seed)
     picture_steps = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 

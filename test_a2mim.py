@@ -1571,7 +1571,8 @@ def settings_of(capsys, out, *flags):
     return json.loads((out / "args.json").read_text()), capsys.readouterr().err
 
 
-def test_few_images_get_the_small_recipe_whose_lr_does_not_shrink_with_the_batch(few_images, capsys, tmp_path, monkeypatch):
+def test_few_images_get_the_small_recipe_whose_lr_does_not_shrink_with_the_batch(few_images, capsys, tmp_path,
+                                                                                monkeypatch):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
     common = "--data shapes --arch resnet18 --image-size 64".split()
     peaks = []

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.models as tv
 from PIL import Image
 from torch import nn
@@ -123,7 +122,7 @@ def test_shapes_are_drawn_as_they_always_were():
 
 
 def test_masks_are_disjoint_boxes_are_tight_and_the_label_lies_under_each_mask():
-    objects, semantic, hidden = Scenes("train", (64, 80)), Semantic("train", (64, 80)), 0
+    objects, semantic = Scenes("train", (64, 80)), Semantic("train", (64, 80))
     for i in range(60):
         image, target = objects.read(i)
         _, classes = semantic.read(i)

@@ -510,7 +510,7 @@ def test_the_demo_takes_the_weights_of_the_readmes_demo_if_they_are_there(tmp_pa
 
 def test_the_released_recipes():
     """lr 0.02 at batch 16; x0.1 at epochs 8 and 11 of 12 (C4: 16 and 22 of 24; ViT: 9 and 11); 640 to 800, 1333."""
-    folder, start = ["--data", "coco", "--init", "scratch"], dict(total=1200, warmup=10)
+    folder = ["--data", "coco", "--init", "scratch"]
     for flags, falls, lr in ((["--arch", "resnet50"], (8, 11), 0.02), (["--arch", "vit_base"], (9, 11), 3e-4),
                              (["--arch", "resnet50", "--recipe", "c4_2x"], (8, 11), 0.02)):
         args = detect.parse([*folder, *flags])
