@@ -354,7 +354,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if args.what == "mim" and not files:
         raise ValueError("--weights: mim needs a checkpoint.pt of pretrain.py; `random`, its start, comes by itself")
     typed = {name: given[name] for name in names if name in given}
-    args.settings = {f: dict(patch_size=16, window=7) | remembered(f, parser, names) | typed for f in files}
+    alone = Parser("analyze.py", "", "", FLAGS, {})          # it takes one flag, without what else must be there
+    args.settings = {f: dict(patch_size=16, window=7) | remembered(f, alone, names) | typed for f in files}
     first = args.settings[files[0]] if files else dict(arch="resnet18", patch_size=16, window=7) | typed
     args.settings["random"] = first
     args.image_size = first.get("image_size", 96)
