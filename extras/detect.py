@@ -192,7 +192,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
     if args.weights and not saved and not args.eval_only:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
-    model = detector(encoder, len(classes) + 1, args)
+    model = detector(encoder, len(classes) + 1, args, world)
     if args.eval_only:
         load_detector(model, args.weights)
     model, net = wrapped(model, args, world)

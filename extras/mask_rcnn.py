@@ -19,6 +19,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data import MEAN, STD
+from engine.command import World
 from engine.flags import AMP
 from extras.dense import Maps, memory_format
 from model import Encoder, family
@@ -43,9 +44,9 @@ class Backbone(nn.Module):
 
     Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px to steps of 4."""
 
-    def __init__(self, encoder: Encoder, args: SimpleNamespace):
+    def __init__(self, encoder: Encoder, args: SimpleNamespace, world: World):
         super().__init__()
-        self.amp, self.memory_format, self.fpn = args.amp, memory_format(args), None
+        self.amp, self.memory_format, self.fpn = args.amp, memory_format(args, world), None
         self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
         if args.neck == "fpn":
             self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(), nn.BatchNorm2d)
@@ -59,14 +60,14 @@ class Backbone(nn.Module):
         return OrderedDict((name, z.float()) for name, z in maps.items())
 
 
-def detector(encoder: Encoder, classes: int, args: SimpleNamespace) -> MaskRCNN:
+def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: World) -> MaskRCNN:
     """Mask R-CNN that tells `classes` apart, the ground (0) included. Raises ValueError if the neck does not fit.
 
     It takes lists of images (3, H, W) in [0, 1], normalises and resizes them itself, and gives boxes in their pixels.
     In training: {name: loss}, whose sum is minimised."""
     if args.neck == "c4" and not isinstance(getattr(encoder.backbone, "layer4", [None])[-1], Bottleneck):
         raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not {args.arch}; use fpn")
-    backbone, n = Backbone(encoder, args), args.proposals
+    backbone, n = Backbone(encoder, args, world), args.proposals
     sizes, C = tuple(args.anchor * 2**i for i in range(5)), args.width
     if args.neck == "c4":                                    # five sizes of anchors at one stride
         wide, hidden, sizes, names, cells = 2 * backbone.out_channels, 256, (sizes,), ["0"], (14, 14)

@@ -346,7 +346,7 @@ def settings(*flags):
     args.amp = "off" if args.amp is None else args.amp
     args.smallest, args.longest = min(args.smallest or 64, 64), max(args.longest or 106, 64)
     torch.manual_seed(0)
-    return args, detector(build_encoder(args.arch, args.image_size, args.drop_path), 11, args)
+    return args, detector(build_encoder(args.arch, args.image_size, args.drop_path), 11, args, World())
 
 
 @pytest.fixture
@@ -520,7 +520,7 @@ def test_the_released_recipes():
         assert rates == pytest.approx([lr * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(12)])
     args = detect.parse([*folder, "--arch", "resnet18", "--width", "8"])
     args.smallest, args.longest, args.amp = 640, 1333, "off"
-    resize = detector(build_encoder("resnet18"), 81, args).transform
+    resize = detector(build_encoder("resnet18"), 81, args, World()).transform
     assert resize.min_size == (640, 672, 704, 736, 768, 800) and resize.max_size == 1333
 
 
