@@ -43,7 +43,8 @@ RSB = dict(LONG, optimizer="lamb", lr_batch=2048, weight_decay=0.02, schedule="c
            loss="bce", mixup=0.1, cutmix=1.0, test_size=224, test_crop=0.95)
 STRONG = dict(LONG, image_size=224, warmup_epochs=20, mixup=0.8, cutmix=1.0, randaug=9.0, erasing=0.25)
 RECIPES = {
-    "default":  {},                                          # few labels, small data, any backbone
+    "default":  {},                                          # few labels, a short run, any backbone
+    "small":    dict(epochs=60, crop_min=0.2, cutmix=1.0),   # a hundred labels or a few thousand: longer, harder to fit
     "rsb_a3":   dict(RSB, image_size=160, epochs=100, lr=8e-3, randaug=6.0),
     "rsb_a2":   dict(RSB, image_size=224, epochs=300, lr=5e-3, randaug=7.0, ema=0.9999, repeats=3, drop_path=0.05),
     # the lr is SimMIM's; the released ViT config has four times as much

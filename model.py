@@ -1,8 +1,7 @@
 """The model: a backbone cut into stages, a mask token between two of them, a linear decoder behind the last.
 
     Encoder        any backbone as a list of stages, run in a plain loop
-    build_encoder  a backbone by name: the paper's (ResNet, ConvNeXt and Swin from torchvision, ViT and DeiT below), or
-                   any other of torchvision's
+    build_encoder  a backbone by name: any of torchvision's, the paper's among them, or a ViT or DeiT from below
     A2MIM          the whole pre-training forward pass
     Classifier     the encoder with a linear head, for fine-tuning
 """
@@ -10,6 +9,7 @@
 import math
 from collections import OrderedDict
 from difflib import get_close_matches
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple, Sequence
 
@@ -226,10 +226,8 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     if kind.name == "torchvision":
         return Encoder(*cut(arch, pair(image_size), drop_path or 0.0))
     if kind.name == "resnet":                                 # last BatchNorm of each block starts at 0
-        if arch == "resnet200":                              # torchvision has the blocks, not the name
-            net = tv.ResNet(tv.resnet.Bottleneck, [3, 24, 36, 3], zero_init_residual=True)
-        else:
-            net = getattr(tv, arch)(zero_init_residual=True)
+        deepest = partial(tv.ResNet, tv.resnet.Bottleneck, [3, 24, 36, 3])   # torchvision has the blocks, not the name
+        net = (deepest if arch == "resnet200" else getattr(tv, arch))(zero_init_residual=True)
         net.fc = nn.Identity()
         if drop_path:
             drop_residuals(net, drop_path)
@@ -243,8 +241,7 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
         stages[-1].append("norm")
         return Encoder(net, stages, kind.mask_stage)
     # ConvNeXt and Swin: each downsampling closes the stage before it, so that stage k opens at its own resolution
-    stages = [["features.0"], ["features.1", "features.2"], ["features.3", "features.4"], ["features.5", "features.6"],
-              ["features.7"]]
+    stages = [["features.0"], *([f"features.{i}", f"features.{i + 1}"] for i in (1, 3, 5)), ["features.7"]]
     if kind.name == "convnext":
         net = getattr(tv, arch)(stochastic_depth_prob=drop_path or 0.0)
         net.classifier[2] = nn.Identity()
@@ -349,14 +346,13 @@ class A2MIM(nn.Module):
 
 
 def fit_cell(encoder: Encoder, image_size: tuple[int, int], unit: int = 8, cell: int | None = None) -> tuple[int, int]:
-    """(mask cell, mask stage) for an image of any size (no paper's): of the cells that tile it and hold whole units, the
-    one nearest to a sixth of its shorter side; a CNN's token enters as deep as a feature is at most half a cell wide."""
+    """For small images (no paper's): (mask cell, the one of whole units that is nearest to a sixth of the shorter side;
+    mask stage, as deep as a CNN's features are at most half a cell wide, or a Transformer's released place)."""
     (H, W), shapes = image_size, encoder.shapes(image_size)
     fits = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0] or [32]
     cell = cell or min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))
-    if len(shapes[-2]) < 4 or encoder.layout == "nhwc":      # a Transformer: at its released place
-        return cell, encoder.mask_stage
-    return cell, max(k for k, shape in enumerate(shapes[:-1]) if k == 0 or 2 * H // shape[2] <= cell)
+    deep = [k for k, shape in enumerate(shapes[:-1]) if len(shape) == 4 and 2 * H // shape[2] <= cell]
+    return cell, max(deep) if encoder.layout == "nchw" and len(shapes[-1]) == 4 else encoder.mask_stage
 
 
 # ---- a classifier, for fine-tuning ----

@@ -25,7 +25,6 @@ from data import (NAMED, Batches, CropAndFlip, Samples, denormalise, eval_transf
 from engine.command import World, command_line
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, Parser, checked, defaults, number, pair,
                           path, told_size)
-from engine.files import read_lines
 from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.optim import lr_at, parameter_groups
@@ -46,7 +45,7 @@ RECIPES = {
     "convnext": dict(CNN, fourier_weight=0.0, visible_weight=0.0),
     "vit":      dict(TRANSFORMER, fourier_weight=0.1),
     "swin":     dict(TRANSFORMER, fourier_weight=0.5, image_size=192),
-    "torchvision": dict(CNN, fourier_weight=0.5, visible_weight=1e-3),       # its other nets: the ResNet's
+    "torchvision": dict(CNN, fourier_weight=0.5, visible_weight=1e-3),       # its other nets take the ResNet's
 }
 EXCEPTIONS = {  # as released
     "resnet101": dict(fourier_weight=0.1, fourier_focal=False, spectrum="image"),
@@ -58,9 +57,8 @@ EXCEPTIONS = {  # as released
 SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
 # A few thousand images (no paper's; found on photographs and clip art): the lr is a peak, as one that shrinks with the
 # batch comes to nothing. Small batches: the mean residual of 32 images says little, so each image has its spectrum.
-SMALL, FEW_STEPS, FEW_IMAGES = dict(spectrum="image", token_lr=1.0, schedule="cosine"), 500, 100_000
-SMALL_PEAK = {"resnet": 3e-3, "convnext": 1e-3, "vit": 1e-3, "swin": 1e-3, "torchvision": 1e-3}
-SMALL_STEPS = 1500
+SMALL = dict(spectrum="image", token_lr=1.0, schedule="cosine")
+FEW_STEPS, FEW_IMAGES, SMALL_STEPS, SMALL_PEAK = 500, 100_000, 1500, 1e-3    # the peak is 3e-3 for a ResNet
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1, global_batch=16, log_every=5)
 
 
@@ -156,27 +154,27 @@ def train(args: SimpleNamespace, world: World) -> None:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
-    args, saved = open_run(args, world, own=DEFAULTS, name=name)
+    args, saved = open_run(args, world, own={**DEFAULTS, "val": 0.0}, name=name)     # old runs hold none out
     args.amp = args.amp or world.default_amp()
     if args.demo:
         world.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
                   "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
-    args.val = args.val if not saved or "val" in saved["args"] else 0.0      # begun before images were held out
     run, held, previews = prepare(args, world, saved)
     model, steps, peak = run.model, run.steps, args.lr * run.steps.global_batch / 512
     keep = dict(model=model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken)
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
-    millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
     if peak * steps.total < 0.1:                             # about as far as AdamW can move a weight
-        world.say(f"the peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight moves further than "
-                  f"that, and little will be learned; raise --lr (per 512 images) or --epochs")
+        world.say(f"peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight moves further, so "
+                  "little will be learned; raise --lr (per 512 images) or --epochs")
+    millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
     world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
               f"{args.data}: {len(run.broken.source)} images at {told_size(args.image_size)}, "
               f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
-              + (f", from step {steps.start}" if saved else "") + f"\nwriting {args.out}/")
+              + (f", from step {steps.start}" if saved else "") + f"\nrecipe {args.recipe}"
+              + f" (small if an epoch has under {FEW_STEPS} steps)" * ("recipe" not in args.given) + f"; writing {args.out}/")
     preview_masks = draw_masks(len(previews), model.grid, args, world.device, args.seed)
     picture_steps = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 
@@ -202,10 +200,9 @@ def train(args: SimpleNamespace, world: World) -> None:
 
     model.train()
     batches = iter(run.loader)
-    noted = lambda: any("held_out" in line and line["step"] == steps.start for line in read_lines(journal.log))
     with journal:
         picture(steps.start)
-        if not world.agree(noted):                           # the run was stopped between a step and its measure
+        if not journal.has("held_out"):                      # it was stopped between a step and its measure
             measure(steps.start)
         for step in journal.steps():
             for group in run.optimizer.param_groups:
@@ -219,26 +216,22 @@ def train(args: SimpleNamespace, world: World) -> None:
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
-def choose_recipe(args: SimpleNamespace, world: World, images: int, steps: Steps, encoder: Encoder) -> None:
+def choose_recipe(args: SimpleNamespace, images: int, steps: Steps, encoder: Encoder) -> None:
     """--recipe, if none was typed, and into args what `small` has and nobody typed."""
     if args.recipe is None:
-        few = steps.per_epoch < FEW_STEPS and images < FEW_IMAGES
-        args.recipe = "small" if few else "imagenet"
-        if few:
-            world.say(f"{images} images, an epoch of {steps.per_epoch} steps: --recipe small; as released: imagenet")
+        args.recipe = "small" if steps.per_epoch < FEW_STEPS and images < FEW_IMAGES else "imagenet"
     if args.recipe == "small":
-        kind = family(args.arch).name
-        cell, stage = fit_cell(encoder, pair(args.image_size), args.patch_size if kind == "vit" else 8,
-                               args.mask_cell if "mask_cell" in args.given else None)
-        small = dict(SMALL, lr=SMALL_PEAK[kind] * 512 / steps.global_batch, min_lr=SMALL_PEAK[kind] / 100,
-                     epochs=SMALL_STEPS / steps.per_epoch, mask_cell=cell, mask_stage=stage)
+        kind, typed = family(args.arch).name, args.given.get("mask_cell")
+        unit, peak = args.patch_size if kind == "vit" else 8, SMALL_PEAK * (3 if kind == "resnet" else 1)
+        cell, stage = fit_cell(encoder, pair(args.image_size), unit, typed)
+        small = dict(SMALL, lr=peak * 512 / steps.global_batch, min_lr=peak / 100, mask_cell=cell, mask_stage=stage,
+                     epochs=SMALL_STEPS / steps.per_epoch)
         kept = {*args.given, *(DEMO if args.demo else {}), *(SIMMIM if args.baseline else {})}
         vars(args).update({name: value for name, value in small.items() if name not in kept})
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
-    """Data, model and optimiser, checked against each other before anything long starts; the images held out; six for
-    pictures. Raises ValueError if they do not fit."""
+    """Data, model and optimiser; images held out; six for pictures. Raises ValueError if they do not fit together."""
     size = pair(args.image_size)                             # (H, W)
     if args.download:                                        # one process fetches for all
         world.agree(lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
@@ -247,7 +240,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
     if not saved:
-        choose_recipe(args, world, len(source), steps, encoder)
+        choose_recipe(args, len(source), steps, encoder)
         steps = Steps.plan(args, world, len(source), saved)
     hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)

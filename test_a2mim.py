@@ -1548,9 +1548,74 @@ def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, caps
     assert code == 2 and "is it another architecture?" in said
 
 
-def test_a_peak_lr_below_its_floor_is_told(few_images, capsys, tmp_path):
+def test_a_peak_lr_that_moves_no_weight_is_told_before_the_first_step(few_images, capsys, tmp_path):
     run(tmp_path / "run", "--epochs", "1", "--lr", "1e-4")
-    assert "the peak lr 1.6e-06 x 1 steps = 2e-06" in capsys.readouterr().err
+    assert "peak lr 1.6e-06 x 4 steps = 6e-06: no weight moves further" in capsys.readouterr().err
+    run(tmp_path / "long", "--epochs", "1", "--lr", "2")     # 2 x 8 / 512 x 4 steps = 0.125
+    assert "no weight moves further" not in capsys.readouterr().err
+
+
+def test_adamw_moves_no_weight_further_than_the_sum_of_its_learning_rates():
+    """What the line above says: with a gradient that never turns, a weight moves by the lr in every step."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+    for _ in range(50):
+        weight.grad = torch.tensor([1e-6, 1.0, 1e6])
+        optimizer.step()
+    assert weight.abs().max() <= 50 * 1e-3 + 1e-6 and weight.abs().min() > 0.9 * 50 * 1e-3
+
+
+def settings_of(capsys, out, *flags):
+    """(args.json, what was said) of a run of one step."""
+    pretrain.main([*flags, "--out", str(out), *"--workers 0 --amp off --sheets 0".split()])
+    return json.loads((out / "args.json").read_text()), capsys.readouterr().err
+
+
+def test_few_images_get_the_small_recipe_whose_lr_does_not_shrink_with_the_batch(few_images, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
+    common = "--data shapes --arch resnet18 --image-size 64".split()
+    peaks = []
+    for batch in (4, 8):
+        made, said = settings_of(capsys, tmp_path / f"{batch}", *common, "--batch-size", str(batch))
+        assert made["recipe"] == "small" and "recipe small (small if an epoch has under 500 steps)" in said
+        assert made["epochs"] * (32 // batch) == 8           # counted in steps
+        peaks.append(made["lr"] * batch / 512)
+    assert peaks == pytest.approx([3e-3, 3e-3])
+    made, said = settings_of(capsys, tmp_path / "typed", *common, *"--batch-size 8 --lr 0.1 --mask-cell 32".split(),
+                             *"--spectrum batch --epochs 0.25".split())
+    assert (made["lr"], made["mask_cell"], made["spectrum"], made["epochs"]) == (0.1, 32, "batch", 0.25)
+    assert made["recipe"] == "small" and made["mask_stage"] == 4             # as deep as half a typed cell allows
+    released = pretrain.parse(["--data", "x", "--arch", "resnet18"])
+    made, said = settings_of(capsys, tmp_path / "released", *common, *"--recipe imagenet --batch-size 8".split(),
+                             *"--epochs 0.25".split())
+    for name in ("lr", "mask_cell", "mask_stage", "spectrum", "min_lr", "token_lr"):
+        assert made[name] == getattr(released, name), name
+    made, _ = settings_of(capsys, tmp_path / "simmim", *common, *"--baseline simmim --batch-size 8".split())
+    assert (made["mask_stage"], made["token"], made["mask_cell"]) == (1, "replace", 8)       # the same cells as A2MIM
+
+
+@pytest.mark.parametrize("per_epoch, images, recipe", [(499, 20_000, "small"), (500, 20_000, "imagenet"),
+                                                       (300, 1_281_167, "imagenet")])
+def test_imagenet_at_a_huge_batch_is_not_small(per_epoch, images, recipe):
+    args = pretrain.parse(["--data", "x", "--arch", "resnet18"])
+    steps = pretrain.Steps(images // per_epoch, images // per_epoch, per_epoch, 1, 0, 0)
+    pretrain.choose_recipe(args, images, steps, build_encoder("resnet18", 224))
+    assert args.recipe == recipe
+
+
+@pytest.mark.parametrize("size, cell", [((64, 64), 8), ((96, 96), 16), ((128, 128), 16), ((192, 192), 32),
+                                        ((224, 224), 32), ((96, 160), 16)])
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "swin_tiny", "deit_tiny", "efficientnet_b0"])
+def test_cells_and_token_of_the_small_recipe_fit_the_image(arch, size, cell):
+    encoder = build_encoder(arch, size)
+    got, stage = model.fit_cell(encoder, size, unit=16 if arch == "deit_tiny" else 8)
+    assert got == (16 if (arch, cell) == ("deit_tiny", 8) else cell)
+    A2MIM(encoder, image_size=size, mask_cell=got, mask_stage=stage)         # raises if they do not fit
+    if arch in ("deit_tiny", "swin_tiny"):
+        assert stage == encoder.mask_stage
+    else:                                                    # features there are at most half a cell wide, the next not
+        strides = [size[0] / shape[2] for shape in encoder.shapes(size)]
+        assert strides[stage] <= got / 2 and all(s > got / 2 for s in strides[stage + 1 : -1])
 
 
 # ---- pre-training: the command line ----

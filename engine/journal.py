@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .command import Failed, Signals, Stopped, World
-from .files import append_line, make_folder, peak_memory_mb, read_checkpoint, save_atomically, settings, trim_log
+from .files import (append_line, make_folder, peak_memory_mb, read_checkpoint, read_lines, save_atomically, settings,
+                    trim_log)
 from .flags import told_size
 from .pictures import save_curve
 
@@ -80,7 +81,7 @@ class Steps:
     global_batch: int                                        # images per step: batch x accum x processes
     per_epoch: int
     total: int
-    start: int
+    start: int                                               # 0, or where the checkpoint is
     warmup: int
 
     @classmethod
@@ -91,8 +92,8 @@ class Steps:
                 raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs:g}")
             args.warmup_epochs = None                        # a short run of a long recipe: a tenth of it
         if args.global_batch and not args.batch_size and args.global_batch % world.size:
-            raise ValueError(f"{world.size} processes do not divide the global batch of {args.global_batch}; "
-                             f"give --batch-size, images per process")
+            raise ValueError(f"{world.size} processes do not divide the global batch of {args.global_batch}; give "
+                             "--batch-size, images per process")
         shared = args.global_batch and args.global_batch // world.size
         batch = args.batch_size or shared or (256 if world.on_gpu else 32)
         global_batch = batch * args.accum * world.size
@@ -131,17 +132,15 @@ class Journal:
         """keep: name -> what a checkpoint holds (model, optimizer, broken, ...), filled from `saved` to resume.
         export: file name -> a function that gives what this file holds; written beside every checkpoint."""
         self.args, self.world, self.plan, self.keep, self.export = args, world, plan, keep, export or {}
-        self.out, self.done = Path(args.out), plan.start
-        self.log = self.out / "log.jsonl"
+        self.out, self.log, self.done = Path(args.out), Path(args.out) / "log.jsonl", plan.start
         if saved:
             self.load(saved)
         make_folder(args, world, plan.global_batch)
         if world.rank == 0:
             trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
-        count = lambda n: torch.tensor(n, device=world.device)
-        self.in_a_row, self.skipped, self.last_loss = count(0), count(saved["skipped"] if saved else 0), "none yet"
+        self.in_a_row, self.skipped = torch.tensor([0, saved["skipped"] if saved else 0], device=world.device)
         self.saved_at = self.logged_at = time.time()
-        self.logged, self.signals = self.done, Signals()
+        self.logged, self.signals, self.last_loss = self.done, Signals(), "none yet"
 
     def __enter__(self) -> "Journal":
         self.signals.__enter__()
@@ -214,6 +213,9 @@ class Journal:
             line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4))
             self.write("log.jsonl", append_line, self.log, line | {k: round(v, 6) for k, v in values.items()})
 
+    def has(self, name: str) -> bool:                        # is it noted of this step? rank 0 looks
+        return self.world.agree(lambda: any(name in r and r["step"] == self.done for r in read_lines(self.log)))
+
     def lr(self) -> float:
         return max(group["lr"] for group in self.keep["optimizer"].param_groups)
 
@@ -235,8 +237,7 @@ class Journal:
 
     def load(self, saved: dict) -> None:
         """Puts a checkpoint back. lr scale and weight decay are the flags' of now."""
-        groups = self.keep["optimizer"].param_groups
-        typed = [(group["scale"], group["weight_decay"]) for group in groups]
+        typed = [(group["scale"], group["weight_decay"]) for group in self.keep["optimizer"].param_groups]
         try:
             for name, keeper in self.keep.items():
                 keeper.load_state_dict(saved[name])

@@ -45,7 +45,9 @@ PRETRAIN = {  # on shapes, the same for A2MIM and SimMIM; lr per 512 images
            "--drop-path 0",
     "swin": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
 }
+SMALL = "--recipe small --crop-min 0.35"                     # and on real images: any backbone
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"  # the same for every arm
+TUNE_SMALL = "--recipe small --batch-size 16 --eval-every 1000000"
 PROBE = ("--recipe linear --crop-min 0.8 --optimizer adamw --lr 0.01 --lr-batch 64 --batch-size 64 --schedule cosine "
          "--epochs 20 --eval-every 1000000")
 # images seen in pre-training, in that of an ablation, and in fine-tuning; a Transformer learns slower, and is faster
@@ -55,6 +57,7 @@ BUDGETS = {
     "vit": (24_000, 12_000, 9_600),
     "swin": (12_000, 6_000, 9_600),
 }
+REAL = (48_000, 24_000, 6_400)
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
     "token at stage 1": "--mask-stage 1",
@@ -94,13 +97,13 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     size = " ".join(str(side) for side in dict.fromkeys(pair(args.image_size)))          # '64', or '48 64'
     both = f"--data {args.data} --image-size {size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
-    token = "--mask-stage 3" if kind in ("resnet", "convnext") else ""
+    token = "--mask-stage 3" if kind in ("resnet", "convnext") and args.drawn else ""
 
     def pre(name: str, flags: str, seed: int, count: int) -> tuple:
         return (
             f"pretrained/{name}-{seed}",
             "pretrain",
-            f"{both} --arch {args.arch} {PRETRAIN[kind]} --batch-size 32 --sheets 2 --val 0 "
+            f"{both} --arch {args.arch} {PRETRAIN[kind] if args.drawn else SMALL} --batch-size 32 --sheets 2 --val 0 "
             f"--epochs {count / unlabelled:.4f} --seed {seed} {flags}",
         )
 
@@ -109,7 +112,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
         return (
             f"{labels}/{name}-{seed}",
             "finetune",
-            f"{both} {start} {TUNE} --lr {args.tune_lr} --labels {share:.6f} "
+            f"{both} {start} {TUNE if args.drawn else TUNE_SMALL} --lr {args.tune_lr} --labels {share:.6f} "
             f"--epochs {count / (share * images):.4f} --seed {seed}",
         )
 
@@ -136,7 +139,8 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
                 ]
             )
         long = args.finetune_images + args.pretrain_images
-        chains += [[tune(labels, "scratch-long", f"--init scratch {arch}", seed, long)] for labels in ("few", "all")]
+        kinds = ("few", "all") if args.drawn else ("few",)
+        chains += [[tune(labels, "scratch-long", f"--init scratch {arch}", seed, long)] for labels in kinds]
     for seed in range(args.ablation_seeds):
         for title, flags in {BASE: "", **ABLATIONS}.items():
             if title not in OWN[kind]:
@@ -236,7 +240,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     arms = {
         "a2mim": "A2MIM",
         "simmim": "SimMIM",
-        "scratch": "from scratch",
+        "scratch": "from scratch; probes: random features",
         "scratch-long": "from scratch, compute of both stages",
     }
     kinds = {
@@ -329,21 +333,21 @@ def main() -> None:
         help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)",
     )
     parser.add_argument("--image-size", type=int, action=Sides, nargs="+", default=64, metavar=("H", "W"), help="64")
-    parser.add_argument("--few", type=float, default=0.05, metavar="R", help="share of the labels that is few (0.05)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="3")
+    parser.add_argument("--few", type=float, metavar="R", help="share of labels that is few (shapes 0.05, else 0.1)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="5")
     parser.add_argument(
         "--pretrain-images",
         type=int,
         default=None,
         metavar="N",
-        help="images seen in pre-training (ViT 24,000, Swin 12,000, CNN 10,000)",
+        help="images seen in pre-training (real images 48,000; shapes: ViT 24,000, Swin 12,000, CNN 10,000)",
     )
     parser.add_argument(
         "--finetune-images",
         type=int,
         default=None,
         metavar="N",
-        help="images seen in fine-tuning (CNN 3,200, Transformer 9,600)",
+        help="images seen in fine-tuning (real images 6,400; shapes: CNN 3,200, Transformer 9,600)",
     )
     parser.add_argument(
         "--ablation-images",
@@ -352,7 +356,7 @@ def main() -> None:
         metavar="N",
         help="images seen in pre-training of an ablation (half of that)",
     )
-    parser.add_argument("--ablation-seeds", type=int, default=1, metavar="N", help="0: none")
+    parser.add_argument("--ablation-seeds", type=int, metavar="N", help="0: none (shapes 1, else 0)")
     parser.add_argument(
         "--tune-lr",
         type=float,
@@ -371,9 +375,13 @@ def main() -> None:
     )
     parser.add_argument("--out", default=None, metavar="DIR", help="runs/compare-<data>-<arch>[-quick]")
     args = parser.parse_args()
-    for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), BUDGETS[family(args.arch).name]):
+    args.drawn = args.data == "shapes"
+    budget = BUDGETS[family(args.arch).name] if args.drawn else REAL
+    for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), budget):
         setattr(args, name, (getattr(args, name) or images) // (8 if args.quick else 1))
     args.seeds = 1 if args.quick else args.seeds
+    args.few = args.few or (0.05 if args.drawn else 0.1)
+    args.ablation_seeds = args.drawn if args.ablation_seeds is None else args.ablation_seeds
     args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
     jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
