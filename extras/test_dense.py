@@ -228,6 +228,20 @@ def test_the_dilated_resnet_is_torchvisions_with_the_same_weights():
     assert len(model(x)) == 1 and len(model.train()(torch.randn(2, 3, 64, 64))) == 2     # the second head only trains
 
 
+def test_a_narrow_head_learns_the_classes_of_8_scenes_by_heart_in_20_steps():
+    """With the released spread of its last weights, 0.01, it knows 13 % of the objects' pixels by then."""
+    model = pixels.Segmenter(build_encoder("resnet18"), "upernet", 64, 11, 0.0, aux=False)
+    images, classes, *_ = dense.stacked([(Semantic("train", (64, 64)).read(i), i, -1) for i in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(20):
+        logits = model(data.normalise(images))[0]
+        segment.pixel_loss(logits, classes.long()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right = segment.resize(logits, (64, 64)).argmax(1) == classes
+    assert right[classes > 0].float().mean() > 0.6
+
+
 # ---- loss and score ----
 
 def test_the_loss_is_the_mean_over_known_pixels_and_0_without_any():
