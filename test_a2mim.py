@@ -1648,7 +1648,7 @@ def complaint(capsys, *flags, main=pretrain.main):
         (["--mask-ratio", "1.5"], "mask ratio 1.5: must lie between 0 and 1"),
         (["--image-size", "100"], "image side 100: not a multiple of the 32-pixel mask cell; use 96 or 128"),
         (["--mask-stage", "9", "--image-size", "64"], "mask stage 9: this encoder has stages 0 to 4"),
-        (["--mask-cell", "8", "--image-size", "64"], "the mask cell is smaller than the stride"),
+        (["--mask-cell", "8", "--mask-stage", "4", "--image-size", "64"], "the mask cell is smaller than the stride"),
         (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
         (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
         (

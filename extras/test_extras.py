@@ -3,10 +3,13 @@
     pytest        from the root: these, and the tests of the method
 """
 
+import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import compare, paint
+from extras import clipart, compare, paint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -59,3 +62,61 @@ def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     wide, _ = paint.load_model(str(tmp_path / "run" / "checkpoint.pt"), (64, 96))
     assert wide.grid == (4, 6) and wide(torch.randn(1, 3, 64, 96), torch.ones(1, 4, 6)).shape == (1, 3, 64, 96)
+
+
+# ---- clipart.py and compare.py ----
+
+def test_clip_art_becomes_class_folders_on_white_with_every_fifth_held_out(tmp_path, capsys):
+    for i in range(12):                                      # half transparent, so that white shows through
+        file = tmp_path / "png" / ("animals/birds" if i < 10 else "odd/music/old") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGBA", (150, 100), (0, 0, 0, 0))
+        image.paste((200, 0, 0, 255), (0, 0, 75, 100))
+        image.save(file)
+    Image.new("RGBA", (10, 10)).save(tmp_path / "png" / "animals" / "tiny.png")
+    (tmp_path / "png" / "animals" / "broken.png").write_bytes(b"no picture")
+    clipart.main([str(tmp_path / "set"), "--source", str(tmp_path / "png")])
+    count = {str(f.relative_to(tmp_path / "set")): len(list(f.iterdir())) for f in (tmp_path / "set").glob("*/*")}
+    assert count == {"train/animals": 8, "val/animals": 2, "train/music": 2}
+    with Image.open(tmp_path / "set/train/animals/000.jpg") as image:
+        assert image.size == (144, 96) and min(image.getpixel((130, 48))) > 250 and image.getpixel((20, 48))[1] < 40
+    with pytest.raises(SystemExit) as error:
+        clipart.main([str(tmp_path / "other"), "--source", str(tmp_path / "none")])
+    assert error.value.code == 2 and "apt install openclipart-png" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_difference_is_students_of_the_pairs():
+    """Against a table: with 5 pairs the half width is 2.776 standard errors. What both seeds share drops out."""
+    a, b = [60.0, 70.0, 65.0, 80.0, 75.0], [58.0, 69.0, 62.0, 76.0, 70.0]    # gains 2, 1, 3, 4, 5
+    mean, low, high = compare.interval(a, b)
+    assert mean == pytest.approx(3.0) and high - mean == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=2e-3)
+    assert mean - low == pytest.approx(high - mean)
+    assert "better than scratch" in compare.verdict("x", a, b, "scratch")
+    assert "not clearly different" in compare.verdict("x", a, [x + (-1) ** i for i, x in enumerate(a)], "scratch")
+    assert "not clearly different" in compare.verdict("x", a[:1], b[:1], "scratch")          # one seed decides nothing
+
+
+def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(4000):
+        low, high = compare.interval(list(rng.normal(1.0, 2.0, 5)), [0.0] * 5)[1:]
+        hits += low < 1.0 < high
+    assert 0.935 < hits / 4000 < 0.965
+
+
+def test_real_images_are_judged_with_the_small_recipes_alike_for_every_arm(tmp_path):
+    for i in range(40):
+        file = tmp_path / "set" / ("val" if i % 4 == 0 else "train") / f"c{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file)
+    args = SimpleNamespace(data=str(tmp_path / "set"), image_size=[64], few=0.1, seeds=5, workers=0, arch="resnet18",
+                           out="out", drawn=False, pretrain_images=300, finetune_images=100, ablation_seeds=0,
+                           tune_lr=1e-3, ablation_images=0)
+    cells = {name: (program, flags) for chain in compare.plan(args) for name, program, flags in chain}
+    few = {name: flags for name, (_, flags) in cells.items() if name.startswith("few/") and name.endswith("-3")}
+    assert sorted(few) == ["few/a2mim-3", "few/scratch-3", "few/scratch-long-3", "few/simmim-3"]
+    rest = {re.sub(r"--weights \S+", "", few[f"few/{arm}-3"]) for arm in ("a2mim", "simmim", "scratch")}
+    assert len(rest) == 1 and "--recipe small" in rest.pop()                 # the start is all that differs
+    a, b = (cells[f"pretrained/{arm}-3"][1] for arm in ("a2mim", "simmim"))
+    assert b.split() == [*a.split(), "--baseline", "simmim"] and "--recipe small" in a
+    assert {"linear/scratch-0", "knn/scratch-0", "all/scratch-0"} <= set(cells)              # random features, too
