@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, default=Path("/usr/share/openclipart/png"), help="the package's files")
     args = parser.parse_args(argv)
     if not args.source.is_dir():
-        print(f"clipart.py: error: --source {args.source}: no such folder; apt install openclipart-png", file=sys.stderr)
+        print(f"clipart.py: error: --source {args.source}: no such folder; apt install openclipart-png",
+              file=sys.stderr)
         sys.exit(2)
     if args.folder.exists():
         print(f"clipart.py: error: {args.folder}: is there already; choose another folder", file=sys.stderr)
