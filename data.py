@@ -116,20 +116,30 @@ SHAPES = {  # name -> f(u, v), negative inside, about one unit of distance per u
 }
 
 
-def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Stripes, checks, dots or a soft shade, around `colour`; x, y in image sides. (3, h, w)"""
     a, f, p, q = rng.uniform(0, np.pi), rng.uniform(25, 60), rng.uniform(0, 6.3), rng.uniform(0, 6.3)
     s, t = np.sin(f * (x * np.cos(a) + y * np.sin(a)) + p), np.sin(f * (y * np.cos(a) - x * np.sin(a)) + q)
-    kind = rng.integers(4)
-    if kind == 0:
-        wave = np.tanh(3 * s)
-    elif kind == 1:
-        wave = np.tanh(5 * s * t)
-    elif kind == 2:
-        wave = np.tanh(4 * (s + t - 0.8))
-    else:
-        wave = np.sin(f / 10 * (x * np.cos(a) + y * np.sin(a)) + p)
-    return colour[:, None, None] + rng.uniform(-0.06, 0.06, (3, 1, 1)) * wave
+    wave = (lambda: np.tanh(3 * s), lambda: np.tanh(5 * s * t), lambda: np.tanh(4 * (s + t - 0.8)),
+            lambda: np.sin(f / 10 * (x * np.cos(a) + y * np.sin(a)) + p))[rng.integers(4)]
+    return colour[:, None, None] + rng.uniform(-0.06, 0.06, (3, 1, 1)) * wave()
+
+
+def draw_shape(canvas: np.ndarray, rng: np.random.Generator, kind: int, radius: float, cx: float, cy: float, ground):
+    """Paints outline `kind`, turned, lighter than `ground`, on (3, H, W); in image sides. Gives alpha, rows, cols."""
+    side, half = min(canvas.shape[1:]), 1.3 * radius         # draw within the object's own square only
+    turn = rng.uniform(-np.pi / 6, np.pi / 6)
+    colour = rng.uniform(0.05, 0.95, 3)
+    while colour.mean() < ground.mean() + 0.2:               # a light object: it stands out, and is not like a hole
+        colour = rng.uniform(0.05, 0.95, 3)
+    rows, cols = (slice(max(0, int((c - half) * side)), min(most, max(0, int((c + half) * side) + 1)))
+                  for c, most in ((cy, canvas.shape[1]), (cx, canvas.shape[2])))
+    y, x = np.mgrid[rows, cols].astype(np.float32) / side
+    dx, dy = (x - cx) / radius, (y - cy) / radius
+    u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+    alpha = np.clip(0.5 - list(SHAPES.values())[kind](u, v) * radius * side, 0, 1)       # one pixel of soft edge
+    canvas[:, rows, cols] += alpha * (texture(rng, x, y, colour) - canvas[:, rows, cols])
+    return alpha, rows, cols
 
 
 class Shapes:
@@ -151,30 +161,21 @@ class Shapes:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, mask: bool = False) -> Tensor:
         rng = np.random.default_rng((*self.key, index))
         (H, W), side = self.size, min(self.size)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
-        canvas = _texture(rng, x, y, ground)
+        canvas = texture(rng, x, y, ground)
         for main in (False, True) if rng.random() < 0.5 else (True,):
             kind = self.labels[index] if main else rng.integers(len(SHAPES))
             radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)
             reach = 0.1 if main else 0.5                     # from the middle, in image sides
             cx, cy = W / side / 2 + rng.uniform(-reach, reach), H / side / 2 + rng.uniform(-reach, reach)
-            turn = rng.uniform(-np.pi / 6, np.pi / 6)
-            colour = rng.uniform(0.05, 0.95, 3)
-            while colour.mean() < ground.mean() + 0.2:       # a light object: it stands out, and is not like a hole
-                colour = rng.uniform(0.05, 0.95, 3)
-            half = 1.3 * radius                              # draw within the object's own square only
-            rows = slice(max(0, int((cy - half) * side)), max(0, int((cy + half) * side) + 1))
-            cols = slice(max(0, int((cx - half) * side)), max(0, int((cx + half) * side) + 1))
-            dx, dy = (x[rows, cols] - cx) / radius, (y[rows, cols] - cy) / radius
-            u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
-            outline = list(SHAPES.values())[kind](u, v)
-            alpha = np.clip(0.5 - outline * radius * side, 0, 1)             # one pixel of soft edge
-            paint = _texture(rng, x[rows, cols], y[rows, cols], colour)
-            canvas[:, rows, cols] += alpha * (paint - canvas[:, rows, cols])
+            alpha, rows, cols = draw_shape(canvas, rng, kind, radius, cx, cy, ground)
+        if mask:                                             # of the object, drawn last: (1, H, W), 255 inside
+            canvas = np.zeros((1, H, W))
+            canvas[:, rows, cols] = alpha
         return torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
 
 

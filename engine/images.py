@@ -164,14 +164,16 @@ class Broken:
 
 # ---- batches ----
 
-def make_loader(samples: Dataset, batches, workers: int | None, world: World) -> DataLoader:
-    """One loader for the whole run: no pause between epochs, and workers that start once."""
+def make_loader(samples: Dataset, batches, workers: int | None, world: World, collate=None) -> DataLoader:
+    """One loader for the whole run: no pause between epochs, and workers that start once.
+
+    collate: makes a batch of samples that are more than an image and two numbers."""
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
     ahead = 4                                                # batches that wait, of each worker
-    return Loader(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
-                  collate_fn=ColoursLast(ahead + 1), prefetch_factor=ahead if workers else None,
-                  worker_init_fn=ignore_signals)
+    make, collate = (DataLoader, collate) if collate else (Loader, ColoursLast(ahead + 1))
+    return make(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda, collate_fn=collate,
+                prefetch_factor=ahead if workers else None, worker_init_fn=ignore_signals)
 
 
 def every_image_once(count: int, batch: int, world: World) -> list[list[tuple[int, int]]]:

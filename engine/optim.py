@@ -50,15 +50,18 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
+                 prefix: str = "encoder.backbone.") -> list[dict]:
     """Fine-tuning's groups: scale = layer_decay^(n - i) for level i of n (stem or patch embedding 0), 1 for the head.
 
     The levels are the encoder's stages: a ViT's block i is level i + 1, so that 0.65^(L + 1 - j) comes out, with j = 0
-    for positions too; ConvNeXt has finer ones. `model` has an `encoder` (model.Encoder). Frozen parameters stay out."""
-    levels, groups = [tuple(f"{name}." for name in names) for names in model.encoder.levels], {}
+    for positions too; ConvNeXt has finer ones. prefix: of the backbone's names in `model`, below its model.Encoder.
+    Frozen parameters stay out."""
+    encoder, groups = model.get_submodule(prefix.removesuffix(".backbone.")), {}
+    levels = [tuple(f"{name}." for name in names) for names in encoder.levels]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inside = name.removeprefix("encoder.backbone.")
+            inside = name.removeprefix(prefix) if name.startswith(prefix) else ""
             level = next((i for i, names in enumerate(levels) if inside.startswith(names)), len(levels))
             level = 0 if inside in ("cls_token", "pos_embed") else level
             groups.setdefault((level, decays(name, p)), []).append(p)

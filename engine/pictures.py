@@ -1,8 +1,8 @@
 """Pictures of a run: PNG files, drawn with Pillow.
 
-    save_sheet        rows of images, titled columns
-    save_curve        the loss over steps
-    save_confusion    which class is taken for which
+    sheet, save_sheet    rows of images, titled columns
+    save_curve           the loss over steps
+    save_confusion       which class is taken for which
 """
 
 from pathlib import Path
@@ -17,17 +17,22 @@ from .files import read_lines
 
 
 def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
-    """A PNG with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1]."""
+    """The page of `sheet` as a PNG."""
+    sheet(columns).save(path)
+
+
+def sheet(columns: dict[str, Tensor]) -> Image.Image:
+    """A page with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1]."""
     images = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()      # (N * columns, 3, H, W)
-    sheet = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
-    zoom = max(1, round(160 * len(columns) / sheet.width))
-    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.NEAREST)
-    page = Image.new("RGB", (sheet.width, sheet.height + 22), "white")
-    page.paste(sheet, (0, 22))
+    grid = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
+    zoom = max(1, round(160 * len(columns) / grid.width))
+    grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST)
+    page = Image.new("RGB", (grid.width, grid.height + 22), "white")
+    page.paste(grid, (0, 22))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for i, title in enumerate(columns):
-        draw.text(((i + 0.5) * sheet.width / len(columns), 11), title, "black", font, anchor="mm")
-    page.save(path)
+        draw.text(((i + 0.5) * grid.width / len(columns), 11), title, "black", font, anchor="mm")
+    return page
 
 
 def save_curve(path: Path, log: Path) -> None:

@@ -164,7 +164,7 @@ def load_head(model: nn.Module, path: str | Path) -> set[str]:
     found = {(own, k): next((f"{name}.{k}" for name in names if f"{name}.{k}" in state), None)
              for own, names in ((model.head, heads), (model.norm, ("fc_norm", "norm"))) for k in own.state_dict()}
     if None in found.values():
-        raise ValueError(f"{path}: holds no classification head; --eval-only needs one, such as best.pt of a "
+        raise ValueError(f"{path}: holds no classification head; give weights that have one, such as best.pt of a "
                          f"fine-tuned run")
     last, mine = [(k, w) for k, w in model.head.state_dict().items() if k.endswith("weight")][-1]
     weight = state[found[model.head, last]]

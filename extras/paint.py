@@ -45,13 +45,18 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
         raise ValueError(f"{path}: no such file") from None
     except Exception:                                        # torch.load has no one type for a broken file
         raise ValueError(f"{path}: not a checkpoint.pt of pretrain.py") from None
-    size = size or pair(run.image_size)
-    encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window)
-    model = A2MIM(encoder, image_size=size, mask_cell=run.mask_cell, mask_stage=run.mask_stage, token=run.token,
-                  fill=run.fill)
-    load_backbone(encoder, path, run.image_size)             # position tables take another size
+    model = build_model(run, size)
+    load_backbone(model.encoder, path, run.image_size)       # position tables take another size
     model.load_state_dict(form, strict=False)
     return model.eval(), run
+
+
+def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None) -> A2MIM:
+    """The model of a run's settings, with random weights: as the run itself makes it."""
+    size = size or pair(run.image_size)
+    encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window)
+    return A2MIM(encoder, image_size=size, mask_cell=run.mask_cell, mask_stage=run.mask_stage, token=run.token,
+                 fill=run.fill)
 
 
 def fitted(image: Tensor, side: int, unit: int) -> Tensor:

@@ -45,7 +45,7 @@ def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, cell, tmp_path, cap
 def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, typed):
     args = SimpleNamespace(data="shapes", image_size=size, few=0.05, arch="resnet18", workers=0, seeds=1, out="x",
                            ablation_seeds=1, pretrain_images=100, ablation_images=100, finetune_images=100,
-                           tune_lr=1e-3)
+                           tune_lr=1e-3, drawn=True)
     cells = [cell for chain in compare.plan(args) for cell in chain]
     for _, program, flags in cells:
         if program == "pretrain":

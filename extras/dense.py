@@ -1,0 +1,246 @@
+"""What detection and segmentation share: four maps of any backbone, drawn scenes, batches, schedules, flags.
+
+    Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
+    Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index); nothing is stored
+    plan, rate, wrapped, optimizer_for      a run counted in iterations, as the released recipes are
+"""
+
+import sys
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import default_collate
+from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import masks_to_boxes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import SHAPES, draw_shape, texture
+from engine.command import World
+from engine.flags import MAX_EPOCHS, number
+from engine.journal import Steps
+from engine.optim import layer_groups, lr_at
+from model import Encoder, family
+
+# ---- four maps of any encoder ----
+
+class Maps(nn.Module):
+    """Four feature maps of an encoder, finest first, with `channels`, at strides 4, 8, 16 and 32 of the image.
+
+    They are what the last module at each stride gives: layer1 to layer4 of a ResNet, the odd `features` of ConvNeXt and
+    Swin. A backbone that ends in a LayerNorm has one per map instead. A ViT has stride 16 alone: four of its blocks are
+    taken, and brought to the four strides by deconvolution and pooling (mmsegmentation's Feature2Pyramid).
+    Load weights before: a final norm leaves the encoder. Raises ValueError if the four strides are not there."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder, self.vit = encoder, hasattr(encoder.backbone, "grid")
+        last = encoder.stages[-1][-1]
+        final = attrgetter(last)(encoder.backbone)
+        if isinstance(final, nn.LayerNorm):
+            encoder.stages[-1].remove(last)
+            encoder.backbone.set_submodule(last, nn.Identity())
+        taps = self.look()                                   # name -> channels
+        self.taps, self.channels = list(taps), list(taps.values())
+        self.turn = nn.ModuleList(nn.Identity() for _ in taps)
+        if self.vit:
+            self.turn = pyramid(self.channels[0])
+        elif isinstance(final, nn.LayerNorm):
+            self.turn = nn.ModuleList(LayerNorm2d(C, eps=1e-6) for C in self.channels)
+            self.turn[-1].load_state_dict(final.state_dict())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) -> four maps (B, C, H/4, W/4) to (B, C, H/32, W/32)."""
+        z, found = images, []
+        for stage in self.encoder.stages:
+            for name in stage:
+                z = attrgetter(name)(self.encoder.backbone)(z)
+                if name in self.taps:
+                    found.append(self.to_map(z))             # (B, C, h, w)
+        return [turn(z) for turn, z in zip(self.turn, found)]
+
+    def to_map(self, z: Tensor) -> Tensor:
+        """Features in the encoder's layout -> (B, C, h, w); a class token is dropped."""
+        if z.dim() == 3:
+            h, w = self.encoder.backbone.grid
+            return z[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
+        return z.permute(0, 3, 1, 2) if self.encoder.layout == "nhwc" else z
+
+    @torch.no_grad()
+    def look(self) -> dict[str, int]:
+        """The names of the four modules that are tapped, with their channels."""
+        encoder, found = self.encoder, {}
+        if self.vit:                                         # blocks 4, 6, 8 and 12 of 12, as released
+            depth, C = len(encoder.backbone.blocks), encoder.backbone.cls_token.shape[-1]
+            return {f"blocks.{round(k * depth / 12) - 1}": C for k in (4, 6, 8, 12)}
+        training, side = encoder.training, 128
+        z = torch.zeros(1, encoder.channels, side, side)
+        encoder.eval()                                       # BatchNorm statistics stay as they are
+        try:
+            for name in (name for stage in encoder.stages for name in stage):
+                z = attrgetter(name)(encoder.backbone)(z)
+                found[side // self.to_map(z).shape[2]] = (name, self.to_map(z).shape[1])
+        except RuntimeError:                                 # of one image size, as MaxViT is
+            found = {}
+        encoder.train(training)
+        if not {4, 8, 16, 32} <= set(found):
+            raise ValueError("this backbone has no maps at strides 4, 8, 16 and 32 for images of any size; use --arch "
+                             "resnet50, convnext_tiny, swin_tiny or vit_base")
+        return dict(found[stride] for stride in (4, 8, 16, 32))
+
+
+def pyramid(C: int) -> nn.ModuleList:
+    """A map of stride 16 -> 4, 8, 16, 32. LayerNorm, as in ViTDet, where mmsegmentation has SyncBN."""
+    up = lambda: nn.ConvTranspose2d(C, C, 2, stride=2)
+    finest = nn.Sequential(up(), LayerNorm2d(C, eps=1e-6), nn.GELU(), up())
+    return nn.ModuleList([finest, up(), nn.Identity(), nn.MaxPool2d(2)])
+
+
+# ---- scenes: the built-in dense set ----
+
+class Scenes:
+    """1 to 4 of the ten outlines of `shapes` on a faintly textured ground, anywhere, drawn from (seed, split, index).
+
+    Later objects cover earlier ones; one with fewer than 16 visible pixels is left out. Class 0 is the ground."""
+
+    def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
+        self.key = (seed, 2 if split == "train" else 3)      # `shapes` has 0 and 1
+        self.size, self.count = size, 10_000 if split == "train" else 500
+        self.classes = ["ground", *SHAPES]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"scene {index}"
+
+    def draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """image uint8 (3, H, W), disjoint masks bool (n, H, W), labels int64 (n,) from 1 to 10; n may be 0."""
+        rng, (H, W) = np.random.default_rng((*self.key, index)), self.size
+        side = min(H, W)
+        y, x = np.mgrid[:H, :W].astype(np.float32) / side
+        ground = rng.uniform(0.1, 0.6, 3)
+        canvas, masks, labels = texture(rng, x, y, ground), [], []
+        for _ in range(rng.integers(1, 5)):
+            kind, radius = rng.integers(len(SHAPES)), rng.uniform(0.10, 0.28)
+            cx, cy = rng.uniform(0.08, W / side - 0.08), rng.uniform(0.08, H / side - 0.08)  # some reach over the edge
+            alpha, rows, cols = draw_shape(canvas, rng, kind, radius, cx, cy, ground)
+            mask = np.zeros((H, W), bool)
+            mask[rows, cols] = alpha >= 0.5
+            masks = [below & ~mask for below in masks] + [mask]
+            labels.append(int(kind) + 1)
+        seen = [i for i, mask in enumerate(masks) if mask.sum() >= 16]
+        masks = np.stack([masks[i] for i in seen]) if seen else np.zeros((0, H, W), bool)
+        image = torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+        return image, torch.from_numpy(masks), torch.tensor([labels[i] for i in seen], dtype=torch.long)
+
+    def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """For detection: the image, and its objects: boxes (n, 4), x1 y1 x2 y2 with excluded ends, labels, masks."""
+        image, masks, labels = self.draw(index)
+        boxes = masks_to_boxes(masks).float().view(-1, 4)
+        boxes[:, 2:] += 1                                    # torchvision's ends are included
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size)
+        return tv_tensors.Image(image), dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.byte()))
+
+
+class Semantic(Scenes):
+    """The same scenes with one class per pixel."""
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """For segmentation: the image, and the class of every pixel, uint8 (H, W)."""
+        image, masks, labels = self.draw(index)
+        classes = (masks * labels[:, None, None]).sum(0, dtype=torch.uint8)  # disjoint: at most one is not 0
+        return tv_tensors.Image(image), tv_tensors.Mask(classes)
+
+
+def stacked(samples: list) -> list:
+    """Batches for segmentation: images (B, 3, H, W), classes (B, H, W), index (B,), broken (B,)."""
+    plain = lambda pair: (x.as_subclass(Tensor) for x in pair)
+    return default_collate([(*plain(pair), index, broken) for pair, index, broken in samples])
+
+
+def listed(samples: list) -> list:
+    """Batches for detection, whose images differ in size: two lists, index (B,), broken (B,)."""
+    images, targets = zip(*(pair for pair, *_ in samples))
+    return [list(images), list(targets), *default_collate([tuple(rest) for _, *rest in samples])]
+
+
+# ---- a run counted in iterations ----
+
+OPTIM_FLAGS = {
+    "optimizer": ("adamw", ("adamw", "sgd"), "SGD with momentum 0.9"),
+    "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the training images; a fraction too"),
+    "iterations": (None, number(int, 1), "steps, in place of --epochs"),
+    "batch_size": (None, number(int, 1), "images per process and forward pass (by recipe: 8 or 16 in all)"),
+    "accum": (1, number(int, 1), "forward passes per optimiser step"),
+    "lr": (1e-4, number(float, 0), "per --lr-batch images of the global batch"),
+    "lr_batch": (16, number(int, 1), "see --lr"),
+    "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of the next"),
+    "weight_decay": (0.05, number(float, 0), "of weights, not of norms and biases"),
+    "clip_grad": (0.0, number(float, 0), "largest gradient norm, 0 = none"),
+    "schedule": ("cosine", ("cosine", "poly", "steps"), "steps: x0.1 at two milestones of the recipe"),
+    "power": (1.0, number(float, 0), "of poly"),
+    "warmup": (0, number(int, 0), "steps of linear warm-up, at most a tenth of the run"),
+    "min_lr": (0.0, number(float, 0), "floor of cosine and poly"),
+}
+
+
+def plan(args: SimpleNamespace, world: World, images: int, saved: dict | None) -> Steps:
+    """Steps.plan for a run that may be given in iterations, and with a warm-up in iterations."""
+    if "epochs" in args.given and "iterations" not in args.given:
+        args.iterations = None
+    if args.iterations:
+        args.epochs = args.iterations / Steps.plan(args, world, images, None).per_epoch
+    steps = Steps.plan(args, world, images, saved)
+    steps.warmup = min(args.warmup, steps.total // 10)
+    return steps
+
+
+def rate(step: int, steps: Steps, base: float, args: SimpleNamespace) -> float:
+    """lr of one parameter group at a step, as released (mmcv); t = step, T = all, W = those of the warm-up:
+
+    poly     floor + (base - floor) (1 - t/T)^power
+    steps    base, x0.1 at each of args.milestones, shares of the run
+    cosine   engine.optim.lr_at
+    in the warm-up times 0.001 + 0.999 t/W"""
+    T, W = steps.total, steps.warmup
+    floor = min(args.min_lr, base)
+    if args.schedule == "cosine":
+        return lr_at(step, T, W, base, floor, "cosine")
+    ramp = 0.001 + 0.999 * min(1.0, step / W) if W else 1.0
+    if args.schedule == "poly":
+        return ramp * (floor + (base - floor) * (1 - step / T) ** args.power)
+    return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
+
+
+def memory_format(args: SimpleNamespace, world: World) -> torch.memory_format:
+    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def wrapped(model: nn.Module, args: SimpleNamespace, world: World) -> tuple[nn.Module, nn.Module]:
+    """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP over processes."""
+    model = net = model.to(world.device).to(memory_format=memory_format(args, world))
+    if world.size > 1 and world.on_cuda:
+        model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    if world.size > 1:
+        net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
+    return model, net
+
+
+def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch.optim.Optimizer:
+    """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see there."""
+    groups = layer_groups(model, args.weight_decay, args.layer_decay, prefix)
+    make = {"sgd": partial(torch.optim.SGD, momentum=0.9),
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8,
+                             fused=next(model.parameters()).device.type != "mps")}
+    return make[args.optimizer](groups, lr=0.0)

@@ -1,0 +1,96 @@
+"""The detector: torchvision's Mask R-CNN around any encoder, with a feature pyramid or, for ResNet, C4 (as released).
+
+FPN (Lin et al. 2017): four maps and a fifth pooled one, an anchor size each. C4 (Ren et al. 2015, He et al. 2017): one
+map of stride 16; stage 4 runs on every region. All layers learn, and BatchNorm's statistics are live: those gathered in
+pre-training are of images with 60 % painted over.
+"""
+
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.resnet import Bottleneck
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from data import MEAN, STD
+from engine.command import World
+from engine.flags import AMP
+from extras.dense import Maps, memory_format
+from model import Encoder, family
+
+
+class FirstStages(nn.Module):
+    """Stem to stage 3 of a ResNet, one map of stride 16; stage 4 is kept, for the regions."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder, self.channels = encoder, [encoder.backbone.layer3[-1].conv3.out_channels]
+
+    def forward(self, images: Tensor) -> list[Tensor]:       # (B, 3, H, W) -> [(B, 1024, H/16, W/16)]
+        z = images
+        for stage in range(4):
+            z = self.encoder.run_stage(stage, z)
+        return [z]
+
+
+class Backbone(nn.Module):
+    """Normalised images (B, 3, H, W) -> {name: map (B, C, h, w), float32}, which the heads look at.
+
+    Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px to steps of 4."""
+
+    def __init__(self, encoder: Encoder, args: SimpleNamespace, world: World):
+        super().__init__()
+        self.amp, self.memory_format, self.fpn = args.amp, memory_format(args, world), None
+        self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
+        if args.neck == "fpn":
+            self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(), nn.BatchNorm2d)
+        self.out_channels = args.width if self.fpn else self.maps.channels[-1]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(images.device.type, AMP[self.amp], enabled=self.amp != "off"):
+            maps = OrderedDict((str(i), z) for i, z in enumerate(self.maps(images)))
+            maps = self.fpn(maps) if self.fpn else maps      # FPN: "0" to "3" of strides 4 to 32, and "pool" of 64
+        return OrderedDict((name, z.float()) for name, z in maps.items())
+
+
+def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: World) -> MaskRCNN:
+    """Mask R-CNN that tells `classes` apart, the ground (0) included. Raises ValueError if the neck does not fit.
+
+    It takes lists of images (3, H, W) in [0, 1], normalises and resizes them itself, and gives boxes in their pixels.
+    In training: {name: loss}, whose sum is minimised."""
+    if args.neck == "c4" and not isinstance(getattr(encoder.backbone, "layer4", [None])[-1], Bottleneck):
+        raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not {args.arch}; use fpn")
+    backbone, n = Backbone(encoder, args, world), args.proposals
+    sizes, C = tuple(args.anchor * 2**i for i in range(5)), args.width
+    if args.neck == "c4":                                    # five sizes of anchors at one stride
+        wide, hidden, sizes, names, cells = 2 * backbone.out_channels, 256, (sizes,), ["0"], (14, 14)
+        mask_head = nn.Sequential(encoder.backbone.layer4, nn.BatchNorm2d(wide))     # the extra norm is the authors'
+        box_head = nn.Sequential(mask_head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        before, before_test, after = 12 * n, 6 * n, 2 * n
+    else:                                                    # one size a level
+        wide, hidden, sizes, names, cells = 4 * C, C, tuple((side,) for side in sizes), ["0", "1", "2", "3"], (7, 14)
+        box_head = FastRCNNConvFCHead((C, 7, 7), [C] * args.convs, [wide], nn.BatchNorm2d)
+        mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
+        before, before_test, after = 2 * n, n, n
+    # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
+    box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor) for side in cells)
+    most, shorter, longer, multiple = args.image_size, range(args.smallest, args.image_size, 32), args.longest, 32
+    if family(args.arch).name == "vit":                      # one grid of positions: a square, padded by mean colour
+        shorter, longer, multiple = (), most, most
+    return MaskRCNN(
+        backbone, min_size=(*shorter, most), max_size=longer, size_divisible=multiple, image_mean=MEAN, image_std=STD,
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        rpn_pre_nms_top_n_train=before, rpn_pre_nms_top_n_test=before_test,
+        rpn_post_nms_top_n_train=after, rpn_post_nms_top_n_test=n,
+        rpn_batch_size_per_image=min(256, args.rois), box_batch_size_per_image=args.rois,
+        box_roi_pool=box_pool, box_head=box_head, box_predictor=FastRCNNPredictor(wide, classes),
+        mask_roi_pool=mask_pool, mask_head=mask_head, mask_predictor=MaskRCNNPredictor(
+            wide if args.neck == "c4" else C, hidden, classes),
+        box_detections_per_img=args.detections)

@@ -1,0 +1,364 @@
+"""Facts about the analyses and the notebook.
+
+    pytest extras/test_analyze.py
+"""
+
+import ast
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import finetune
+import pretrain
+from data import Shapes
+from engine.command import World
+from extras import analyze, inside
+from extras.chart import HEIGHT, WIDTH, Panel, charts, round_numbers
+from extras.run_notebook import execute
+from masking import fill_hidden
+from model import A2MIM, Classifier, build_encoder
+
+close = torch.testing.assert_close
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- spectra of features ----
+
+@pytest.mark.parametrize("side", [14, 7])
+def test_a_circular_convolution_shifts_the_curve_by_the_log_of_its_transfer_function(side):
+    z, kernel = torch.randn(2, 5, side, side, generator=generator()), torch.rand(1, 1, 3, 3, generator=generator(1))
+    blurred = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="circular").flatten(0, 1)[:, None], kernel).view_as(z)
+    expected = []
+    for k in range(math.ceil(side / 2)):                     # H(k, k) by its definition
+        wave = [[np.exp(-2j * np.pi * k * (r + c) / side) for c in (-1, 0, 1)] for r in (-1, 0, 1)]
+        expected.append(math.log(abs((np.array(wave).conj() * kernel[0, 0].numpy()).sum())))
+    shift = inside.log_amplitude(blurred) - inside.log_amplitude(z)
+    close(shift, torch.tensor(expected).sub(expected[0]).float().expand(2, -1), atol=2e-4, rtol=0)
+
+
+def test_white_noise_is_flat_but_for_its_real_zero_frequency():
+    # |F|^2 / power is exponential if F is complex, chi-squared of one degree if real: the means of their logs differ by
+    # -gamma - (-gamma - ln 2) = ln 2, of log |F| by half of that
+    curve = inside.log_amplitude(torch.randn(4000, 10, 9, 9, generator=generator())).mean(0)
+    close(curve[1:], torch.full((4,), math.log(2) / 2), atol=0.03, rtol=0)
+    assert curve[0] == 0
+
+
+@pytest.mark.parametrize("arch, depths", [("resnet18", 9), ("convnext_tiny", 19), ("swin_tiny", 25), ("deit_tiny", 25),
+                                          ("swin_v2_t", 25), ("vgg11", None)])
+def test_every_depth_is_seen_as_the_net_computes_it(arch, depths):
+    torch.manual_seed(0)
+    encoder, x, seen = build_encoder(arch, 64).eval(), torch.randn(2, 3, 64, 64), {}
+    with torch.no_grad(), inside.tapped(encoder, seen.__setitem__):
+        z = encoder(x)
+    assert depths in (None, len(seen)) and all(v.dim() == 4 and len(v) == 2 for v in seen.values())
+    b, maps = encoder.backbone, list(seen.values())
+    with torch.no_grad():
+        if arch in ("resnet18", "vgg11"):
+            close(maps[-1], z)
+        elif arch == "convnext_tiny":
+            close(b.classifier[0](maps[-1]), z)
+        elif arch.startswith("swin"):                        # channels last; the last map comes before the final norm
+            close(b.norm(maps[-1].permute(0, 2, 3, 1)), z)
+            block, first = b.features[1][0], maps[0].permute(0, 2, 3, 1)
+            half = block.norm1(block.attn(first)) if arch == "swin_v2_t" else block.attn(block.norm1(first))
+            close(maps[1].permute(0, 2, 3, 1), first + half)
+        else:                                                # 64 px: 4 x 4 tokens behind the class token
+            close(b.norm(torch.cat([torch.zeros(2, 1, 192), maps[-1].flatten(2).transpose(1, 2)], 1))[:, 1:], z[:, 1:])
+            tokens = b.embed_position(b.patch_embed(x))
+            tokens = tokens + b.blocks[0].gamma_1 * b.blocks[0].attn(b.blocks[0].norm1(tokens))
+            close(seen["blocks.0 attention"].flatten(2).transpose(1, 2), tokens[:, 1:])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in b.modules())
+
+
+# ---- interactions ----
+
+ALL_PAIRS = list(itertools.combinations(range(9), 2))
+
+
+def exact(v, cells: int, pairs) -> torch.Tensor:
+    """Every I^(m)(i, j) over all contexts: (orders, pairs)."""
+    count = math.comb(cells - 2, (cells - 2) // 2)
+    rows = [inside.interactions_of(v, cells, pairs, m, count, None) for m in range(cells - 1)]
+    assert all(torch.equal(row[:, 0], row[:, k]) for row in rows for k in (1, 2))    # nothing is estimated
+    return torch.stack([row[:, 0] for row in rows])
+
+
+def as_number(sets: torch.Tensor) -> torch.Tensor:
+    return (sets.long() << torch.arange(sets.shape[1])).sum(1)
+
+
+@pytest.mark.parametrize("game", ["random numbers", "resnet18"])
+def test_interactions_of_all_orders_add_up_to_what_the_whole_says(game):
+    """Efficiency: v(all) - v(none) = sum_i [v(i) - v(none)] + sum over ordered pairs and m of
+    (n - 1 - m) / (n (n - 1)) I^(m)(i, j). Deng et al., ICLR 2022."""
+    every = (torch.arange(512)[:, None] >> torch.arange(9)) % 2 == 1         # (512, 9): all sets of a 3 x 3 grid
+    table = torch.randn(512, dtype=torch.double, generator=generator())
+    if game == "resnet18":
+        torch.manual_seed(0)
+        net, image = Classifier("resnet18", build_encoder("resnet18", 48), 10).eval(), torch.randn(1, 3, 48, 48)
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.ones_(m.weight)
+        with torch.no_grad():
+            z = net(fill_hidden(image.expand(512, -1, -1, -1), ~every.view(-1, 3, 3), "zero")).double()
+        table = inside.log_odds(z, torch.full((512,), 3))
+        p = z.softmax(1)[:, 3]
+        close(table, (p / (1 - p)).log())
+    I = exact(lambda sets: table[as_number(sets)], 9, ALL_PAIRS)             # (8, 36)
+    alone = sum(table[1 << i] - table[0] for i in range(9))
+    weight = torch.tensor([(9 - 1 - m) / (9 * 8) for m in range(8)], dtype=torch.double)
+    assert I.abs().max() > 1e-3
+    close(table[-1] - table[0], alone + 2 * (weight @ I).sum(), atol=1e-10, rtol=1e-10)
+
+
+def test_cells_that_only_add_do_not_interact_and_a_product_does_at_every_order():
+    weight = torch.randn(9, dtype=torch.double, generator=generator())
+    assert exact(lambda sets: sets.double() @ weight, 9, ALL_PAIRS).abs().max() < 1e-12
+    I = exact(lambda sets: 2.5 * (sets[:, 1] & sets[:, 5]).double(), 9, ALL_PAIRS)
+    expected = torch.tensor([2.5 * (pair == (1, 5)) for pair in ALL_PAIRS], dtype=torch.double)
+    close(I, expected.expand(8, -1), atol=1e-12, rtol=0)
+
+
+def test_two_halves_of_the_contexts_are_unbiased_where_the_released_strength_is_too_large():
+    table = torch.randn(512, dtype=torch.double, generator=generator(5))
+    v, rng, m = lambda sets: table[as_number(sets)], np.random.default_rng(0), 3
+    truth = exact(v, 9, ALL_PAIRS)[m]
+    drawn = torch.stack([inside.interactions_of(v, 9, ALL_PAIRS, m, 4, rng) for _ in range(300)])    # (300, 36, 3)
+    released, product = drawn[..., 0].abs().mean(1), (drawn[..., 1] * drawn[..., 2]).mean(1)
+    assert abs(product.mean() - truth.square().mean()) < 4 * product.std() / 300**0.5
+    assert released.mean() - truth.abs().mean() > 10 * released.std() / 300**0.5
+    rows = torch.tensor([[[3.0, 4.0], [1.0, 16.0]], [[1.0, -2.0], [1.0, 2.0]]])      # (images, orders, 2)
+    close(inside.relative_strength(rows), torch.tensor([[4 / 3, 0.5], [2 / 3, 1.5]]))        # of 2, 1; of roots 1, 3
+
+
+def test_pairs_are_near_and_distinct_and_contexts_leave_them_out():
+    rng = np.random.default_rng(0)
+    pairs = inside.near_pairs((4, 5), 40, rng)
+    assert len({frozenset(pair) for pair in pairs}) == 40 and all(i != j for i, j in pairs)
+    assert all(max(abs(i // 5 - j // 5), abs(i % 5 - j % 5)) <= 2 for i, j in pairs)
+    assert len(inside.near_pairs((2, 2), 100, rng)) == 6     # there are no more
+    sets = inside.contexts(9, (2, 6), 3, 30, rng)            # 35 there are: drawn
+    assert sets.shape == (30, 9) and (sets.sum(1) == 3).all() and not sets[:, [2, 6]].any()
+    assert len(set(as_number(inside.contexts(9, (2, 6), 3, 35, rng)).tolist())) == 35        # all of them, once
+    share = inside.contexts(20, (0, 1), 6, 3000, rng)[:, 2:].double().mean(0)
+    close(share, torch.full((18,), 1 / 3).double(), atol=0.05, rtol=0)
+
+
+# ---- occlusion ----
+
+def test_cells_go_in_order_of_what_matters_and_as_many_as_asked():
+    matter = torch.tensor([[0.0, 3.0, 0.0, 1.0, 2.0, 0.0]]).double()
+    noise = torch.tensor([[0.5, 0.1, 0.2, 0.9, 0.3, 0.7]]).double()
+    orders = {name: order[0].tolist() for name, order in inside.cell_orders(matter, noise).items()}
+    assert orders == {"random": [1, 2, 4, 0, 5, 3], "salient": [1, 4, 3, 2, 0, 5], "rest": [2, 0, 5, 3, 4, 1]}
+    for k in range(10):
+        mask = inside.hidden_first(torch.randperm(49, generator=generator())[None], k * 49 // 10, (7, 7))
+        assert mask.shape == (1, 7, 7) and mask.sum() == k * 49 // 10
+
+
+def test_shuffling_moves_whole_pieces():
+    x, noise = torch.randn(3, 2, 9, 12), torch.rand(3, 9, generator=generator())
+    y = inside.shuffled(x, 3, noise)
+    corners = [(slice(r, r + 3), slice(c, c + 4)) for r in (0, 3, 6) for c in (0, 4, 8)]
+    for b in range(3):
+        for corner, source in zip(corners, sorted(range(9), key=lambda k: noise[b, k].item())):
+            assert torch.equal(y[(b, slice(None), *corner)], x[(b, slice(None), *corners[source])])
+    assert torch.equal(inside.shuffled(x, 1, noise[:, :1]), x)
+
+
+def test_a_linear_net_is_moved_by_its_own_weights():
+    weight = torch.randn(2, 3, 8, 8, generator=generator())
+    found = inside.relevance(torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 1, 0, 1]), (2, 2),
+                             lambda x: torch.einsum("bchw,kchw->bk", x, weight))
+    blocks = [weight[:, :, r:r + 4, c:c + 4].abs().sum((1, 2, 3)) / 16 for r in (0, 4) for c in (0, 4)]
+    close(found, torch.stack(blocks, 1)[[0, 1, 1, 0, 1]].double())
+
+
+def test_a_drawn_image_differs_by_its_outline_only_inside_the_mask_of_its_object():
+    for index, size in ((0, (64, 64)), (7, (64, 64)), (12, (48, 80))):
+        images, masks = [], []
+        for label in range(10):                              # the same image with another outline
+            drawn = Shapes("val", size)
+            drawn.labels[index] = label
+            images.append(drawn.read(index).int())
+            masks.append(drawn.read(index, mask=True))
+        assert masks[0].shape == (1, *size) and masks[0].dtype == torch.uint8
+        for a, b in itertools.combinations(range(10), 2):
+            differs = (images[a] != images[b]).any(0)
+            assert not differs[(masks[a][0] == 0) & (masks[b][0] == 0)].any()
+            assert differs[(masks[a][0] == 255) & (masks[b][0] == 0)].float().mean() > 0.99      # lighter
+
+
+# ---- what the loss sees ----
+
+def test_bands_hold_all_the_power_and_a_wave_in_its_own():
+    r = torch.randn(4, 3, 24, 32, generator=generator())
+    _, mean, total = inside.bands(inside.spectrum(r))
+    close(total.sum(), r.double().square().sum() / 12)
+    wave = torch.cos(2 * math.pi * 5 * torch.arange(32) / 32).expand(1, 1, 24, 32)   # 2 * 5 / 32 = 0.3125 pi
+    frequency, _, total = inside.bands(inside.spectrum(wave))
+    close(total[3] / total.sum(), torch.tensor(1.0).double())
+    assert math.isclose(frequency[3], 0.35)
+    noise = torch.randn(64, 3, 16, 16, generator=generator())                # independent errors cancel as 1/B
+    left = inside.spectrum(noise.mean(0, keepdim=True)).mean() / inside.spectrum(noise).mean()
+    close(left, torch.tensor(1 / 64).double(), rtol=0.1, atol=0)
+
+
+def test_the_batch_spectrum_pulls_all_images_alike_and_pixels_pull_by_their_sign():
+    torch.manual_seed(0)
+    model = A2MIM(build_encoder("resnet18", 32), image_size=32, mask_cell=8, mask_stage=2)
+    run = SimpleNamespace(fourier_weight=0.3, focal_pixels=False, stand_in="mixed", visible_weight=0.0, alpha=1.0,
+                          fourier_focal=True, log_weight=True)
+    x, mask = torch.randn(4, 3, 32, 32), torch.ones(4, 4, 4, dtype=torch.bool)
+    (_, pixels), (_, by_image), (norm, by_batch) = inside.pulls(model, run, x, mask)
+    close(pixels, (model(x, mask) - x).sign() / x.numel(), atol=1e-9, rtol=1e-4)
+    close(by_batch, by_batch[:1].expand_as(by_batch), atol=1e-9, rtol=1e-4)
+    assert (by_image[0] - by_image[1]).abs().max() > 0.1 * by_image.abs().max()
+    # the decoder by the chain rule: its output, unshuffled, is weight times feature plus bias
+    hook = model.decoder[0].register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].detach()))
+    features, outputs = [], F.pixel_unshuffle(by_batch, 32)
+    model(x, mask)
+    hook.remove()
+    run.fourier_weight = 0.0                                 # a run without the term: as if its weight were 0.5
+    assert math.isclose(inside.pulls(model, run, x, mask)[2][0], 0.5 / 0.3 * norm, rel_tol=1e-3)
+    on_weight = torch.einsum("bohw,bchw->oc", outputs, features[0])
+    assert math.isclose(norm, (on_weight.square().sum() + outputs.sum((0, 2, 3)).square().sum()).sqrt(), rel_tol=1e-3)
+
+
+# ---- the commands ----
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """A folder of 2 x 20 images, and a classifier for it that finetune.py has made and evaluated."""
+    root = tmp_path_factory.mktemp("tuned")
+    for i in range(40):
+        (root / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        noise = Image.effect_noise((40, 40), 40 + 60 * (i % 2)).convert("RGB")
+        noise.save(root / "data" / "ab"[i % 2] / f"{i:02}.png")
+    flags = f"--data {root / 'data'} --image-size 32 --workers 0 --amp off --out {root}"
+    finetune.main(f"{flags}/run --init scratch --arch resnet18 --epochs 3 --batch-size 8".split())
+    finetune.main(f"{flags}/again --weights {root / 'run' / 'best.pt'} --eval-only".split())
+    return root
+
+
+def results(out: Path) -> dict:
+    assert (out / "table.md").read_text().count("|") > 10 and Image.open(out / "plot.png").width >= WIDTH
+    return json.loads((out / "results.json").read_text())["found"]
+
+
+def test_nothing_hidden_is_plain_accuracy_and_more_hidden_is_counted(tuned, tmp_path):
+    weights = f"tuned={tuned / 'run' / 'best.pt'} chance=random"
+    analyze.main(f"occlusion --weights {weights} --data {tuned / 'data'} --grid 4 --fill mean --out {tmp_path}".split())
+    found, top1 = results(tmp_path), json.loads((tuned / "again" / "result.json").read_text())["top1"]
+    for kind in found.values():
+        assert math.isclose(kind["tuned"]["top1"][0], 100 * top1) and kind["tuned"]["std"][0] == 0
+    assert found["random cells"]["tuned"]["x"] == [k * 16 // 10 / 16 for k in range(10)]
+    for curve in found["salient cells first"].values():      # the area by hand: trapezoids
+        y, x = curve["top1"], curve["x"]
+        area = sum((y[k] + y[k + 1]) / 2 * (x[k + 1] - x[k]) for k in range(9)) / x[-1]
+        assert math.isclose(area, curve["area"], rel_tol=1e-9, abs_tol=1e-9)
+    assert "tuned's gradient" in (tmp_path / "table.md").read_text()
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    flags = "--weights a=random --image-size 32 --images 3 --pairs 2 --contexts 2 --grid 4 --out"
+    analyze.main(["interactions", *flags.split(), str(tmp_path / "one")])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    str(ROOT / "extras" / "analyze.py"), "interactions", *flags.split(), str(tmp_path / "two")],
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    for kind in one:
+        close(torch.tensor(one[kind]["a"]), torch.tensor(two[kind]["a"]), rtol=1e-3, atol=1e-4)
+        assert math.isclose(np.mean([j for _, j, *_ in one[kind]["a"]]), 1, rel_tol=1e-6)    # J: over its mean
+    assert len(one["as released"]["a"]) == 9
+
+
+def test_rows_of_images_come_back_in_their_order():
+    rows, parts = torch.arange(5.0)[:, None], [torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [3.0]])]
+    world = SimpleNamespace(size=2, rank=1, gather=lambda own: torch.cat(parts))
+    close(inside.gather(list(parts[1]), 5, world), rows.double())
+    close(inside.gather(list(rows), 5, World()), rows.double())
+
+
+def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
+    analyze.main(f"fourier --weights a=random b=random --images 4 --image-size 64 --out {tmp_path / 'f'}".split())
+    found = results(tmp_path / "f")
+    assert found["a"] == found["b"] and [d["side"] for d in found["a"]] == [16] * 3 + [8] * 2 + [4] * 2 + [2] * 2
+    highest = [d["curve"][-1][0] for d in found["a"]]
+    assert highest[:6] == [14 / 16] * 3 + [6 / 8] * 2 + [2 / 4]
+    pretrain.main("--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 4 --epochs "
+                  f"0.002 --workers 0 --sheets 0 --val 0 --out {tmp_path / 'run'}".split())
+    analyze.main(f"mim --weights end={tmp_path / 'run' / 'checkpoint.pt'} --images 16 --out {tmp_path / 'm'}".split())
+    assert set(found := results(tmp_path / "m")) == {"start", "end"} and found["start"] != found["end"]
+    assert found["end"]["batches"] == [4, 16] and len(found["end"]["pull_on_decoder"][0]) == 3
+    for curves in (run["log10_power"] for run in found.values()):            # a mean has less power than what it is of
+        assert all(a[1] >= b[1] for a, b in zip(curves["each image"], curves["mean of 16"]))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("fourier --weights a", "--weights a: must be different names with a file each"),
+    ("fourier --weights a=random a=random", "must be different names"),
+    ("fourier --weights a=gone.pt --arch resnet18", "--weights: gone.pt: no such file"),
+    ("fourier --weights a=random --data nowhere", "--data nowhere: no such folder"),
+    ("fourier --weights a=random --arch resnet19", "did you mean resnet18"),
+    ("interactions --weights a=random --image-size 32 --grid 5", "--grid 5: does not divide a side of 32 px; use one"),
+    ("occlusion --weights a=random --image-size 32 --saliency-from b", "--saliency-from b: must be one of a"),
+    ("mim --weights a=random", "mim needs a checkpoint.pt"),
+    ("mim --weights a=README.md", "not a checkpoint.pt of pretrain.py"),
+    ("zip --weights a=random", "invalid choice")])
+def test_a_mistake_is_answered_in_one_line(flags, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        analyze.main([*flags.split(), "--images", "2", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.replace("\r", "\n")
+    last = [line for line in said.splitlines() if line.strip()][-1]
+    assert end.value.code == 2 and words in last and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+# ---- charts, and the notebook ----
+
+def test_axes_have_round_numbers_and_a_page_its_panels():
+    assert round_numbers(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1] and round_numbers(-3.2, 7) == [-2.5, 0, 2.5, 5]
+    assert all(len(round_numbers(low, low + span)) in range(2, 7) for low in (-0.31, 0, 17) for span in (1e-3, 0.7, 44))
+    page = charts([Panel("t", "x", "y", {"flat": [(0, 1), (1, 1)], "one": [(0.5, math.nan), (0.5, 2, 1, 3)]})] * 3)
+    assert page.size == (2 * WIDTH, 2 * HEIGHT)
+
+
+def test_the_notebook_runs_as_plain_python_and_keeps_its_pictures(monkeypatch):
+    path = ROOT / "extras" / "demo.ipynb"
+    notebook = json.loads(path.read_text())
+    assert path.stat().st_size < 500_000 and (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 4)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        ast.parse("".join(cell["source"]))
+    stored = [o for cell in cells for o in cell["outputs"]]
+    assert sum("image/png" in o.get("data", {}) for o in stored) == 6 and all(cell["execution_count"] for cell in cells)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DEMO_STEPS", "20")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    space = execute(notebook)
+    fresh = [o for cell in cells for o in cell["outputs"]]
+    assert [o["output_type"] for o in fresh] == [o["output_type"] for o in stored]
+    assert len(space["losses"]) == 20 and np.mean(space["losses"][-5:]) < np.mean(space["losses"][:5])
+    assert space["painted"].shape == (1, 3, 64, 64) and space["own"].sum() == 3 * 21
+    assert set(space["accuracy"]) == {"random weights", "pre-trained"} and min(space["accuracy"].values()) >= 0.03

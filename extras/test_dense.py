@@ -1,0 +1,552 @@
+"""Facts about dense.py, pixels.py and segment.py.
+
+    pytest extras/test_dense.py        under a minute on one CPU core
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as tv
+from PIL import Image
+from torch import nn
+from torchvision import tv_tensors
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+import data
+from engine.images import make_loader
+from engine.command import World
+from engine.optim import layer_groups
+from extras import dense, pixels, segment
+from extras.dense import Maps, Scenes, Semantic
+from model import Classifier, build_encoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+# ---- four maps of any encoder ----
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "swin_tiny", "deit_tiny", "regnet_y_400mf"])
+def test_four_maps_have_strides_4_8_16_32_and_come_off_where_torchvision_ends_its_stages(arch):
+    encoder = build_encoder(arch, (64, 96))
+    norm = {"convnext_tiny": "classifier.0", "swin_tiny": "norm"}.get(arch)
+    final = encoder.backbone.get_submodule(norm) if norm else None
+    before = {name: b.clone() for name, b in encoder.named_buffers()}
+    maps = Maps(encoder)
+    assert all(torch.equal(b, before[name]) for name, b in encoder.named_buffers())      # looking moves no statistics
+    assert maps.training and encoder.training
+    x, net = torch.randn(2, 3, 64, 96), maps.eval().encoder.backbone
+    found = maps(x)
+    assert [tuple(z.shape) for z in found] == [(2, C, 64 // s, 96 // s) for C, s in zip(maps.channels, (4, 8, 16, 32))]
+    if arch == "resnet18":
+        z = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        for layer, got in zip((net.layer1, net.layer2, net.layer3, net.layer4), found):
+            z = layer(z)
+            close(got, z)
+    elif arch == "regnet_y_400mf":
+        close(found[3], net.trunk_output(net.stem(x)))
+    elif arch == "deit_tiny":                                # the third one is a block's patch tokens, as they are
+        z = net.embed_position(net.patch_embed(x))
+        for block in net.blocks[:8]:
+            z = block(z)
+        assert maps.taps == ["blocks.3", "blocks.5", "blocks.7", "blocks.11"]
+        close(found[2][:, :, 1, 2], z[:, 1 + 1 * 6 + 2])     # row 1, column 2 of 4 x 6, behind the class token
+    else:                                                    # the encoder's own final norm became the fourth map's
+        z = net.features(x)
+        close(found[3], final(z) if arch == "convnext_tiny" else final(z).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+        shallow = net.features[:4](x)
+        shallow = shallow if arch == "convnext_tiny" else shallow.permute(0, 3, 1, 2)
+        spread = shallow.std(1, correction=0, keepdim=True)
+        close(found[1], (shallow - shallow.mean(1, True)) / spread, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth, taps", [("deit_tiny", (3, 5, 7, 11)), ("vit_small", (2, 3, 4, 7))])
+def test_a_vit_is_tapped_at_a_third_a_half_two_thirds_and_its_end(depth, taps):
+    assert Maps(build_encoder(depth, 32)).taps == [f"blocks.{i}" for i in taps]
+
+
+def test_a_backbone_without_the_four_strides_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="has no maps at strides 4, 8, 16 and 32"):
+        Maps(build_encoder("squeezenet1_1", 48))
+
+
+def test_every_parameter_of_every_family_gets_a_gradient_as_ddp_needs():
+    for arch in ("resnet18", "convnext_tiny", "swin_tiny", "deit_tiny"):
+        model = pixels.Segmenter(build_encoder(arch, 64), "upernet", 8, 3, 0.0, aux=True)
+        main, extra = model(torch.randn(2, 3, 64, 64))
+        (main.square().sum() + extra.square().sum()).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_levels_of_learning_rates_are_found_wherever_the_encoder_sits():
+    flat = layer_groups(Classifier("deit_tiny", build_encoder("deit_tiny", 32), 5), 0.05, 0.65)
+    model = pixels.Segmenter(build_encoder("deit_tiny", 32), "upernet", 8, 5, 0.0, aux=True)
+    deep = layer_groups(model, 0.05, 0.65, "maps.encoder.backbone.")
+    assert {g["scale"] for g in deep} == {g["scale"] for g in flat} == {0.65**k for k in range(14)}
+    count = lambda groups: {s: sum(p.numel() for g in groups if g["scale"] == s for p in g["params"])
+                            for s in {g["scale"] for g in groups} - {1.0}}
+    assert count(deep) == count(flat)
+    head = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("maps.encoder."))
+    assert sum(p.numel() for g in deep if g["scale"] == 1.0 for p in g["params"]) == head
+
+
+# ---- scenes ----
+
+def test_shapes_are_drawn_as_they_always_were():
+    """Sums over an image, from the code before the drawing of one shape became a function of its own.
+
+    Not a hash: another CPU's sine may round one pixel in a million differently. Another order of draws is far off."""
+    sums = {(96, 96, 0, "train"): (146286360, 155595680, 194046085, 145127193, 180440264, 165027070),
+            (64, 112, 3, "val"): (79339832, 126652200, 106366600, 124662739, 120850533, 64876581)}
+    for (H, W, seed, split), wanted in sums.items():
+        source = data.Shapes(split, (H, W), seed)
+        weights = torch.arange(3 * H * W).view(3, H, W) % 97                 # a shifted object must show
+        for i, value in enumerate(wanted):
+            assert abs(int((source.read(i).long() * weights).sum()) - value) < 1000
+
+
+def test_masks_are_disjoint_boxes_are_tight_and_the_label_lies_under_each_mask():
+    objects, semantic = Scenes("train", (64, 80)), Semantic("train", (64, 80))
+    for i in range(60):
+        image, target = objects.read(i)
+        _, classes = semantic.read(i)
+        masks, boxes, labels = (target[k] for k in ("masks", "boxes", "labels"))
+        assert image.shape == (3, 64, 80) and image.dtype == torch.uint8 and masks.dtype == classes.dtype == torch.uint8
+        assert masks.sum(0).max() <= 1 and len(masks) == len(boxes) == len(labels) <= 4
+        for mask, (x1, y1, x2, y2), label in zip(masks, boxes.int().tolist(), labels):
+            assert 1 <= label <= 10 and (classes[mask.bool()] == label).all() and mask.sum() >= 16
+            assert mask[y1:y2, x1:x2].sum() == mask.sum()    # nothing outside
+            assert all(edge.any() for edge in (mask[y1, :], mask[y2 - 1, :], mask[:, x1], mask[:, x2 - 1]))
+            ground = image[:, classes == 0].float().mean()
+            assert image[:, mask.bool()].float().mean() > ground             # lighter than the ground
+        assert (classes[~masks.bool().any(0)] == 0).all()
+    assert torch.equal(objects.read(7)[0], Scenes("train", (64, 80)).read(7)[0])         # of the index alone
+    assert not torch.equal(objects.read(7)[0], Scenes("val", (64, 80)).read(7)[0])
+    assert not torch.equal(objects.read(7)[0], objects.read(8)[0])
+
+
+def test_a_batch_of_scenes_crosses_a_worker_as_plain_tensors():
+    world = World()
+    for source, collate in ((Scenes("train", (32, 32)), dense.listed), (Semantic("train", (32, 32)), dense.stacked)):
+        samples = data.Samples(source, nn.Identity(), 0)
+        images, targets, index, broken = next(iter(make_loader(samples, [[(0, 3), (0, 5)]], 1, world, collate)))
+        assert index.tolist() == [3, 5] and broken.tolist() == [-1, -1]
+        for k, i in enumerate((3, 5)):
+            assert torch.equal(images[k], source.read(i)[0])
+            got, wanted = targets[k], source.read(i)[1]
+            assert torch.equal(got["boxes"], wanted["boxes"]) if isinstance(got, dict) else torch.equal(got, wanted)
+
+
+# ---- the schedules ----
+
+def test_learning_rates_as_released():
+    steps = SimpleNamespace(total=160_000, warmup=1500)
+    poly = SimpleNamespace(schedule="poly", power=0.9, min_lr=1e-4)
+    assert dense.rate(0, steps, 0.01, poly) == pytest.approx(1e-5)           # 0.001 of the lr
+    assert dense.rate(80_000, steps, 0.01, poly) == pytest.approx(1e-4 + 0.0099 * 0.5**0.9)
+    assert dense.rate(160_000, steps, 0.01, poly) == pytest.approx(1e-4)
+    line = SimpleNamespace(schedule="poly", power=1.0, min_lr=0.0)
+    assert dense.rate(750, steps, 1.0, line) == pytest.approx((1 - 0.5 * 0.999) * (1 - 750 / 160_000))
+    tenths = SimpleNamespace(schedule="steps", milestones=(8 / 12, 11 / 12), min_lr=0.0)
+    twelve = SimpleNamespace(total=12, warmup=0)
+    assert [round(dense.rate(t, twelve, 1.0, tenths), 6) for t in range(12)] == [1.0] * 8 + [0.1] * 3 + [0.01]
+
+
+def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
+    flags = dict(global_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20, iterations=160_000,
+                 warmup=1500)
+    steps = dense.plan(SimpleNamespace(**flags, given={}), World(), 20_210, None)
+    assert (steps.total, steps.per_epoch, steps.warmup) == (160_000, 1263, 1500)
+    steps = dense.plan(SimpleNamespace(**flags, given={"epochs": 20}), World(), 20_210, None)
+    assert (steps.total, steps.warmup) == (20 * 1263, 1500)
+    flags["iterations"] = 50
+    assert dense.plan(SimpleNamespace(**flags, given={}), World(), 20_210, None).warmup == 5
+
+
+# ---- the heads ----
+
+def test_upernet_of_known_weights_gives_the_sum_that_a_pencil_gives():
+    """Width 1, every kernel a one in its middle: levels d, c+d, b+c+d, a+b+c+d of constant maps, put together."""
+    head = pixels.UPerNet([1, 1, 1, 1], 1).eval()
+    for m in head.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.zeros_(m.weight)
+            m.weight.data[:, :, m.kernel_size[0] // 2, m.kernel_size[1] // 2] = 1.0
+        elif isinstance(m, nn.BatchNorm2d):
+            m.eps = 0.0
+    head.pooled[0].weight.data[:, 1:] = 0                    # the map itself, without the four pools
+    a, b, c, d = 1.0, 10.0, 100.0, 1000.0
+    maps = [torch.full((2, 1, 16 // s, 24 // s), value) for s, value in zip((1, 2, 4, 8), (a, b, c, d))]
+    close(head(maps), torch.full((2, 1, 16, 24), a + 2 * b + 3 * c + 4 * d))
+    head.pooled[0].weight.data[:] = 0
+    head.pooled[0].weight.data[:, 1, 1, 1] = 1.0             # the first pool alone: the mean of the coarsest map
+    maps = [torch.zeros_like(z) for z in maps]
+    maps[3] = torch.rand(2, 1, 2, 3)
+    close(head(maps), 4 * maps[3].mean((2, 3), keepdim=True).expand(2, 1, 16, 24))
+
+
+def test_upernet_of_a_resnet50_for_ade20k_has_40_6_million_parameters():
+    """Pools 4 (2048 w + 2w), then 3x3 from 2048 + 4w, laterals, three 3x3, 3x3 from 4w, 1x1 to 150; w = 512."""
+    w = 512
+    by_hand = (4 * (2048 * w + 2 * w) + (2048 + 4 * w) * w * 9 + 2 * w + (256 + 512 + 1024) * w + 6 * w
+               + 3 * (9 * w * w + 2 * w) + 4 * w * w * 9 + 2 * w + 150 * w + 150)
+    with torch.device("meta"):
+        head = nn.Sequential(pixels.UPerNet([256, 512, 1024, 2048], w), nn.Conv2d(w, 150, 1))
+    assert sum(p.numel() for p in head.parameters()) == by_hand and round(by_hand / 1e6, 1) == 40.6
+
+
+def test_the_dilated_resnet_is_torchvisions_with_the_same_weights():
+    encoder = build_encoder("resnet50")
+    model = pixels.Segmenter(encoder, "fcn", 8, 5, 0.0, aux=True).eval()
+    other = tv.resnet50(replace_stride_with_dilation=[False, True, True], zero_init_residual=True)
+    other.fc = nn.Identity()
+    other.load_state_dict(encoder.backbone.state_dict())
+    x, net = torch.randn(1, 3, 64, 64), other.eval()
+    z = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x))))))
+    third, fourth = net.layer3(z), net.layer4(net.layer3(z))
+    assert fourth.shape == (1, 2048, 8, 8)                   # stride 8
+    found = model.maps(x)
+    close(found[2], third)
+    close(found[3], fourth)
+    assert model(x)[0].shape == (1, 5, 8, 8)
+    assert len(model(x)) == 1 and len(model.train()(torch.randn(2, 3, 64, 64))) == 2     # the second head only trains
+
+
+def test_a_narrow_head_learns_the_classes_of_8_scenes_by_heart_in_20_steps():
+    """With the released spread of its last weights, 0.01, it knows 13 % of the objects' pixels by then."""
+    model = pixels.Segmenter(build_encoder("resnet18"), "upernet", 64, 11, 0.0, aux=False)
+    images, classes, *_ = dense.stacked([(Semantic("train", (64, 64)).read(i), i, -1) for i in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(20):
+        logits = model(data.normalise(images))[0]
+        segment.pixel_loss(logits, classes.long()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right = segment.resize(logits, (64, 64)).argmax(1) == classes
+    assert right[classes > 0].float().mean() > 0.6
+
+
+# ---- loss and score ----
+
+def test_the_loss_is_the_mean_over_known_pixels_and_0_without_any():
+    logits, labels = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(3, (2, 4, 4))
+    labels[:, 1:3] = 255
+    known = [(b, y, x) for b in range(2) for y in (0, 3) for x in range(4)]
+    by_hand = [-logits[b, :, y, x].log_softmax(0)[labels[b, y, x]] for b, y, x in known]
+    close(segment.pixel_loss(logits, labels), torch.stack(by_hand).mean())
+    nothing = segment.pixel_loss(logits, torch.full_like(labels, 255))
+    nothing.backward()
+    assert nothing == 0 and not logits.grad.any()            # cross_entropy's own mean is nan here
+
+
+def test_miou_against_counting_pixels_one_by_one():
+    C, labels, said = 5, torch.randint(4, (6, 8, 9)), torch.randint(4, (6, 8, 9))        # class 4 never occurs
+    labels[torch.rand(6, 8, 9) < 0.2] = 255
+    true, guess = labels.flatten().tolist(), said.flatten().tolist()
+    pairs, ious = [(t, g) for t, g in zip(true, guess) if t != 255], []
+    for c in range(4):
+        ious.append(sum(t == g == c for t, g in pairs) / sum(t == c or g == c for t, g in pairs))
+    confusion = torch.zeros(C, C, dtype=torch.double)
+    for t, g in pairs:
+        confusion[t, g] += 1
+    result = segment.score(confusion, ["ground", "a", "b", "c", "d"])
+    assert result["miou"] == pytest.approx(sum(ious) / 4) and math.isnan(result["iou"][4])
+    assert result["pixel_accuracy"] == pytest.approx(sum(t == g for t, g in pairs) / len(pairs))
+    assert result["class_accuracy"] == pytest.approx(
+        sum(sum(t == g == c for t, g in pairs) / sum(t == c for t, _ in pairs) for c in range(4)) / 4)
+    assert result["found"] == pytest.approx(sum(t > 0 and g > 0 for t, g in pairs) / sum(t + g > 0 for t, g in pairs))
+    assert "found" not in segment.score(confusion, list("abcde"))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 100), (61, 75), (20, 50), (9, 7)])
+def test_windows_cover_every_pixel_and_overlaps_are_averaged(size):
+    x, seen = torch.randn(2, 3, *size), []
+    close(segment.slide(lambda window: seen.append(window.shape) or window, x, 32), x)   # windows of the image itself
+    assert set(seen) == {(2, 3, 32, 32)}
+    number = lambda length: max(length - 32 + 21 - 1, 0) // 21 + 1           # as mmsegmentation counts them
+    assert len(seen) == number(size[0]) * number(size[1])
+    order = iter(range(100))
+    got = segment.slide(lambda window: torch.full_like(window[:, :1], next(order)), torch.zeros(1, 3, 32, 53), 32)
+    close(got[0, 0, 5], torch.tensor([0.0] * 21 + [0.5] * 11 + [1.0] * 21))  # windows at 0 and 21
+
+
+# ---- files ----
+
+def noise(file, size, rng):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(file)
+
+
+def numbers(file, values, mode="L"):
+    """values (H, W) as a gray, palette or 16-bit picture of class numbers."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
+    if mode == "P":
+        picture.putpalette([(37 * i) % 256 for i in range(768)])             # colours that say nothing of the classes
+    picture.save(file)
+
+
+def test_class_numbers_from_gray_palette_and_16_bit_pngs(tmp_path):
+    values = np.arange(12).reshape(3, 4)
+    values[0, 0] = 255
+    for mode in ("L", "P"):
+        numbers(tmp_path / f"{mode}.png", values, mode)
+        assert np.array_equal(pixels.read_labels(str(tmp_path / f"{mode}.png")), values)
+    palette = Image.open(tmp_path / "P.png")
+    assert palette.mode == "P" and palette.convert("L").getpixel((1, 0)) != 1            # the colour is another number
+    values[0, 0] = 65535
+    numbers(tmp_path / "deep.png", values, "I;16")
+    assert Image.open(tmp_path / "deep.png").mode.startswith("I")
+    assert pixels.read_labels(str(tmp_path / "deep.png")).flatten().tolist() == [255, *range(1, 12)]
+    values[0, 0] = 300
+    numbers(tmp_path / "large.png", values, "I;16")
+    Image.new("RGB", (4, 3)).save(tmp_path / "rgb.png")
+    for name, words in (("large", "class 300; the most is 254"), ("rgb", "RGB, 4 x 3; expected one channel of class")):
+        with pytest.raises(ValueError, match=words):
+            pixels.read_labels(str(tmp_path / f"{name}.png"))
+
+
+def test_image_and_classes_are_cut_and_flipped_together():
+    args = SimpleNamespace(image_size=32, scale_min=1.0, scale_max=1.0, same_class=1.0, distort=False)
+    labels = torch.arange(20 * 60).view(20, 60).remainder(11).to(torch.uint8)
+    image = (20 * labels).expand(3, -1, -1).contiguous()
+    args.image_size, flipped = 20, set()
+    for i in range(20):
+        torch.manual_seed(i)
+        got, classes = pixels.ScaleCropFlip(args)((tv_tensors.Image(image), tv_tensors.Mask(labels)))
+        assert got.shape == (3, 20, 20) and torch.equal(got[0], 20 * classes)            # each pixel kept its class
+        flipped.add(bool((classes[0, 1].long() - classes[0, 0].long()) % 11 == 10))
+    assert flipped == {True, False}
+    args.scale_min = args.scale_max = 0.5                    # 10 x 30, padded to 20 x 20
+    got, classes = pixels.ScaleCropFlip(args)((tv_tensors.Image(image), tv_tensors.Mask(labels)))
+    assert (classes[10:] == 255).all() and (classes[:10] != 255).all()
+    assert data.normalise(got[None])[0, :, 10:].abs().max() < 0.02           # the mean colour
+
+
+def test_a_crop_of_one_class_is_drawn_anew():
+    labels = torch.zeros(20, 80, dtype=torch.uint8)
+    labels[:, :3] = 1                                        # 3 of the 61 crops of 20 x 20 show both classes
+    args = SimpleNamespace(image_size=20, scale_min=1.0, scale_max=1.0, same_class=0.99, distort=False)
+    pair = tv_tensors.Image(torch.zeros(3, 20, 80, dtype=torch.uint8)), tv_tensors.Mask(labels)
+    both = lambda: sum(len(pixels.ScaleCropFlip(args)(pair)[1].unique()) == 2 for _ in range(200))
+    often = both()                                           # 200 (1 - (58/61)^10) = 79, give or take 7
+    args.same_class = 1.0
+    assert often > 50 > 25 > both()                          # 200 * 3/61 = 10, give or take 3
+
+
+def test_the_longer_side_is_at_most_four_times_the_short_one_that_is_asked_for():
+    assert pixels.fitted(torch.zeros(3, 100, 300), 50).shape == (3, 50, 150)
+    assert pixels.fitted(torch.zeros(3, 1000, 100), 50).shape == (3, 200, 20)
+
+
+# ---- whole runs ----
+
+SMALL = ("--init scratch --arch resnet18 --width 16 --image-size 64 --batch-size 4 --workers 0 --amp off "
+         "--max-bad 1").split()
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """`shapes` with 16 scenes for training and 6 for validation."""
+    init = Scenes.__init__
+    def small(self, split, *rest):
+        init(self, split, *rest)
+        self.count = 16 if split == "train" else 6
+    monkeypatch.setattr(Scenes, "__init__", small)
+
+
+def run(out, *flags):
+    segment.main([*map(str, flags), "--out", str(out)])
+    return json.loads((out / "result.json").read_text())
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "peak_memory_mb")} for line in lines]
+
+
+def complaint(capsys, *flags):
+    with pytest.raises(SystemExit) as exit:
+        segment.main(list(map(str, flags)))
+    said = capsys.readouterr().err.strip().splitlines()
+    return exit.value.code, said[-1]
+
+
+def ade(root, count=8):
+    """ADE20K's layout: classes 1 to 150, 0 is other; here 3 of them are drawn."""
+    rng = np.random.default_rng(0)
+    for part, short in (("training", "train"), ("validation", "val")):
+        for i in range(count):
+            size = (70 + i, 90 - i)
+            noise(root / "images" / part / f"ADE_{short}_{i:08}.jpg", size, rng)
+            numbers(root / "annotations" / part / f"ADE_{short}_{i:08}.png", rng.integers(0, 4, size))
+    lines = ["Idx\tRatio\tTrain\tVal\tName", *(f"{i}\t0.1\t1\t1\tclass {i}, thing" for i in range(1, 151))]
+    (root / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_ade20k_trains_on_150_classes_and_its_0_is_ignored(tmp_path, capsys):
+    ade(tmp_path / "ade")
+    source = pixels.open_pairs(SimpleNamespace(data=str(tmp_path / "ade"), zero_is_other=None), "train", World())
+    raw = np.array(Image.open(tmp_path / "ade/annotations/training/ADE_train_00000003.png"))
+    image, labels = source.read(3)
+    assert image.shape[1:] == labels.shape == (73, 87) and source.classes[0] == "class 1, thing"
+    assert (labels.numpy()[raw == 0] == 255).all() and (labels.numpy()[raw > 0] == raw[raw > 0] - 1).all()
+    result = run(tmp_path / "run", *SMALL, "--data", tmp_path / "ade", "--iterations", 2, "--inference", "slide")
+    assert len(result["per_class"]) == 150 and result["recipe"] == "fcn"
+    assert Image.open(tmp_path / "run" / "segmentation.png").height > 6 * 160
+    again = run(tmp_path / "eval", "--weights", tmp_path / "run" / "best.pt", "--data", tmp_path / "ade", "--eval-only",
+                "--workers", 0, "--amp", "off")              # head, width, size and windows are remembered
+    assert again["miou"] == result["miou"] and again["per_class"] == result["per_class"]
+
+
+def test_labels_that_cannot_be_used_are_skipped_named_and_counted(tmp_path, capsys):
+    ade(tmp_path / "ade")
+    labels, rng = tmp_path / "ade" / "annotations" / "training", np.random.default_rng(1)
+    (labels / "ADE_train_00000001.png").unlink()
+    numbers(labels / "ADE_train_00000002.png", rng.integers(0, 4, (10, 12)))
+    numbers(labels / "ADE_train_00000003.png", np.full((73, 87), 151))
+    (tmp_path / "ade/annotations/validation/ADE_val_00000000.png").unlink()
+    run(tmp_path / "run", *SMALL, "--data", tmp_path / "ade", "--epochs", 2)
+    listed = (tmp_path / "run" / "broken.txt").read_text().splitlines()
+    assert len(listed) == 3 and log_of(tmp_path / "run")[-1]["broken"] == 3
+    assert "ADE_train_00000001.jpg (no label picture" in listed[0]
+    assert "its label picture has 12 x 10 pixels, the image 88 x 72" in listed[1]
+    assert "its label picture holds class 151; there are 150 classes" in listed[2]
+    assert "1 images cannot be read and are left out of the count" in capsys.readouterr().err
+    code, said = complaint(capsys, *SMALL, "--data", tmp_path / "ade", "--epochs", 2, "--max-bad", 0.1, "--out",
+                           tmp_path / "strict")
+    assert code == 1 and re.search("[123] of 8 images cannot be read", said)
+
+
+def test_voc_is_read_through_torchvision_with_its_border_ignored(tmp_path):
+    root, rng = tmp_path / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split, names in (("train", range(8)), ("val", range(8, 12))):
+        (lists / f"{split}.txt").write_text("".join(f"2007_{i:06}\n" for i in names))
+        for i in names:
+            noise(root / "JPEGImages" / f"2007_{i:06}.jpg", (50, 60), rng)
+            values = np.where(rng.random((50, 60)) < 0.1, 255, rng.integers(0, 21, (50, 60)))
+            numbers(root / "SegmentationClass" / f"2007_{i:06}.png", values, "P")
+    result = run(tmp_path / "run", *SMALL, "--data", "voc", "--data-root", tmp_path, "--iterations", 2)
+    assert list(result["per_class"]) == pixels.VOC and len(pixels.VOC) == 21 and "found" in result
+    assert result["images"] == 4
+
+
+def test_a_folder_without_names_counts_its_classes_and_other_archs_take_upernet(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("Train2020", "val"):
+        for i in range(4):
+            noise(tmp_path / "set" / "images" / split / "deep" / f"{i}.png", (40, 48), rng)
+            numbers(tmp_path / "set" / "annotations" / split / "deep" / f"{i}.png", rng.integers(0, 7, (40, 48)))
+    flags = [*SMALL, "--data", tmp_path / "set", "--iterations", 1]
+    flags[flags.index("resnet18")] = "deit_tiny"
+    result = run(tmp_path / "run", *flags)
+    assert list(result["per_class"]) == list("0123456") and result["recipe"] == "upernet"
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["layer_decay"] == 0.65
+
+
+def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(few_scenes, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--data", "shapes", "--iterations", 6, "--save-every", 1, "--log-every", 1, "--dropout", 0.3]
+    whole, step = run(tmp_path / "whole", *flags), segment.train_step
+    monkeypatch.setattr(segment, "train_step", lambda number, *rest: step(number, *rest) if number < 3 else 1 / 0)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cut", *flags)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr(segment, "train_step", step)
+    assert run(tmp_path / "cut", "--resume") == whole
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+
+
+def test_two_processes_train_and_score_as_one_with_two_halves(tmp_path):
+    """BatchNorm of a half is BatchNorm of a process, so that accumulation gives the gradients of two processes."""
+    ade(tmp_path / "ade")
+    (tmp_path / "ade/annotations/validation/ADE_val_00000002.png").unlink()  # 7 images: two processes have 4 and 3
+    flags = [*SMALL, "--data", tmp_path / "ade", "--iterations", 2, "--dropout", 0, "--log-every", 1]
+    flags = list(map(str, flags))
+    flags[flags.index("--batch-size") + 1] = "2"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "extras/segment.py", *flags, "--out", str(tmp_path / "two")], cwd=HERE, capture_output=True,
+                          text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "one", *flags, "--accum", 2)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two"))
+    for name, value in a.items():
+        if "running" not in name and "tracked" not in name:  # statistics are one process's, and of both halves
+            close(value, b[name], rtol=1e-3, atol=1e-5)
+    again = run(tmp_path / "eval", "--weights", tmp_path / "two" / "best.pt", "--data", tmp_path / "ade", "--eval-only",
+                "--workers", 0, "--amp", "off")
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert again["miou"] == two["miou"] and again["per_class"] == two["per_class"]       # exact: every pixel once
+
+
+def test_without_data_it_is_the_demo_and_says_what_it_starts_from(few_scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--iterations", "1", "--width", "8", "--workers", "0", "--amp", "off"]
+    run(tmp_path / "scratch", *flags)
+    assert f"no {segment.DEMO} (python pretrain.py makes it): from random weights" in capsys.readouterr().err
+    segment.DEMO.parent.mkdir(parents=True)
+    torch.save(build_encoder("resnet18").backbone.state_dict(), segment.DEMO)
+    run(tmp_path / "tuned", *flags)
+    assert f"{segment.DEMO}: 120 tensors loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--data nowhere --init scratch --arch resnet18", "--data nowhere: no such folder; give one with images/ and"),
+    ("--data empty --init scratch --arch resnet18", "no folder empty/images/train*; expected empty/images/train/x.jpg"),
+    ("--data voc --init scratch --arch resnet18", "--data voc: not found as datasets/VOCdevkit/VOC2012"),
+    ("--data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
+    ("--data shapes --init scratch", "--arch is missing"),
+    ("--data shapes --init scratch --arch convnext_tiny --head fcn", "--head fcn: is for ResNet alone"),
+    ("--data shapes --init scratch --arch deit_tiny --inference whole", "--inference whole: deit_tiny has one grid"),
+    ("--data shapes --init scratch --arch resnet18 --batch-size 1", "--batch-size 1: UPerNet's BatchNorm needs at"),
+    ("--data shapes --init scratch --arch resnet18 --scale-min 3", "--scale-min 3: must not be above --scale-max 1"),
+    ("--data shapes --init scratch --arch resnet18 --eval-only", "--eval-only: needs --weights"),
+    ("--data shapes --weights text.pt --arch resnet18", "text.pt: not a file of weights"),
+    ("--data shapes --weights other.pt --arch resnet18 --eval-only", "does not hold this backbone and head"),
+    ("--data shapes --init scratch --arch resnet18 --image-size 8", "--image-size: 8: must be an integer from 32"),
+    ("--data alike --init scratch --arch resnet18", "no label picture in alike/annotations/train holds two classes"),
+])
+def test_mistakes_are_answered_in_one_line_and_leave_no_folder(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("text.pt").write_text("no weights")
+    torch.save(build_encoder("resnet18").backbone.state_dict(), "other.pt")
+    for split in ("train", "val"):
+        noise(Path("alike/images") / split / "1.jpg", (8, 8), np.random.default_rng(0))
+        numbers(Path("alike/annotations") / split / "1.png", np.zeros((8, 8)))
+    code, said = complaint(capsys, *flags.split(), "--workers", 0)
+    assert code == 2 and said.startswith("segment.py: error: ") and words in said, said
+    assert not Path("runs").exists()
+
+
+# ---- other people's code ----
+
+def test_torchvisions_deeplab_takes_backbone_pt_with_only_the_head_missing(tmp_path):
+    """The README's lines for people with their own training code."""
+    torch.save(build_encoder("resnet50").backbone.state_dict(), tmp_path / "backbone.pt")
+    model = tv.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=21)
+    found = model.backbone.load_state_dict(torch.load(tmp_path / "backbone.pt"), strict=False)
+    assert found.missing_keys == [] and found.unexpected_keys == []
+    full = tv.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=21)
+    state = {f"backbone.{k}": v for k, v in torch.load(tmp_path / "backbone.pt").items()}
+    missing = full.load_state_dict(state, strict=False).missing_keys
+    assert missing and all(name.startswith("classifier.") for name in missing)
