@@ -154,7 +154,7 @@ def train(args: SimpleNamespace, world: World) -> None:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
-    args, saved = open_run(args, world, own={**DEFAULTS, "val": 0.0}, name=name)     # old runs hold none out
+    args, saved = open_run(args, world, own={**DEFAULTS, **OLD}, name=name)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         world.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
@@ -331,7 +331,7 @@ FLAGS = {
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
     "run": {**RUN_FLAGS, "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
 }
-DEFAULTS = {**defaults(FLAGS), "global_batch": None}
+DEFAULTS, OLD = {**defaults(FLAGS), "global_batch": None}, dict(val=0.0, recipe="imagenet")  # of runs before these flags
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
