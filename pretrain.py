@@ -331,7 +331,7 @@ FLAGS = {
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
     "run": {**RUN_FLAGS, "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
 }
-DEFAULTS, OLD = {**defaults(FLAGS), "global_batch": None}, dict(val=0.0, recipe="imagenet")  # of runs before these flags
+DEFAULTS, OLD = {**defaults(FLAGS), "global_batch": None}, dict(val=0.0, recipe="imagenet")  # of runs before them
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:

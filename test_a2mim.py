@@ -994,7 +994,7 @@ def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch)
     """Every batch of two workers, looked at when all have come, is the batch made here."""
     samples = data.Samples(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
     keys = images.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
-    world = SimpleNamespace(on_gpu=False)
+    world = SimpleNamespace(on_cuda=False)
     here, there = (list(images.make_loader(samples, keys, workers, world)) for workers in (0, 2))
     assert len(here) == len(there) == math.ceil(203 / batch)
     for a, b in zip(here, there):
@@ -1355,7 +1355,8 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
 
 # ---- forks: README, "Change it" ----
 
-FORK = "--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 8 --workers 0 --amp off"
+FORK = ("--recipe imagenet --data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 8 "
+        "--workers 0 --amp off")
 
 
 def fork(out, *flags):
@@ -1421,8 +1422,10 @@ def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
     monkeypatch.setattr(data.Shapes, "read", lambda self, i: torch.cat([read(self, i), 255 - read(self, i)[:1]]))
     monkeypatch.setattr(pretrain, "build_encoder", build_four)
     data.mean_and_std.cache_clear()
-    state = fork(tmp_path / "run")["model"]
-    data.mean_and_std.cache_clear()
+    try:
+        state = fork(tmp_path / "run")["model"]
+    finally:                                                 # the tests after this one have three again
+        data.mean_and_std.cache_clear()
     assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 32**2
 
 
