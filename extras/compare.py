@@ -232,6 +232,7 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
 def verdict(name: str, a: list[float], b: list[float], other: str) -> str:
     """One plain sentence: is `a` above `b`? Only if the interval of the difference excludes 0."""
     gain, low, high = interval(a, b)
+    other = other.split(";")[0]
     word = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
     return f"- {name}: {word} {other} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {len(a)} seeds)"
 
