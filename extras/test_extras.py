@@ -3,6 +3,7 @@
     pytest        from the root: these, and the tests of the method
 """
 
+import json
 import math
 import re
 import sys
@@ -17,7 +18,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import clipart, compare, paint
+from extras import clipart, compare, detect, paint, segment
+from extras.dense import Scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -120,3 +122,44 @@ def test_real_images_are_judged_with_the_small_recipes_alike_for_every_arm(tmp_p
     a, b = (cells[f"pretrained/{arm}-3"][1] for arm in ("a2mim", "simmim"))
     assert b.split() == [*a.split(), "--baseline", "simmim"] and "--recipe small" in a
     assert {"linear/scratch-0", "knn/scratch-0", "all/scratch-0"} <= set(cells)              # random features, too
+
+
+@pytest.mark.parametrize("task, parse", [("segment", segment.parse), ("detect", detect.parse)])
+def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(task, parse, tmp_path):
+    args = SimpleNamespace(task=task, image_size=96, arch="resnet18", workers=0, seeds=2, out=str(tmp_path), scenes=100,
+                           pretrain_images=200, quick=False)
+    chains = compare.plan_dense(args)
+    cells = {name: (program, flags.split()) for chain in chains for name, program, flags in chain}
+    arms = {arm: vars(parse(cells[f"{task}/{arm}-1"][1])) for arm in ("a2mim", "simmim", "scratch")}
+    for arm in arms.values():
+        assert (arm.pop("init") == "scratch") == (arm.pop("weights") is None) and arm.pop("given")
+    assert arms["a2mim"] == arms["simmim"] == arms["scratch"] and arms["scratch"]["recipe"] == "shapes"
+    for chain in chains:                                     # what a start needs is made before it
+        assert [program for _, program, _ in chain] in (["pretrain", task], [task])
+        assert len(chain) == 1 or f"{chain[0][0]}/backbone.pt" in chain[1][2]
+    a, b = (pretrain.parse(cells[f"pretrained/{arm}-0"][1]) for arm in ("a2mim", "simmim"))
+    assert a.data == b.data == f"{tmp_path}/scenes" and a.epochs == b.epochs == 2.0
+    assert (a.baseline, b.baseline) == (None, "simmim")
+
+
+def test_the_unlabelled_scenes_are_those_of_the_training_split(tmp_path):
+    compare.draw_scenes(tmp_path / "scenes", 3, (32, 32))
+    files = sorted((tmp_path / "scenes").iterdir())
+    for i, file in enumerate(files):
+        assert np.array_equal(Image.open(file), Scenes("train", (32, 32)).draw(i)[0].permute(1, 2, 0))
+    assert len(files) == 3 and not (tmp_path / "scenes.part").exists()
+
+
+def test_the_table_of_a_task_holds_every_arms_mean_spread_and_difference(tmp_path, capsys):
+    for arm, scores in (("a2mim", (0.5, 0.6)), ("simmim", (0.5, 0.58)), ("scratch", (0.1, 0.21))):
+        for seed, score in enumerate(scores):
+            (tmp_path / f"detect/{arm}-{seed}").mkdir(parents=True)
+            ap = {"AP": score / 2, "AP50": score, "any class": 0.9}
+            (tmp_path / f"detect/{arm}-{seed}/result.json").write_text(json.dumps({"box": ap, "mask": ap}))
+    args = SimpleNamespace(task="detect", arch="resnet18", data="scenes", image_size=96, few=0.1, seeds=2,
+                           pretrain_images=200)
+    text = compare.summary(args, tmp_path)
+    assert "| A2MIM | 55.0 ± 7.1 | 27.5 ± 3.5 | 90.0 ± 0.0 | 55.0 ± 7.1 | 27.5 ± 3.5 |" in text
+    assert "box AP50, A2MIM: better than from scratch (+39.5 points" in text and "both stages" not in text
+    assert {f.name for f in tmp_path.iterdir()} == {"detect", "detect-table.md", "detect-results.json",
+                                                    "detect-plot.png"}
