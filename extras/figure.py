@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Shapes, denormalise, eval_transform, normalise
+from engine.flags import told_size
 from engine.images import read_image
 from extras.paint import load_model
 from loss import residual
@@ -104,23 +105,27 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
     return page
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default="runs/shapes-resnet18/checkpoint.pt", help="of a CNN")
     parser.add_argument("--image", help="a photograph; none: a drawn image")
     parser.add_argument("--index", type=int, default=4, help="which drawn image")
     parser.add_argument("--out", type=Path, default="assets/method.png")
-    args = parser.parse_args()
-    if not args.checkpoint.is_file():
-        sys.exit(f"figure.py: error: {args.checkpoint}: no such checkpoint; run python pretrain.py first")
+    args = parser.parse_args(argv)
     try:
+        if not args.checkpoint.is_file():
+            raise ValueError(f"{args.checkpoint}: no such checkpoint; run python pretrain.py first")
         model, run = load_model(str(args.checkpoint))
-    except ValueError as error:
-        sys.exit(f"figure.py: error: {error}")
-    if not family(run.arch).convolutional:
-        sys.exit(f"figure.py: error: {args.checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
-    fit, drawn = eval_transform(model.image_size), Shapes("val", model.image_size)
-    image = fit(read_image(args.image)) if args.image else drawn.read(args.index)
+        if not family(run.arch).convolutional:
+            raise ValueError(f"{args.checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
+        if len({*model.image_size}) > 1:
+            raise ValueError(f"{args.checkpoint}: of {told_size(model.image_size)}; the figure has square pictures")
+        fit, drawn = eval_transform(model.image_size), Shapes("val", model.image_size)
+        image = fit(read_image(args.image)) if args.image else drawn.read(args.index)
+    except (ValueError, OSError, RuntimeError, SyntaxError) as error:        # as torchvision and Pillow raise
+        file = "" if isinstance(error, ValueError) else f"{args.image}: cannot be read as an image: "
+        print(f"figure.py: error: {file}{str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
     mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
     draw_page(moves(model, run, normalise(image[None]), mask), model.mask_stage).save(args.out, optimize=True)
 

@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import clipart, compare, detect, paint, segment
+from extras import clipart, compare, detect, figure, paint, segment
 from extras.dense import Scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -53,6 +53,21 @@ def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, 
         if program == "pretrain":
             assert pretrain.parse(flags.split()).image_size == size
     assert f"resnet18 {typed} 0" in [flags for *_, flags in cells]               # the untrained one
+
+
+@pytest.mark.parametrize("arch, size, words", [("resnet18", "32", "notes.txt: cannot be read as an image"),
+                                               ("resnet18", "32 64", "of 32 x 64 px; the figure has square pictures"),
+                                               ("deit_tiny", "32", "the figure shows the feature maps of a CNN")])
+def test_the_figure_answers_a_mistake_in_one_line(arch, size, words, tmp_path, capsys):
+    flags = f"--data shapes --arch {arch} --image-size {size} --mask-cell 16 --batch-size 4 --epochs 0.001 --workers 0"
+    stage = ["--mask-stage", "3"] if arch == "resnet18" else []
+    pretrain.main([*flags.split(), *stage, "--sheets", "0", "--val", "0", "--out", str(tmp_path / "run")])
+    (tmp_path / "notes.txt").write_text("no picture")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        figure.main(["--checkpoint", str(tmp_path / "run" / "checkpoint.pt"), "--image", str(tmp_path / "notes.txt")])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and words in said and said.count("\n") == 1
 
 
 def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
