@@ -260,8 +260,8 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     arms = {
         "a2mim": "A2MIM",
         "simmim": "SimMIM",
-        "scratch": "from scratch; probes: random features",
-        "scratch-long": "from scratch, compute of both stages",
+        "scratch": "scratch; probes: random features",
+        "scratch-long": "scratch, compute of both stages",
     }
     few, seeds = f"{100 * args.few:g} %", f"in percent, mean ± standard deviation of {args.seeds} seeds"
     columns = COLUMNS.get(args.task) or {
@@ -274,7 +274,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
     if args.task == "classify":
         about += f"fine-tuning {args.finetune_images:,}; top-1 {seeds}"
     else:
-        arms = dict(list(arms.items())[:2], scratch="from scratch")
+        arms = dict(list(arms.items())[:2], scratch="scratch")
         about += f"then python extras/{args.task}.py --data shapes; {seeds}"
     got = {column: collect(out, list(arms), *where) for column, where in columns.items()}
     lines = [about, "", "| start | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

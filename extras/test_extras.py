@@ -175,6 +175,6 @@ def test_the_table_of_a_task_holds_every_arms_mean_spread_and_difference(tmp_pat
                            pretrain_images=200)
     text = compare.summary(args, tmp_path)
     assert "| A2MIM | 55.0 ± 7.1 | 27.5 ± 3.5 | 90.0 ± 0.0 | 55.0 ± 7.1 | 27.5 ± 3.5 |" in text
-    assert "box AP50, A2MIM: better than from scratch (+39.5 points" in text and "both stages" not in text
+    assert "box AP50, A2MIM: better than scratch (+39.5 points" in text and "both stages" not in text
     assert {f.name for f in tmp_path.iterdir()} == {"detect", "detect-table.md", "detect-results.json",
                                                     "detect-plot.png"}
