@@ -63,7 +63,7 @@ BUDGETS = {
     "swin": (12_000, 6_000, 9_600),
 }
 REAL = (48_000, 24_000, 6_400)
-SCENES = (16_000, 0, 0)                                      # then the demo of extras/segment.py or extras/detect.py
+SCENES = (12_800, 0, 0)                                      # then the demo of extras/segment.py or extras/detect.py
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
     "token at stage 1": "--mask-stage 1",
@@ -351,7 +351,7 @@ def main() -> None:
     flag("--few", type=float, metavar="R", help="share of labels that is few (shapes 0.05, else 0.1)")
     flag("--seeds", type=int, metavar="N", help="5 (--task: 3)")
     flag("--pretrain-images", type=int, metavar="N",
-         help="images seen in pre-training (real 48,000; scenes 16,000; shapes: ViT 24,000, Swin 12,000, CNN 10,000)")
+         help="images seen in pre-training (real 48,000; scenes 12,800; shapes: ViT 24,000, Swin 12,000, CNN 10,000)")
     flag("--finetune-images", type=int, metavar="N",
          help="images seen in fine-tuning (real images 6,400; shapes: CNN 3,200, Transformer 9,600)")
     flag("--ablation-images", type=int, metavar="N", help="images seen in pre-training of an ablation (half of that)")

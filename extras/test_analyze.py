@@ -360,5 +360,5 @@ def test_the_notebook_runs_as_plain_python_and_keeps_its_pictures(monkeypatch):
     fresh = [o for cell in cells for o in cell["outputs"]]
     assert [o["output_type"] for o in fresh] == [o["output_type"] for o in stored]
     assert len(space["losses"]) == 20 and np.mean(space["losses"][-5:]) < np.mean(space["losses"][:5])
-    assert space["painted"].shape == (1, 3, 64, 64) and space["own"].sum() == 3 * 21
+    assert space["painted"].shape == (1, 3, 96, 96) and space["own"].sum() == 2 * 13
     assert set(space["accuracy"]) == {"random weights", "pre-trained"} and min(space["accuracy"].values()) >= 0.03
