@@ -2568,6 +2568,27 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_run_whose_last_checkpoint_is_not_written_fails_and_goes_on_later(few_images, capsys, tmp_path, monkeypatch):
+    log, final = run(tmp_path / "whole", *FLAGS)
+    save = journal.save_atomically
+    capsys.readouterr()
+
+    def full(state, path, **more):
+        if path.name == "checkpoint.pt" and state["step"] == final["step"]:
+            raise OSError("no space left on device")
+        save(state, path, **more)
+    monkeypatch.setattr(journal, "save_atomically", full)
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "cut", *FLAGS)
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and f"make room, then go on with --out {tmp_path / 'cut'} --resume" in said
+    assert "done:" not in said
+    monkeypatch.setattr(journal, "save_atomically", save)
+    again, repeated = run(tmp_path / "cut", *FLAGS, "--resume")
+    assert again == log and (tmp_path / "cut" / "backbone.pt").is_file()
+    same_weights(final, repeated)
+
+
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_path, monkeypatch):
     right = pretrain.a2mim_loss
     calls = []

@@ -36,8 +36,7 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple
         raise ValueError(f"--resume: the processes see different checkpoints in {args.out}; --out must be one folder "
                          f"that all nodes share")
     if saved:                                                # the run's own settings, then what was typed now
-        if saved["args"]["program"] != args.program:
-            made_by = saved["args"]["program"]
+        if (made_by := saved["args"]["program"]) != args.program:
             raise ValueError(f"{saved['path']}: of another model, made by {made_by}; choose another --out")
         more = dict(given=args.given, demo=False, out=args.out)
         args = SimpleNamespace(**{**own, **saved["args"], **args.given, **more})
@@ -140,7 +139,7 @@ class Journal:
             trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
         self.in_a_row, self.skipped = torch.tensor([0, saved["skipped"] if saved else 0], device=world.device)
         self.saved_at = self.logged_at = time.time()
-        self.logged, self.signals, self.last_loss = self.done, Signals(), "none yet"
+        self.logged, self.signals, self.last_loss, self.lost = self.done, Signals(), "none yet", False
 
     def __enter__(self) -> "Journal":
         self.signals.__enter__()
@@ -177,31 +176,33 @@ class Journal:
         every = int(args.save_every.removesuffix("m"))
         due = done % every == 0 if args.save_every.isdecimal() else time.time() - self.saved_at > 60 * every
         if self.world.rank == 0 and (epoch_ends or due or stop) and not int(self.in_a_row):
-            self.write("checkpoint", self.save)
-            self.saved_at = time.time()
+            self.lost, self.saved_at = self.write("checkpoint", self.save), time.time()
+        if done == plan.total and any(self.world.largest(int(self.lost))):
+            raise Failed(f"the last checkpoint is not written; make room, then go on with --out {self.out} --resume")
         if stop:
             raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {plan.total}; "
                                 f"go on with --out {self.out} --resume")
 
-    def write(self, what: str, action, *given) -> None:
-        """Writes a file by action(*given). A full disk does not end the run: the files of before are kept."""
+    def write(self, what: str, action, *given) -> bool:
+        """Writes a file by action(*given). A full disk does not end the run: the old file is kept, True is returned."""
         try:
             action(*given)
         except OSError as error:
-            self.world.say(f"step {self.done}: {what} not written ({error}); going on")
+            self.world.say(f"step {self.done}: {what} not written ({error})")
+            return True
+        return False
 
     def write_line(self, record: dict[str, Tensor]) -> None:
         """A line of log.jsonl: averages over the processes, which all take part."""
-        broken = self.keep["broken"]
-        broken.tell(self.world)
+        self.keep["broken"].tell(self.world)
         means = self.world.mean(torch.stack(list(record.values()))).tolist()
         values = {k: round(v, 6) if math.isfinite(v) else None for k, v in zip(record, means)}
         self.last_loss = values["loss"] or self.last_loss
         if self.world.rank == 0:
             speed = (self.done - self.logged) * self.plan.global_batch / max(time.time() - self.logged_at, 1e-9)
             line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4), lr=self.lr(), **values)
-            line |= {"skipped": int(self.skipped)} if self.skipped else {}
-            line |= {"broken": len(broken.seen)} if broken.seen else {}
+            counts = dict(skipped=int(self.skipped), broken=len(self.keep["broken"].seen))
+            line |= {name: count for name, count in counts.items() if count}
             line |= dict(images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(self.world.device))
             self.write("log.jsonl", append_line, self.log, line)
             self.bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
@@ -220,8 +221,7 @@ class Journal:
         return max(group["lr"] for group in self.keep["optimizer"].param_groups)
 
     def not_finite(self, streak: int) -> str:
-        there = (self.out / "checkpoint.pt").exists()
-        kept = f"{self.out}/checkpoint.pt is kept" if there else "there is no checkpoint yet"
+        kept = f"{file} is kept" if (file := self.out / "checkpoint.pt").exists() else "there is no checkpoint yet"
         return (f"loss is not finite, {streak} times in a row at step {self.done} (lr {self.lr():.1e}, amp "
                 f"{self.args.amp}, last finite loss {self.last_loss}); {kept}; try a lower --lr"
                 + (" or --amp bf16" if self.args.amp == "fp16" else ""))
@@ -230,10 +230,10 @@ class Journal:
         state = {name: keeper.state_dict() for name, keeper in self.keep.items()}
         state |= dict(step=self.done, per_epoch=self.plan.per_epoch, world=self.world.size, args=settings(self.args),
                       skipped=int(self.skipped))
-        save_atomically(state, self.out / "checkpoint.pt", keep_previous=True)
-        for name, content in self.export.items():
+        for name, content in self.export.items():            # first: a resumed run makes what comes after it
             save_atomically(content(), self.out / name)
-        save_curve(self.out / "loss.png", self.log)
+        save_atomically(state, self.out / "checkpoint.pt", keep_previous=True)
+        self.write("loss.png", save_curve, self.out / "loss.png", self.log)
 
     def load(self, saved: dict) -> None:
         """Puts a checkpoint back. lr scale and weight decay are the flags' of now."""
@@ -245,6 +245,6 @@ class Journal:
                 group.update(scale=scale, weight_decay=weight_decay)
         except (RuntimeError, ValueError, KeyError):
             made = saved["args"]
-            raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
-                             f"{told_size(made.get('image_size', 0))}); resume with the run's own flags, or choose "
-                             f"another --out") from None
+            made = f"{made.get('arch')} at {told_size(made.get('image_size', 0))}"
+            raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made}); resume with the run's own flags, "
+                             f"or choose another --out") from None

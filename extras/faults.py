@@ -180,7 +180,7 @@ def preemption(work: Path) -> list[tuple[str, bool]]:
 # ---- a disk that fills up, memory that grows ----
 
 def full_disk(work: Path) -> tuple[str, bool]:
-    """A limit on the size of a file, reached in the middle of a run: it goes on, says so, keeps the old checkpoint."""
+    """A limit on the size of a file, reached in a run: it says so, keeps the old checkpoint, is not called done."""
     out = work / "full"
     flags = PRE.replace("--epochs 6", "--epochs 2")
     code, said = finish(start("pretrain.py", f"{flags} --out {out}"))
@@ -192,8 +192,9 @@ def full_disk(work: Path) -> tuple[str, bool]:
     )
     code, said = finish(run)
     return (
-        f"no room for a checkpoint: exit {code}, says so, the old one is kept",
-        code == 0 and "checkpoint not written" in said and (out / "checkpoint.pt").read_bytes() == before,
+        f"no room for the last checkpoint: exit {code}, says so, the old one is kept",
+        code == 1 and "checkpoint not written" in said and "make room, then go on with" in said
+        and (out / "checkpoint.pt").read_bytes() == before,
     )
 
 
