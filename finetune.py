@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader
 from data import (NAMED, Batches, Samples, augment, eval_transform, normalise, open_images, seed_for,
                   some_labels)
 from engine.command import World, command_line
-from engine.files import make_folder, save_atomically
+from engine.files import save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
                           pair, path, remembered, told_size)
 from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, open_run
+from engine.journal import Journal, Steps, make_folder, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
 from engine.results import report, score, write_features
 from engine.weights import load_backbone, load_head, told
 from loss import class_loss, erase, mix_batch
-from model import Classifier, build_encoder, family
+from model import STEMS, Classifier, build_encoder, family, for_small_images
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global batch ----
 
@@ -59,6 +59,9 @@ RECIPES = {
 }
 EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
     ("rsb_a2", "resnet101"): dict(ema=0.0, drop_path=0.1),
+    ("rsb_a2", "resnet152"): dict(ema=0.0, drop_path=0.15),
+    ("rsb_a2", "resnet200"): dict(ema=0.0, drop_path=0.2),
+    ("vit", "deit_small"): dict(lr=4e-3, warmup_epochs=5, ema=0.0),          # 8e-3 at a global batch of 1024
     ("vit", "vit_small"): dict(ema=0.0),
     ("vit", "vit_large"): dict(repeats=3),
     ("convnext", "convnext_tiny"): dict(epochs=400, lr=4e-4, weight_decay=0.01, layer_decay=0.7, drop_path=0.1),
@@ -132,7 +135,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
-    args, saved = open_run(args, world, own=DEFAULTS, name=name)
+    args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
     labelled = "" if args.eval_only else f"{len(run.labels)} labelled images at {told_size(args.image_size)}, "
@@ -163,9 +166,11 @@ def train(args: SimpleNamespace, world: World) -> None:
         result.update(evaluate(run.tested, args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
         if result["top1"] > best["top1"]:
-            best.update(top1=result["top1"], epoch=done / steps.per_epoch)
+            lost = False
             if world.rank == 0:
-                journal.write("best.pt", save_atomically, run.tested.plain_state(), journal.out / "best.pt")
+                lost = journal.write("best.pt", save_atomically, run.tested.plain_state(), journal.out / "best.pt")
+            if not lost:                                     # else a later epoch, or --resume, writes it
+                best.update(top1=result["top1"], epoch=done / steps.per_epoch)
 
     run.model.train()
     batches = iter(run.loader)
@@ -178,6 +183,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
+    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"])
 
 
@@ -222,7 +228,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     val_loader = make_loader(Samples(val, val_crop, args.seed), val_once, args.workers, world)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
-    encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window)
+    encoder = build_encoder(args.arch, size if trains(args) else test, args.drop_path, args.patch_size, args.window,
+                            args.stem)
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
     head = load_head(model, args.weights) if args.eval_only else None if alone else set()
     if args.weights and not saved:
@@ -335,7 +342,8 @@ FLAGS = {
         "arch": (None, checked("NAME", family), "backbone (from args.json beside the weights)"),
         "drop_path": (0.0, number(float, 0, 0.99), "stochastic depth of the deepest block"),
         "patch_size": (16, count, "ViT only (as pre-trained)"),
-        "window": (7, count, "Swin only (as pre-trained)")},
+        "window": (7, count, "Swin only (as pre-trained)"),
+        "stem": (None, STEMS, "ResNet only (as pre-trained; from scratch: small below 64 px, else imagenet)")},
     "optimiser": {
         "recipe": ("default", tuple(RECIPES), "the table below"),
         "optimizer": ("adamw", ("adamw", "lamb", "sgd"), "LAMB for large batches, SGD for linear probes"),
@@ -345,7 +353,7 @@ FLAGS = {
         "lr": (1e-3, positive, "per --lr-batch images of the global batch"),
         "lr_batch": (16, count, "see --lr"),
         "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of the next"),
-        "weight_decay": (0.05, positive, "of weights, not of norms and biases"),
+        "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none"),
         "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "see engine/optim.py, lr_at"),
         "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
@@ -368,7 +376,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("finetune.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     recipe = {**DEFAULTS, **RECIPES[given.get("recipe", "default")]}
-    names = ["arch", "patch_size", "window"] + ["image_size"] * (not recipe["image_size"])   # as pre-trained
+    names = ["arch", "patch_size", "window", "stem"] + ["image_size"] * (not recipe["image_size"])   # as pre-trained
     names += ["test_size", "test_crop"] if "eval_only" in given else []
     recipe |= remembered(given.get("weights"), parser, names)
     recipe |= EXCEPTIONS.get((given.get("recipe"), given.get("arch", recipe["arch"])), {})
@@ -382,6 +390,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if args.arch is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch resnet18")
     args.image_size = args.image_size or 224
+    if args.init:
+        sized = for_small_images(args.arch, args.image_size)
+        vars(args).update({name: value for name, value in sized.items() if name not in given})
     return args
 
 

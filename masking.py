@@ -36,10 +36,14 @@ def mask_grid(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
 def hidden_count(cells: int, ratio: float) -> int:
     """ceil(ratio * cells), how many cells of each image are hidden: 30 of 49 at the default 0.6.
 
-    Raises ValueError unless 0 < ratio < 1."""
+    Raises ValueError unless 0 < ratio < 1, or if no cell would stay visible."""
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio}: must lie between 0 and 1, both excluded; the paper uses 0.6")
-    return math.ceil(round(ratio * cells, 6))                # rounded: 0.55 * 100 is 55.000000000000007 in floats
+    hidden = math.ceil(round(ratio * cells, 6))              # rounded: 0.55 * 100 is 55.000000000000007 in floats
+    if hidden >= cells:
+        raise ValueError(f"mask ratio {ratio}: hides all of {cells} mask cells; use a smaller --mask-cell, a larger "
+                         f"--image-size or a smaller --mask-ratio")
+    return hidden
 
 
 def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6, device: torch.device | str = "cpu",

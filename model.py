@@ -215,20 +215,41 @@ def family(arch: str) -> Family:
                      + (f"; did you mean {near[0]}?" if near else ""))
 
 
+STEMS = ("imagenet", "small")
+
+
+def for_small_images(arch: str, image_size: int | Sequence[int]) -> dict:
+    """The settings of build_encoder that suit an image: below 64 px a ResNet's small stem and patches of 4 px."""
+    below = min(pair(image_size)) < 64
+    if family(arch).name == "resnet":
+        return {"stem": "small" if below else "imagenet"}
+    if family(arch).name == "vit":
+        return {"patch_size": 4 if below else 16}
+    return {}
+
+
 def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path: float | None = None,
-                  patch_size: int = 16, window: int = 7) -> Encoder:
+                  patch_size: int = 16, window: int = 7, stem: str | None = None) -> Encoder:
     """A backbone by name, random weights, no classification head; names as in torchvision (ViT: BEiT).
 
     image_size (H, W) matters to ViT and MaxViT alone. drop_path: the deepest rate of stochastic depth; by default 0.1
     for ViT and 0 elsewhere, as released. window: Swin's, 7 as in torchvision; the authors train at 192 px with 6.
+    stem: a ResNet's, 'imagenet' (7x7, stride 2, pooling; also if None) or 'small' (3x3, stride 1, no pooling), as
+    usual for CIFAR: all weights but conv1.weight fit torchvision's ResNet.
     Raises ValueError for an unknown name, a net that cannot be cut, or an image that does not fit."""
     kind = family(arch)
+    if stem == "small" and kind.name != "resnet":
+        raise ValueError(f"--stem small: {arch} has no such stem; it is one of ResNets ({', '.join(FAMILIES[0].archs)})")
     if kind.name == "torchvision":
         return Encoder(*cut(arch, pair(image_size), drop_path or 0.0))
     if kind.name == "resnet":                                 # last BatchNorm of each block starts at 0
         deepest = partial(tv.ResNet, tv.resnet.Bottleneck, [3, 24, 36, 3])   # torchvision has the blocks, not the name
         net = (deepest if arch == "resnet200" else getattr(tv, arch))(zero_init_residual=True)
         net.fc = nn.Identity()
+        if stem == "small":
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")   # as torchvision's
+            net.maxpool = nn.Identity()
         if drop_path:
             drop_residuals(net, drop_path)
         stages = [["conv1", "bn1", "relu", "maxpool"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
@@ -345,14 +366,29 @@ class A2MIM(nn.Module):
         return fill_hidden(images, mask, self.fill), painted, pasted
 
 
+FEW_UNITS = 9                                                # with fewer mask cells there is little to learn
+
+
 def fit_cell(encoder: Encoder, image_size: tuple[int, int], unit: int = 8, cell: int | None = None) -> tuple[int, int]:
-    """For small images (no paper's): (mask cell, the one of whole units that is nearest to a sixth of the shorter side;
-    mask stage, as deep as a CNN's features are at most half a cell wide, or a Transformer's released place)."""
-    (H, W), shapes = image_size, encoder.shapes(image_size)
-    fits = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0] or [32]
-    cell = cell or min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))
-    deep = [k for k, shape in enumerate(shapes[:-1]) if len(shape) == 4 and 2 * H // shape[2] <= cell]
-    return cell, max(deep) if encoder.layout == "nchw" and len(shapes[-1]) == 4 else encoder.mask_stage
+    """For small images (no paper's): (mask cell, mask stage).
+
+    The cell is the multiple of `unit` pixels that is nearest to a sixth of the shorter side, with at least FEW_UNITS of
+    them in the image. The token enters a CNN as deep as features are at most half a cell wide, a Transformer at its
+    released place. Raises ValueError if no cell fits."""
+    H, W = image_size
+    shapes = encoder.shapes(image_size)
+    if cell is None:
+        fits = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0 and H * W // n**2 >= FEW_UNITS]
+        if not fits:
+            mask_grid(image_size, 32)                        # raises, with sides that fit, if 32 px do not divide it
+            raise ValueError(f"image size {H}x{W}: no mask cell of whole {unit}-pixel blocks divides it into at least "
+                             f"{FEW_UNITS}; use another --image-size, or give --mask-cell with --mask-stage (for a ViT: "
+                             f"--patch-size, for a ResNet: --stem small)")
+        cell = min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))
+    if encoder.layout != "nchw" or len(shapes[-1]) != 4:
+        return cell, encoder.mask_stage
+    fine = [k for k, shape in enumerate(shapes[:-1]) if len(shape) == 4 and 2 * H // shape[2] <= cell]
+    return cell, max(fine)
 
 
 # ---- a classifier, for fine-tuning ----

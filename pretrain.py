@@ -32,7 +32,7 @@ from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
 from masking import fill_hidden, hidden_count, mask_grid, random_mask
-from model import A2MIM, Encoder, build_encoder, family, fit_cell
+from model import FEW_UNITS, STEMS, A2MIM, Encoder, build_encoder, family, fit_cell, for_small_images
 
 # ---- recipes: every value has a flag of the same name; lr is per 512 images of the global batch ----
 
@@ -54,11 +54,19 @@ EXCEPTIONS = {  # as released
     "deit_small": dict(image_size=192, lr=2e-4, schedule="cosine", mask_stage=8),        # before the eighth block
     "deit_tiny": dict(image_size=192, lr=2e-4, schedule="cosine"),
 }
-SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)    # the comparison
-# A few thousand images (no paper's; found on photographs and clip art): the lr is a peak, as one that shrinks with the
-# batch comes to nothing. Small batches: the mean residual of 32 images says little, so each image has its spectrum.
+# --baseline simmim, the paper's comparison, differs from A2MIM in these five settings
+SIMMIM = dict(token="replace", mask_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)
+# and on a CNN in these as well, as released; with --recipe small both train alike
+SIMMIM_CNN = dict(lr=2e-4, token_lr=1.0, crop_min=0.67)
+
+# --recipe small, for fewer than FEW_IMAGES images (no paper's; found on photographs and clip art). The released lr
+# shrinks with the batch and would come to nothing, so this one is a peak lr for any batch. The mean residual over a
+# small batch says little, so each image has its own spectrum.
+FEW_IMAGES = 100_000
 SMALL = dict(spectrum="image", token_lr=1.0, schedule="cosine")
-FEW_STEPS, FEW_IMAGES, SMALL_STEPS, SMALL_PEAK = 500, 100_000, 1500, 1e-3    # the peak is 3e-3 for a ResNet
+SMALL_STEPS = 1500
+SMALL_PEAK = 1e-3                                            # three times as much for a ResNet
+
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1, global_batch=16, log_every=5)
 
 
@@ -154,7 +162,7 @@ def train(args: SimpleNamespace, world: World) -> None:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     name = f"{Path(args.data).resolve().name}-{args.arch}" + (f"-{args.baseline}" if args.baseline else "")
-    args, saved = open_run(args, world, own={**DEFAULTS, **OLD}, name=name)
+    args, saved = open_run(args, world, own={**DEFAULTS, **OLD}, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         world.say("no --data given: running the demo on drawn shapes; the paper's run is\n"
@@ -165,16 +173,20 @@ def train(args: SimpleNamespace, world: World) -> None:
     journal = Journal(args, world, steps, keep, saved, export={"backbone.pt": model.encoder.backbone.state_dict})
 
     if peak * steps.total < 0.1:                             # about as far as AdamW can move a weight
+        cure = "raise --lr (per 512 images) or --epochs"
+        cure += ", or use --recipe small" if args.recipe != "small" else ""
         world.say(f"peak lr {peak:.1e} x {steps.total} steps = {peak * steps.total:.1g}: no weight moves further, so "
-                  "little will be learned; raise --lr (per 512 images) or --epochs")
+                  f"little will be learned; {cure}")
     millions, cells = sum(p.numel() for p in model.encoder.parameters()) / 1e6, math.prod(model.grid)
-    world.say(f"{args.arch}: {millions:.1f} M parameters, token before stage {model.mask_stage}\n"
+    small_stem = ", small stem (3x3, stride 1)" if args.stem == "small" else ""
+    patches = f", patches of {args.patch_size} px" if family(args.arch).name == "vit" else ""
+    world.say(f"{args.arch}: {millions:.1f} M parameters{small_stem}{patches}, token before stage {model.mask_stage}\n"
               f"{args.data}: {len(run.broken.source)} images at {told_size(args.image_size)}, "
-              f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden\n"
+              f"{hidden_count(cells, args.mask_ratio)} of {cells} cells hidden ({args.mask_cell} px)\n"
               f"{world.size} x {world.device.type}, amp {args.amp}, {run.loader.num_workers} workers each; global "
               f"batch {steps.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of {steps.per_epoch} steps"
               + f", from step {steps.start}" * bool(saved) + f"\nrecipe {args.recipe}"
-              + f" (small: epochs under {FEW_STEPS} steps)" * ("recipe" not in args.given) + f"; writing {args.out}/")
+              + f" (small: under {FEW_IMAGES:,} images)" * ("recipe" not in args.given) + f"; writing {args.out}/")
     preview_masks = draw_masks(len(previews), model.grid, args, world.device, args.seed)
     picture_steps = {round(i / max(1, args.sheets - 1) * steps.total) for i in range(args.sheets)}
 
@@ -212,22 +224,37 @@ def train(args: SimpleNamespace, world: World) -> None:
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             picture(step + 1)
             measure(step + 1)
+    journal.finish()                                         # raises Failed if a file that was promised is not there
     world.say(f"done: {args.out}/backbone.pt holds the encoder"
               + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
 
 
 def choose_recipe(args: SimpleNamespace, images: int, steps: Steps, encoder: Encoder) -> None:
-    """--recipe, if none was typed, and into args what `small` has and nobody typed."""
+    """--recipe, if none was typed, and into args what `small` and small images have and nobody typed.
+
+    Raises ValueError if no mask size was typed and none fits the image."""
     if args.recipe is None:
-        args.recipe = "small" if steps.per_epoch < FEW_STEPS and images < FEW_IMAGES else "imagenet"
+        args.recipe = "small" if images < FEW_IMAGES else "imagenet"
+    kept = {*args.given, *(DEMO if args.demo else {}), *(SIMMIM if args.baseline else {})}
+    few_units = math.prod(mask_grid_or_none(args) or (0,)) < FEW_UNITS and "mask_cell" not in kept
+    chosen = {}
     if args.recipe == "small":
-        kind, typed = family(args.arch).name, args.given.get("mask_cell")
-        unit, peak = args.patch_size if kind == "vit" else 8, SMALL_PEAK * (3 if kind == "resnet" else 1)
-        cell, stage = fit_cell(encoder, pair(args.image_size), unit, typed)
-        small = dict(SMALL, lr=peak * 512 / steps.global_batch, min_lr=peak / 100, mask_cell=cell, mask_stage=stage,
-                     epochs=SMALL_STEPS / steps.per_epoch)
-        kept = {*args.given, *(DEMO if args.demo else {}), *(SIMMIM if args.baseline else {})}
-        vars(args).update({name: value for name, value in small.items() if name not in kept})
+        kind = family(args.arch).name
+        peak = SMALL_PEAK * (3 if kind == "resnet" else 1)
+        args.peak_lr = None if "lr" in kept else peak
+        chosen = dict(SMALL, lr=peak * 512 / steps.global_batch, min_lr=peak / 100, crop_min=RECIPES[kind]["crop_min"],
+                      epochs=SMALL_STEPS / steps.per_epoch)
+    if args.recipe == "small" or few_units:
+        unit = args.patch_size if family(args.arch).name == "vit" else 8
+        cell, stage = fit_cell(encoder, pair(args.image_size), unit, args.given.get("mask_cell"))
+        chosen |= dict(mask_cell=cell, mask_stage=stage)
+    vars(args).update({name: value for name, value in chosen.items() if name not in kept})
+
+
+def mask_grid_or_none(args: SimpleNamespace) -> tuple[int, int] | None:
+    """The grid of mask cells; None if the image is not a multiple of the cell."""
+    with contextlib.suppress(ValueError):
+        return mask_grid(pair(args.image_size), args.mask_cell)
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Run, HeldOut | None, Tensor]:
@@ -238,11 +265,19 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> tuple[Ru
     source, others = hold_out(open_images(args.data, "train", size, args.data_root, crop_min=args.crop_min), args, size)
     steps = Steps.plan(args, world, len(source), saved)
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same weights
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window, args.stem)
     if not saved:
         choose_recipe(args, len(source), steps, encoder)
         steps = Steps.plan(args, world, len(source), saved)
-    hidden_count(math.prod(mask_grid(size, args.mask_cell)), args.mask_ratio)        # raises if they do not fit
+    elif "lr" in args.given:
+        args.peak_lr = None
+    elif args.peak_lr:                                       # of the small recipe: the same at any batch
+        args.lr = args.peak_lr * 512 / steps.global_batch
+    cells = math.prod(mask_grid(size, args.mask_cell))
+    hidden_count(cells, args.mask_ratio)                     # raises if they do not fit
+    if cells < FEW_UNITS:
+        world.say(f"warning: {cells} mask cells of {args.mask_cell} px are too few to learn much from; use a smaller "
+                  f"--mask-cell or a larger --image-size")
     batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
     loader = make_loader(Samples(source, CropAndFlip(size, args.crop_min), args.seed), batches, args.workers, world)
 
@@ -306,7 +341,9 @@ FLAGS = {
         "arch": ("resnet50", checked("NAME", family), "a backbone of the paper, or any of torchvision's"),
         "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT 0.1, else 0)"),
-        "patch_size": (16, count, "ViT only"),
+        "patch_size": (16, count, "ViT only; 4 for images below 64 px"),
+        "stem": (None, STEMS, "ResNet only: imagenet (7x7, stride 2, pooling), or small (3x3, stride 1), which is the "
+                 "default below 64 px"),
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 px")},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
@@ -318,7 +355,7 @@ FLAGS = {
         "log_weight": (True, yes_no, "log(1 + |D|^alpha) as frequency weight"),
         "focal_pixels": (True, yes_no, "focal L1 over pixels, or plain L1")},
     "optimiser": {
-        "recipe": (None, ("imagenet", "small"), f"as released, or for few images (an epoch of < {FEW_STEPS} steps)"),
+        "recipe": (None, ("imagenet", "small"), f"as released, or for few images (< {FEW_IMAGES:,})"),
         "epochs": (300, number(float, 0.001, MAX_EPOCHS), "passes over the data; a fraction such as 0.5 too"),
         "batch_size": (None, count, "images per process and forward pass (GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),
@@ -327,11 +364,13 @@ FLAGS = {
         "min_lr": (1e-5, positive, "floor of the cosine, absolute"),
         "schedule": ("cosine", ("cosine", "step"), "after warm-up: cosine, or constant and x0.1 for the last eighth"),
         "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
-        "weight_decay": (0.05, positive, "AdamW's"),
+        "weight_decay": (0.05, number(float, 0, 1000), "AdamW's"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
     "run": {**RUN_FLAGS, "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
 }
-DEFAULTS, OLD = {**defaults(FLAGS), "global_batch": None}, dict(val=0.0, recipe="imagenet")  # of runs before them
+# What a flag or a recipe can set. peak_lr: of the small recipe, None if --lr was typed
+DEFAULTS = {**defaults(FLAGS), "global_batch": None, "peak_lr": None}
+OLD = dict(val=0.0, recipe="imagenet", stem="imagenet")      # of runs that were begun before these flags
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
@@ -340,10 +379,13 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     given = vars(parser.parse_args(argv))
     demo = DEMO if "data" not in given else {}
     arch = given.get("arch", demo.get("arch", DEFAULTS["arch"]))
-    baseline = SIMMIM if "baseline" in given else {}
+    baseline = {}
+    if "baseline" in given:
+        baseline = {**SIMMIM, **(SIMMIM_CNN if family(arch).convolutional else {})}
     recipe = {**RECIPES[family(arch).name], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
-    more = dict(program="pretrain.py", given=given, demo=bool(demo))
-    return SimpleNamespace(**{**DEFAULTS, "arch": arch, **recipe, **given}, **more)
+    image_size = given.get("image_size", recipe["image_size"])
+    settings = {**DEFAULTS, "arch": arch, **recipe, **for_small_images(arch, image_size), **given}
+    return SimpleNamespace(**settings, program="pretrain.py", given=given, demo=bool(demo))
 
 
 if __name__ == "__main__":

@@ -1332,6 +1332,7 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     )
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "args.json",
         "log.jsonl",
         "checkpoint.pt",
@@ -1576,11 +1577,11 @@ def settings_of(capsys, out, *flags):
 
 def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
-    common = "--data shapes --arch resnet18 --image-size 64".split()
+    common = "--data shapes --arch resnet18 --image-size 96".split()
     peaks = []
     for batch in (4, 8):
         made, said = settings_of(capsys, tmp_path / f"{batch}", *common, "--batch-size", str(batch))
-        assert made["recipe"] == "small" and "recipe small (small: epochs under 500 steps); writing" in said
+        assert made["recipe"] == "small" and "recipe small (small: under 100,000 images); writing" in said
         assert made["epochs"] * (32 // batch) == 8           # counted in steps
         peaks.append(made["lr"] * batch / 512)
     assert peaks == pytest.approx([3e-3, 3e-3])
@@ -1594,12 +1595,51 @@ def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images
     for name in ("lr", "mask_cell", "mask_stage", "spectrum", "min_lr", "token_lr"):
         assert made[name] == getattr(released, name), name
     made, _ = settings_of(capsys, tmp_path / "simmim", *common, *"--baseline simmim --batch-size 8".split())
-    assert (made["mask_stage"], made["token"], made["mask_cell"]) == (1, "replace", 8)       # the same cells as A2MIM
+    assert (made["mask_stage"], made["token"], made["mask_cell"]) == (1, "replace", 16)      # the same cells as A2MIM
 
 
-@pytest.mark.parametrize("per_epoch, images, recipe", [(499, 20_000, "small"), (500, 20_000, "imagenet"),
-                                                       (300, 1_281_167, "imagenet")])
-def test_imagenet_at_a_huge_batch_is_not_small(per_epoch, images, recipe):
+def test_a_resumed_small_run_keeps_its_peak_lr_at_another_batch(few_images, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
+    flags = "--data shapes --arch resnet18 --image-size 32 --batch-size 8".split()
+    settings_of(capsys, tmp_path / "run", *flags)
+    made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "4", "--epochs", "3")
+    assert made["lr"] * 4 / 512 == pytest.approx(3e-3) and "peak lr 3.00e-03" in said
+    made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "8", "--epochs", "4", "--lr", "0.1")
+    assert made["lr"] == 0.1 and "peak lr 1.56e-03" in said  # a typed lr is per 512 images: 0.1 * 8 / 512
+
+
+DIFFERENCES = {"baseline", "token", "mask_stage", "fill", "fourier_weight", "focal_pixels"}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "efficientnet_b0", "deit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("images, batch", [(9_469, 64), (9_469, 8), (1_281_167, 2048)])
+def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own_recipe(arch, images, batch):
+    size = 64 if images < 100_000 else 192
+    resolved = []
+    for more in ([], ["--baseline", "simmim"]):
+        args = pretrain.parse(["--data", "x", "--arch", arch, "--image-size", str(size), *more])
+        encoder = build_encoder(arch, size, patch_size=args.patch_size)
+        steps = pretrain.Steps(batch, batch, images // batch, 1, 0, 0)
+        pretrain.choose_recipe(args, images, steps, encoder)
+        resolved.append(vars(args))
+    a2mim, simmim = resolved
+    different = {name for name in a2mim if a2mim[name] != simmim[name]} - {"given"}
+    on_a_cnn = arch not in ("deit_tiny", "swin_tiny")
+    if images < 100_000 or not on_a_cnn:
+        assert different <= DIFFERENCES
+        assert simmim["token"] == "replace" and simmim["fourier_weight"] == 0 and simmim["fill"] == "zero"
+    else:                                                    # the released SimMIM of ResNet-50
+        assert different <= DIFFERENCES | {"lr", "token_lr", "crop_min"}
+        assert (simmim["lr"], simmim["token_lr"], simmim["crop_min"]) == (2e-4, 1.0, 0.67)
+        assert (a2mim["lr"], a2mim["token_lr"], a2mim["crop_min"]) == (3e-4, 0.1, 0.8)
+    if images < 100_000:
+        peak = simmim["lr"] * batch / 512
+        assert peak == pytest.approx(3e-3 if arch == "resnet18" else 1e-3)
+
+
+@pytest.mark.parametrize("per_epoch, images, recipe", [(499, 20_000, "small"), (12_499, 99_999, "small"),
+                                                       (500, 100_000, "imagenet"), (300, 1_281_167, "imagenet")])
+def test_the_number_of_images_alone_decides_whether_a_run_is_small(per_epoch, images, recipe):
     args = pretrain.parse(["--data", "x", "--arch", "resnet18"])
     steps = pretrain.Steps(images // per_epoch, images // per_epoch, per_epoch, 1, 0, 0)
     pretrain.choose_recipe(args, images, steps, build_encoder("resnet18", 224))
@@ -1619,6 +1659,57 @@ def test_cells_and_token_of_the_small_recipe_fit_the_image(arch, size, cell):
     else:                                                    # features there are at most half a cell wide, the next not
         strides = [size[0] / shape[2] for shape in encoder.shapes(size)]
         assert strides[stage] <= got / 2 and all(s > got / 2 for s in strides[stage + 1 : -1])
+
+
+@pytest.mark.parametrize("arch, size, flags, cells, stage", [
+    ("resnet18", 32, "", 16, 4),                             # the small stem: stride 4 before stage 4
+    ("resnet18", 32, "--stem imagenet", 16, 2),              # stride 4 before stage 2, 8 before stage 3
+    ("deit_tiny", 32, "", 64, 1),                            # patches and cells of 4 px
+    ("convnext_tiny", 32, "", 16, 1),
+    ("resnet18", 64, "--recipe imagenet", 64, 2),            # 32 px would be 4 cells
+    ("vit_base", 64, "--recipe imagenet", 16, 1),
+    ("resnet50", 96, "--recipe imagenet", 9, 4),             # 32 px: as released
+])
+def test_small_images_have_at_least_nine_cells(arch, size, flags, cells, stage):
+    args = pretrain.parse(["--data", "x", "--arch", arch, "--image-size", str(size), *flags.split()])
+    encoder = build_encoder(arch, size, patch_size=args.patch_size, stem=args.stem)
+    pretrain.choose_recipe(args, 50_000, pretrain.Steps(32, 32, 1562, 1, 0, 0), encoder)
+    net = A2MIM(encoder, size, args.mask_cell, args.mask_stage)
+    assert (math.prod(net.grid), net.mask_stage) == (cells, stage)
+
+
+def test_a_resnet_with_the_small_stem_is_torchvisions_but_for_its_first_convolution():
+    encoder = build_encoder("resnet18", 32, stem="small")
+    assert [tuple(shape[2:]) for shape in encoder.shapes((32, 32))] == [(32, 32)] * 3 + [(16, 16), (8, 8), (4, 4)]
+    plain, state = tv.resnet18(), encoder.backbone.state_dict()
+    assert state.pop("conv1.weight").shape == (64, 3, 3, 3)
+    found = plain.load_state_dict(state, strict=False)
+    assert found.missing_keys == ["conv1.weight", "fc.weight", "fc.bias"] and not found.unexpected_keys
+    plain.conv1, plain.maxpool, plain.fc = encoder.backbone.conv1, nn.Identity(), nn.Identity()    # the documented line
+    images = torch.randn(2, 3, 32, 32)
+    close(plain.eval()(images), encoder.eval()(images).mean((2, 3)))
+
+
+def test_a_run_on_small_images_says_what_it_chose_and_fine_tuning_remembers_it(few_images, capsys, tmp_path):
+    flags = "--data shapes --arch resnet18 --image-size 32 --batch-size 8 --epochs 0.25".split()
+    made, said = settings_of(capsys, tmp_path / "run", *flags)
+    assert made["stem"] == "small" and "small stem (3x3, stride 1), token before stage 4" in said
+    assert "10 of 16 cells hidden (8 px)" in said
+    tune(tmp_path / "tuned", "--weights", tmp_path / "run" / "backbone.pt", "--epochs", "0.25")
+    assert "conv1.weight" not in capsys.readouterr().err     # it was loaded, not made new
+    assert torch.load(tmp_path / "tuned" / "best.pt")["conv1.weight"].shape == (64, 3, 3, 3)
+
+
+def test_few_cells_get_a_warning_and_one_cell_is_refused(few_images, capsys, tmp_path):
+    made, said = settings_of(capsys, tmp_path / "four", *"--data shapes --arch resnet18 --image-size 64".split(),
+                             *"--mask-cell 32 --batch-size 8 --epochs 0.25".split())
+    assert "warning: 4 mask cells of 32 px are too few to learn much from" in said
+    for size, flags, words in ((32, ["--mask-cell", "32"], "mask ratio 0.6: hides all of 1 mask cells"),
+                               (16, [], "image side 16: not a multiple of the 32-pixel mask cell; use 32"),
+                               (32, ["--arch", "deit_tiny", "--patch-size", "16"], "--patch-size")):
+        flags = ["--data", "shapes", "--arch", "resnet18", "--image-size", size, "--batch-size", 8, *flags]
+        code, said = complaint(capsys, *flags, "--out", tmp_path / "x")
+        assert code == 2 and words in said and said.count("\n") == 1
 
 
 # ---- pre-training: the command line ----
@@ -2371,7 +2462,7 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backb
             image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
             with torch.no_grad():
                 close(torch.from_numpy(row), net(image[None])[0], atol=1e-4, rtol=1e-4)
-        assert {p.name for p in out.iterdir()} == {"features.npz", "args.json"}
+        assert {p.name for p in out.iterdir()} == {"features.npz", "args.json", ".lock"}
     (tmp_path / "flat" / "2.png").write_bytes(b"no image")
     again = [*flags, "--data", tmp_path / "flat", "--out", tmp_path / "flat-out"]
     code, said = complaint(capsys, *again, main=finetune.main)
@@ -2398,6 +2489,7 @@ def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_image
     )  # remembered from beside the weights
     assert result["images"] == 32 and result["labels"] == 32 and 0 <= result["top1"] <= 1
     assert {p.name for p in (tmp_path / "tuned").iterdir()} == {
+        ".lock",
         "args.json",
         "log.jsonl",
         "checkpoint.pt",
@@ -2516,7 +2608,7 @@ def test_the_device_is_not_remembered(few_images, tmp_path):
 FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
     number, code, few_images, capsys, tmp_path, monkeypatch
 ):
@@ -2738,3 +2830,248 @@ def test_another_global_batch_goes_on_at_the_same_epoch(few_images, capsys, tmp_
     assert "the schedule goes on at epoch 3.00, but not bit by bit" in capsys.readouterr().err
     assert [(line["step"], line["epoch"]) for line in lines[-4:]] == [(7, 3.5), (8, 4.0), (9, 4.5), (10, 5.0)]
     assert max(line["step"] for line in lines[:-4]) == 12    # the lines of before are kept
+
+
+# ---- faults: nothing is called done that is not on the disk, and no checkpoint is lost ----
+
+def test_a_run_whose_weights_are_not_finite_is_not_called_done(few_images, capsys, tmp_path):
+    for name, epochs in (("short", "1"), ("step", "0.25")):  # 4 steps of which 3 are bad; 1 step, which looks good
+        code, said = complaint(capsys, *TINY, "--lr", "1e308", "--epochs", epochs, "--out", tmp_path / name)
+        assert code == 1 and "not finite" in said and "lower --lr" in said and "done" not in said
+        assert not (tmp_path / name / "checkpoint.pt").exists() and not (tmp_path / name / "backbone.pt").exists()
+
+
+def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(few_images, capsys, tmp_path, monkeypatch):
+    right = pretrain.train_step
+
+    def bad_at_the_end(step, *rest):
+        record = right(step, *rest)
+        return {name: value * (math.nan if step >= 6 else 1) for name, value in record.items()}
+    monkeypatch.setattr(pretrain, "train_step", bad_at_the_end)
+    code, said = complaint(capsys, *TINY, *FLAGS, "--out", tmp_path)
+    assert code == 1 and "loss is not finite, 2 times in a row at step 8" in said and "done" not in said
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from engine.files import lock_folder
+lock_folder(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(few_images, capsys, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        for more in ([], ["--resume"]):
+            code, said = complaint(capsys, *TINY, "--epochs", "1", "--out", tmp_path, *more)
+            assert code == 2 and "another run is writing there; wait for its end, or choose another --out" in said
+            assert said.count("\n") == 1 and {path.name for path in tmp_path.iterdir()} == {".lock"}
+    finally:
+        other.kill()
+        other.wait()
+    run(tmp_path, "--epochs", "1")                           # the kernel has released the lock of the dead
+
+
+def test_a_broken_checkpoint_never_replaces_the_whole_one_before_it(few_images, tmp_path, monkeypatch):
+    run(tmp_path, *FLAGS)
+    (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
+    before = (tmp_path / "checkpoint-previous.pt").read_bytes()
+    replace = os.replace
+
+    def killed(old, new):
+        if Path(new).name == "checkpoint.pt":
+            raise KeyboardInterrupt                          # where a SIGKILL would hurt: before the new name is given
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--resume", "--epochs", "3", "--save-every", "1")
+    assert (tmp_path / "checkpoint-previous.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "log.jsonl", "args.json"])
+@pytest.mark.parametrize("make, kind", [(os.mkdir, "is a folder"), (os.mkfifo, "is a pipe or device")])
+def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_at_the_start(
+    name, make, kind, few_images, capsys, tmp_path
+):
+    make(tmp_path / name)
+    code, said = complaint(capsys, *TINY, "--out", tmp_path, "--resume")
+    assert code == 2 and f"{tmp_path / name}: {kind}, a run writes a file of this name" in said and said.count("\n") == 1
+
+
+def test_best_pt_that_cannot_be_written_fails_the_run_and_resume_makes_it(few_images, capsys, tmp_path):
+    flags = ["--init", "scratch", "--arch", "shufflenet_v2_x0_5", "--image-size", "32", "--data", "shapes"]
+    flags += "--epochs 1 --batch-size 8 --workers 0 --amp off".split()
+    (tmp_path / "best.pt.tmp").mkdir()
+    code, said = complaint(capsys, *flags, "--out", tmp_path, main=finetune.main)
+    assert code == 1 and "best.pt not written" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
+    assert not (tmp_path / "result.json").exists()
+    (tmp_path / "best.pt.tmp").rmdir()
+    finetune.main(["--out", str(tmp_path), "--resume"])
+    assert (tmp_path / "best.pt").is_file() and (tmp_path / "result.json").is_file()
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(few_images, tmp_path):
+    code = "import pretrain, sys; pretrain.main(sys.argv[1:])"
+    flags = "--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 0 --amp off --epochs 0.002".split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, "--data", "shapes", *flags, "--out", tmp_path], cwd=HERE,
+                              stderr=full, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "backbone.pt").is_file()
+
+
+def in_workers(monkeypatch, act):
+    """Makes every image that a loader worker reads run act(); reads in the main process stay as they are."""
+    right, main = data.Shapes.read, os.getpid()
+
+    def read(self, index, **more):
+        if os.getpid() != main:
+            act()
+        return right(self, index, **more)
+    monkeypatch.setattr(data.Shapes, "read", read)
+
+
+def test_a_loader_worker_that_is_killed_gets_one_line(few_images, capsys, tmp_path, monkeypatch):
+    in_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    code, said = complaint(capsys, *TINY, "--epochs", "1", "--workers", "1", "--out", tmp_path)
+    last = said.splitlines()[-1]
+    assert code == 1 and "a loader worker was killed" in last and "--workers 0" in last and "Traceback" not in said
+
+
+def test_a_full_shared_memory_gets_one_line_that_names_the_cure():
+    world = command.World()
+    for error in (RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device"),
+                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                               "dataloader's workers are out of shared memory.")):
+        code, line = command.explain(error, world)
+        assert code == 1 and all(word in line for word in ("/dev/shm", "--workers 0", "--shm-size", "--ipc=host"))
+
+
+def test_a_process_whose_worker_raised_ends_after_its_line(tmp_path):
+    """torch raises a worker's error again from a frame that holds the loader: its deaf workers kept the process."""
+    code = ("import data, pretrain, sys, os\n"
+            "main, right = os.getpid(), data.Shapes.read\n"
+            "def read(self, index, **more):\n"
+            "    if os.getpid() != main: raise TypeError('the label is odd')\n"
+            "    return right(self, index, **more)\n"
+            "data.Shapes.read = read\n"
+            "pretrain.main(sys.argv[1:])")
+    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 1 --val 0".split()
+    done = subprocess.run([sys.executable, "-c", code, *flags, "--out", tmp_path], cwd=HERE, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 1 and "the label is odd" in done.stderr
+
+
+def test_a_mistake_found_by_a_worker_is_told_without_the_workers_name(few_images, capsys, tmp_path, monkeypatch):
+    error = ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback:\n  File x\nValueError: a: b is odd")
+    assert command.explain(error, command.World()) == (2, "error: a: b is odd")
+
+
+def test_a_loader_that_fails_in_mid_run_is_a_failed_run_that_can_go_on(few_images, capsys, tmp_path, monkeypatch):
+    log, final = run(tmp_path / "whole", *FLAGS)
+    step = pretrain.train_step
+
+    def gone(at, *rest):
+        if at == 5:
+            raise command.Failed("the data are gone")
+        return step(at, *rest)
+    monkeypatch.setattr(pretrain, "train_step", gone)
+    code, said = complaint(capsys, *TINY, *FLAGS, "--save-every", "100", "--out", tmp_path / "cut")
+    told = f"the data are gone (stopped after step 5; go on with --out {tmp_path / 'cut'} --resume)"
+    assert code == 1 and said.splitlines()[-1] == f"pretrain.py: {told}"
+    monkeypatch.setattr(pretrain, "train_step", step)
+    again, repeated = run(tmp_path / "cut", *FLAGS, "--resume")
+    assert again == log
+    same_weights(final, repeated)
+
+
+@pytest.mark.parametrize("line", ["5", '{"note": 1}', "[1, 2]", '{"step": "x", "epoch": 1}', "\xff\xfe broken"])
+def test_a_log_with_odd_lines_is_resumed_without_them(line, few_images, tmp_path):
+    run(tmp_path, "--epochs", "1")
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    log, _ = run(tmp_path, "--resume", "--epochs", "2", base=[])
+    assert [entry["step"] for entry in log] == list(range(1, 9))
+
+
+CRAFTED = {
+    "step": "x", "per_epoch": 0, "world": 0, "skipped": "a", "args": [], "model": [], "broken": 5, "optimizer": 7,
+    ("args", "program"): None, ("args", "workers"): "a", ("args", "image_size"): [], ("args", "lr"): "nan",
+    ("args", "arch"): "resnet51", ("args", "amp"): "fp8", ("args", "epochs"): {}, ("args", "save_every"): "soon",
+}
+
+
+@pytest.mark.parametrize("place", CRAFTED, ids=str)
+def test_a_crafted_checkpoint_gets_one_line(place, few_images, capsys, tmp_path):
+    run(tmp_path, "--epochs", "0.25")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if isinstance(place, tuple):
+        state[place[0]][place[1]] = CRAFTED[place]
+    else:
+        state[place] = CRAFTED[place]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    code, said = complaint(capsys, "--out", tmp_path, "--resume")
+    assert code == 2 and f"{tmp_path / 'checkpoint.pt'}: " in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_a_checkpoint_with_weights_that_are_nan_is_not_resumed(few_images, capsys, tmp_path):
+    run(tmp_path, "--epochs", "0.25")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["model"]["decoder.0.bias"][0] = math.nan
+    torch.save(state, tmp_path / "checkpoint.pt")
+    code, said = complaint(capsys, "--out", tmp_path, "--resume")
+    assert code == 2 and "weights that are NaN" in said
+
+
+def test_values_of_flags_are_shown_harmless_and_short(capsys):
+    for value in ("1\n2", "\x1b[2J1", "9" * 5000 + "x"):
+        code, said = complaint(capsys, "--data", "x", "--accum", value)
+        assert code == 2 and "argument --accum: " in said and said.count("\n") == 1 and len(said) < 1200
+        assert said.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("made, resumed", [("--channels-last", "--no-channels-last"),
+                                           ("--no-channels-last", "--channels-last")])
+def test_a_run_is_resumed_in_the_other_memory_format(made, resumed, few_images, tmp_path):
+    flags = ["--arch", "shufflenet_v2_x0_5", "--mask-cell", "32", "--mask-stage", "1", "--save-every", "1"]
+    run(tmp_path / "cut", *flags, made, "--epochs", "1")
+    _, whole = run(tmp_path / "whole", *flags, made, "--epochs", "1")
+    (tmp_path / "whole" / "log.jsonl").unlink()              # go on from the same place, one in each format
+    for name, form in (("whole", made), ("cut", resumed)):
+        pretrain.main(["--out", str(tmp_path / name), "--resume", form, "--epochs", "2"])
+    finals = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
+    same_weights(*finals, atol=2e-4, rtol=1e-3)              # sums in another order; mixed-up moments would be 0.1 off
+
+
+def test_a_bf16_run_that_is_resumed_in_fp16_scales_its_gradients(few_images, tmp_path):
+    _, state = run(tmp_path, "--epochs", "0.25", "--amp", "bf16")
+    assert state["scaler"]["scale"] == 1.0
+    _, state = run(tmp_path, "--epochs", "0.5", "--resume", "--amp", "fp16", base=[])
+    assert state["scaler"]["scale"] > 1.0 and state["step"] == 2
+
+
+@pytest.mark.parametrize("make", ["fifo", "zero"])
+def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(make, few_images, capsys, tmp_path):
+    path = Path("/dev/zero")
+    if make == "fifo":
+        path = tmp_path / "pipe.pt"
+        os.mkfifo(path)
+    code, said = complaint(capsys, *TINY, "--epochs", "1", "--weights", path, "--out", tmp_path / "run")
+    assert code == 2 and str(path) in said and said.count("\n") == 1
+
+
+def test_resume_alone_says_which_flag_names_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = complaint(capsys, "--resume")
+    assert code == 2 and "give the run's folder with --out" in said
+
+
+def test_a_refused_folder_below_one_that_is_not_there_leaves_nothing(few_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(Path("nowhere/../run"), "--epochs", "0.25")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -4,11 +4,12 @@ A mistake of the user (ValueError) ends a run with exit code 2, a failed run (Fa
 128 + its number. Each is told in one line: what was given, what is allowed, how to fix it.
 """
 
+import contextlib
 import gc
 import os
 import signal
 import sys
-import time
+import threading
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .files import one_line, release_locks
 
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")   # a 1x1 convolution: both
 
@@ -34,6 +37,7 @@ class World:
     rank: int = int(os.environ.get("RANK", 0))
     local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
     local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    store = None                                             # where the processes meet, once they do
 
     def __post_init__(self):
         self.use(torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
@@ -68,7 +72,20 @@ class World:
         """The store where the processes meet. A restart by torchrun has its own, without the addresses of the dead."""
         store, *_ = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        return dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store
+        self.store = dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store
+        return self.store
+
+    def tells_the_end(self) -> None:
+        """Notes, for `end_was_told` of the other processes, that this one is about to say why the run ends."""
+        with contextlib.suppress(Exception):                 # the store may be gone with the process that kept it
+            if self.store:
+                self.store.set("told", "1")
+
+    def end_was_told(self) -> bool:
+        try:
+            return self.store is not None and self.store.check(["told"])
+        except Exception:                                    # the store is gone: nobody can have told it there
+            return False
 
     def default_amp(self) -> str:
         """bf16 if the device computes in it natively; else fp16 on an NVIDIA GPU, off on what is left."""
@@ -141,11 +158,16 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C, so that the step can be finished and saved. A second Ctrl-C ends it at once."""
+    """Notes Ctrl-C, SIGTERM and SIGHUP (a closed terminal), so that the step can be finished and saved.
+
+    A second Ctrl-C ends the run at once. SIGHUP stays ignored under nohup."""
     number = 0                                               # of the last one, 0 = none yet
 
     def __enter__(self) -> "Signals":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        noted = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            noted.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.note) for number in noted}
         return self
 
     def note(self, number: int, frame) -> None:
@@ -158,43 +180,97 @@ class Signals:
             signal.signal(number, handler)
 
 
-def what_went_wrong(error: BaseException, world: World) -> tuple[int, str]:
-    """An exception as (exit code, one line). A bug is told with its traceback, and has no line."""
+class Unbreakable:
+    """A text stream whose write errors are dropped: a terminal that was closed, or a log on a full disk, ends no run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):                        # ValueError: the stream was closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+WORKER_KILLED = "DataLoader worker"                          # in torch's message if one was killed
+NO_SHARED_MEMORY = ("shared memory", "Bus error")
+NO_MEMORY = ("can't allocate memory", "Unable to allocate", "MPS backend out of memory")
+
+
+def explain(error: BaseException, world: World) -> tuple[int, str] | None:
+    """An exception as (exit code, one line); None for a bug, which needs its traceback."""
     text = str(error)
-    first, last = (text.splitlines() or [""])[0], (text.splitlines() or [""])[-1].strip()
-    full = ("can't allocate memory", "Unable to allocate", "MPS backend out of memory")
-    if isinstance(error, MemoryError) or any(words in text for words in full):
-        return 1, f"not enough memory ({last or 'no more is said'}); use a smaller --image-size or --batch-size"
-    if isinstance(error, ValueError):                        # a loader worker sends a traceback, the message last
-        return 2, f"error: {last}"
+    lines = text.splitlines() or [""]
+    first, last = lines[0].strip(), lines[-1].strip()
+    in_worker = text.startswith("Caught ")                   # a loader worker sends its whole traceback
     if isinstance(error, Stopped):
         return error.code, text
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by Ctrl-C"
+    if any(words in text for words in NO_SHARED_MEMORY) and isinstance(error, (OSError, RuntimeError)):
+        return 1, ("no shared memory is left for the loader (/dev/shm); use --workers 0, or give a container more: "
+                   "docker run --shm-size=32g, or --ipc=host")
+    if isinstance(error, RuntimeError) and WORKER_KILLED in text and not in_worker:
+        return 1, ("a loader worker was killed (by the system, if memory ran out); use fewer --workers, --workers 0, or "
+                   "a smaller --batch-size")
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return 1, f"not enough memory ({last or 'no more is said'}); use a smaller --image-size or --batch-size"
+    if in_worker and isinstance(error, (Failed, ValueError)):
+        text = last.split(": ", 1)[-1]                       # behind the exception's name
+    if isinstance(error, ValueError):
+        return 2, f"error: {one_line(text)}"
     if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
-        return 1, "lost another process (killed, or ended by an error of its own); --resume goes on from the checkpoint"
+        return 1, (f"lost another process, or could not reach it ({one_line(first)[:200]}); --resume goes on from the "
+                   f"checkpoint")
     if isinstance(error, (Failed, OSError, torch.OutOfMemoryError)):
-        return 1, first
+        return 1, one_line(text if isinstance(error, Failed) else first)
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):        # such as no C++ compiler
         return 1, f"--compile: {first}; repair that, or run without it"
-    traceback.print_exception(error)
-    return 1, ""
+    return None
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Empties the frames of an exception and of those that led to it.
+
+    One of them may hold the loader, whose workers ignore SIGTERM: Python would wait for them at its end."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     """Runs train(parse(argv), world), and turns what went wrong into one line on stderr and an exit code."""
     world, code, message = World(), 0, ""
+    stderr, sys.stderr = sys.stderr, Unbreakable(sys.stderr)
     try:
         train(parse(argv), world)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = what_went_wrong(error, world)
-    # here the exception and its frames are gone, and with them the loader and its workers
+        if known := explain(error, world):
+            code, message = known
+        else:
+            code = 1
+            traceback.print_exception(error)
+        clear_frames(error)
+    finally:
+        release_locks()
     failed = code in (1, 2)
-    if failed and world.rank:                                # rank 0 speaks first; the others if it does not
-        time.sleep(10)
+    if failed and world.rank:
+        wait_for_rank_0(world)
         message = message and f"rank {world.rank}: {message}"
     if message and (failed or not world.rank):
+        world.tells_the_end()
         print(f"{program}: {message}", file=sys.stderr, flush=True)
+    sys.stderr = stderr
     if failed and world.size > 1:
         os._exit(code)                                       # the others may be waiting for us; the launcher ends them
     if dist.is_initialized():
@@ -202,3 +278,12 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         gc.collect()                                         # DDP keeps the group; its threads must end before Python
     if code:
         sys.exit(code)
+
+
+def wait_for_rank_0(world: World) -> None:
+    """Rank 0 tells what went wrong, for all. If it was killed it cannot: torchrun then ends the others by SIGTERM, and
+    this process speaks; so it does if nobody has ended it after 10 seconds."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    if ended.wait(10) and world.end_was_told():
+        os._exit(1)

@@ -1,11 +1,13 @@
-"""What a run leaves on the disk: its folder, checkpoints that survive a kill, log lines.
+"""Everything a run writes: its folder and the lock on it, checkpoints, log lines.
 
+    lock_folder      one run at a time in a folder
     load_checked     torch.load for files that may be damaged
     save_atomically  a file is the old one or the new one, never half of either
     read_checkpoint  the last one that is whole
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,20 +16,60 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-import torchvision
+try:
+    import fcntl                                             # not on Windows
+except ImportError:
+    fcntl = None
 
-from .command import World
+import torch
 
 # ---- the output folder ----
 
-def make_folder(args: SimpleNamespace, world: World, global_batch: int) -> None:
-    """The output folder, and args.json in it: every setting as it came out, and the versions."""
-    if world.rank == 0:
-        used = dict(global_batch=global_batch, torch=torch.__version__, torchvision=torchvision.__version__,
-                    world=world.size, device=world.device.type)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        (Path(args.out) / "args.json").write_text(json.dumps({**settings(args), **used}, indent=1) + "\n")
+WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt", "checkpoint-previous.pt",
+           "confusion.png", "features.npz", ".lock", "log.jsonl", "loss.png", "result.json")
+locks = {}                                                   # folder -> the open lock file of this process
+
+
+def make_and_lock(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lock_folder(out)
+
+
+def lock_folder(out: Path) -> None:
+    """Takes the folder for this process until `release_locks` or its end. Raises ValueError if another has it.
+
+    The kernel releases the lock when the process dies, however it dies. A lock of `lockf` is not inherited by loader
+    workers, so they cannot hold it after their parent was killed."""
+    key = os.path.realpath(out)
+    if fcntl is None or key in locks:
+        return
+    file = open(out / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"--out {printable(str(out))}: another run is writing there; wait for its end, or choose "
+                             f"another --out") from None
+        print(f"warning: {printable(str(out))} cannot be locked ({error.strerror}); do not start two runs in it",
+              file=sys.stderr)
+        return
+    locks[key] = file
+
+
+def release_locks() -> None:
+    while locks:
+        locks.popitem()[1].close()
+
+
+def refuse_odd_files(out: Path) -> None:
+    """Raises ValueError if a folder, a pipe or a device stands where a run writes a file."""
+    for name in WRITTEN:
+        path = out / name
+        if path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "pipe or device"
+            raise ValueError(f"{printable(str(path))}: is a {kind}, a run writes a file of this name; move it away, or "
+                             f"choose another --out")
 
 
 def settings(args: SimpleNamespace) -> dict:
@@ -38,9 +80,12 @@ def settings(args: SimpleNamespace) -> dict:
 # ---- checkpoints ----
 
 def load_checked(path: str | Path):
-    """torch.load of plain values: nothing in the file is executed. Raises OSError if a byte of it has flipped.
+    """torch.load of plain values: nothing in the file is executed.
 
-    A `.pt` is a zip file with checksums, and torch.load does not look at them."""
+    Raises OSError if it is no regular file (a pipe would be waited for), or if a byte of it has flipped: a `.pt` is a
+    zip file with checksums, and torch.load does not look at them."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path}: is not a regular file")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
@@ -66,24 +111,63 @@ def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> Non
                 shutil.copyfile(path, previous)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch wraps the errors of the disk
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} not written: {str(error).splitlines()[0]}") from None
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise OSError(f"{path} not written: {disk_error(error, path.parent)}") from None
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for a text. Raises OSError that names the file and the reason."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise OSError(f"{path} not written: {disk_error(error, path.parent)}") from None
+
+
+def disk_error(error: Exception, folder: Path) -> str:
+    """The reason why a file could not be written, in words of a user: torch says "unexpected pos" for a full disk."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 2**20:
+            return "no space left on the disk"
+    first = str(error).splitlines()[0]
+    return "the disk is full, or it failed" if "enforce fail" in first else first
 
 
 def read_checkpoint(out: Path) -> dict | None:
     """checkpoint.pt of a run, or the one before it if that is broken; None if there is none yet.
 
-    Raises ValueError if no file can be read."""
+    `path` is added to the state: the file that it came from. Raises ValueError if no file can be read."""
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path in paths:
         with contextlib.suppress(Exception):                 # torch.load has no one type for a broken file
             state = load_checked(path)
-            if {"step", "per_epoch", "world", "args", "skipped"} <= set(state):
+            if is_checkpoint(state):
                 return dict(state, path=str(path))
     if paths:
-        raise ValueError(f"{paths[0]}: cannot be read; is it whole, and a checkpoint of this program? "
-                         f"Move it away to start anew")
+        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this program (damaged, of another "
+                         f"program, or with weights that are NaN); move it away to start from the beginning")
     return None
+
+
+def is_checkpoint(state: dict) -> bool:
+    """Are the values there that every run saves, of their types, and all weights finite?"""
+    counters = {"step": 0, "per_epoch": 1, "world": 1, "skipped": 0}         # name -> smallest value
+    if not all(type(state[name]) is int and state[name] >= least for name, least in counters.items()):
+        return False
+    args = state["args"]
+    return isinstance(args, dict) and isinstance(args["program"], str) and all_finite(state["model"])
+
+
+def all_finite(state: dict) -> bool:
+    """Is there no NaN and no infinity in any tensor of a state dict?"""
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
 
 
 # ---- log lines ----
@@ -98,20 +182,26 @@ def append_line(log: Path, line: dict) -> None:
 
 
 def read_lines(log: Path) -> list[dict]:
-    """The lines of log.jsonl that are whole."""
+    """The lines of log.jsonl that are whole, and of this program: what else is in the file is passed over."""
     lines = []
-    for text in log.read_text().splitlines() if log.exists() else ():
+    for text in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "epoch")):
+                lines.append(line)
     return lines
 
 
 def trim_log(log: Path, epoch: float) -> None:
     """Drops the lines after `epoch`: these steps are about to be made again."""
     if log.exists():
-        beside = log.with_name(log.name + ".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in read_lines(log) if line["epoch"] <= epoch + 5e-5))
-        os.replace(beside, log)
+        kept = [line for line in read_lines(log) if line["epoch"] <= epoch + 5e-5]
+        write_text_atomically(log, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def one_line(text: str) -> str:
+    """Text as one line that a terminal only shows: line breaks and control characters as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(name: str) -> str:

@@ -15,6 +15,8 @@ from typing import Sequence
 
 import torch
 
+from .files import printable
+
 MAX_SIDE, MAX_EPOCHS = 8192, 100_000                         # more is a slip of the keyboard
 SWITCH = object()                                            # a kind of flag: one without a value
 SIDES = object()                                             # and one of one or two: 224, or 192 256 (height, width)
@@ -31,7 +33,7 @@ def number(kind: type, low: float, high: float = math.inf):
         if not low <= value <= high or value == math.inf:
             what = "an integer" if kind is int else "a number"
             most = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} {most}")
+            raise argparse.ArgumentTypeError(f"{printable(text)}: must be {what} {most}")
         return value
     read.metavar = "N" if kind is int else "X"
     return read
@@ -62,7 +64,7 @@ def checked(metavar: str, check):
 def how_often(text: str) -> str:
     """A kind of flag: '200' is every 200 steps, '10m' every ten minutes."""
     if not text.removesuffix("m").isdecimal() or int(text.removesuffix("m")) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of steps such as 200, or of minutes such as 10m")
+        raise argparse.ArgumentTypeError(f"{printable(text)}: must be a number of steps such as 200, or of minutes such as 10m")
     return text
 
 
@@ -117,6 +119,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, usage=usage, description=doc, epilog=f"recipes (a flag overrides):\n{rows}",
                          argument_default=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.flags = flags
         by_recipe = {name for row in recipes.values() for name in row}
         for title, group in flags.items():
             g = self.add_argument_group(title)
@@ -137,7 +140,9 @@ class Parser(argparse.ArgumentParser):
                 g.add_argument("--" + name.replace("_", "-"), **more)
 
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
+        most = 1000                                          # a value of any length may be quoted in it
+        told = message if len(message) <= most else message[:most] + "..."
+        raise ValueError(f"{told}; see --help")
 
 
 def defaults(flags: dict) -> dict:
@@ -157,13 +162,31 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
     except (ValueError, OSError, AttributeError, RecursionError):
         raise ValueError(f"{beside}: cannot be read as the settings of a run; move it away and give --arch") from None
     for name, value in kept.items():
-        flag, words = "--" + name.replace("_", "-"), value if type(value) is list else [value]
-        try:                                                 # as if it were typed
-            right = all(type(word) in (int, float, str) for word in words)
-            right = right and getattr(parser.parse_args([flag, *map(str, words)]), name) == value
-        except ValueError:
-            right = False
-        if not right:
+        if not accepts(parser.flags, name, value):
+            flag = "--" + name.replace("_", "-")
             raise ValueError(f"{beside}: {name} is {value!r}, which {flag} would refuse; repair it, or move the file "
                              f"away and give the flags")
     return kept
+
+
+def accepts(flags: dict, name: str, value) -> bool:
+    """Could the flag `name` have this value? For settings that come from a file."""
+    found = [row[name] for row in flags.values() if name in row]
+    if not found:                                            # what a recipe alone can set
+        return value is None or type(value) in (str, int, float, bool, list, tuple)
+    default, kind, _ = found[0]
+    if value is None:
+        return True
+    if kind in (bool, SWITCH):
+        return type(value) is bool
+    if isinstance(kind, tuple):
+        return value in kind
+    if kind is SIDES:
+        sides = value if type(value) is list else [value]
+        return len(sides) in (1, 2) and all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+    if type(value) not in (str, int, float):
+        return False
+    try:                                                     # as if it were typed
+        return kind(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False

@@ -5,7 +5,9 @@
     Journal          what happens around every step: count, log, save, stop
 """
 
+import json
 import math
+import os
 import signal
 import tempfile
 import time
@@ -14,21 +16,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from .command import Failed, Signals, Stopped, World
-from .files import (append_line, make_folder, peak_memory_mb, read_checkpoint, read_lines, save_atomically, settings,
-                    trim_log)
-from .flags import told_size
+from .command import Failed, Signals, Stopped, World, explain
+from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable, read_checkpoint,
+                    read_lines, refuse_odd_files, save_atomically, settings, trim_log, write_text_atomically)
+from .flags import accepts, told_size
 from .pictures import save_curve
 
 # ---- the start of a run ----
 
-def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple[SimpleNamespace, dict | None]:
+def open_run(args: SimpleNamespace, world: World, own: dict, name: str, flags: dict
+             ) -> tuple[SimpleNamespace, dict | None]:
     """The output folder into args.out, and with --resume the checkpoint in it and the flags it was made with.
 
-    own: the program's default flags. Raises ValueError if the folder is taken, not writable, or of another program."""
+    own: the program's default flags; flags: its table of them (engine/flags.py). Raises ValueError if the folder is
+    taken, not writable or of another program, or if the checkpoint holds settings that the flags would refuse."""
     args.out = world.agree(lambda: choose_folder(args, name))
     saved = read_checkpoint(Path(args.out)) if args.resume else None
     step = saved["step"] if saved else -1
@@ -37,13 +42,18 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str) -> tuple
                          f"that all nodes share")
     if saved:                                                # the run's own settings, then what was typed now
         if (made_by := saved["args"]["program"]) != args.program:
-            raise ValueError(f"{saved['path']}: of another model, made by {made_by}; choose another --out")
+            raise ValueError(f"{saved['path']}: of another model, made by {printable(made_by)}; choose another --out")
+        for setting, value in saved["args"].items():
+            if not accepts(flags, setting, value):
+                raise ValueError(f"{saved['path']}: its setting {printable(setting)} is {printable(repr(value))}, which "
+                                 f"no run of this program has saved; move the file away to start from the beginning")
         more = dict(given=args.given, demo=False, out=args.out)
         args = SimpleNamespace(**{**own, **saved["args"], **args.given, **more})
         world.say(f"going on from {saved['path']}, step {step}")
     elif args.resume:
         if "data" not in args.given:
-            raise ValueError(f"--resume: no checkpoint in {args.out}; give --data and the flags of the run to start it")
+            raise ValueError(f"--resume: no checkpoint in {args.out}; give the run's folder with --out, or --data and "
+                             f"the flags of the run to start it")
         world.say(f"{args.out}: no checkpoint yet, starting from the beginning")
     return args, saved
 
@@ -56,7 +66,10 @@ def choose_folder(args: SimpleNamespace, name: str) -> str:
     if args.out is None:
         taken = [n for n in range(1, 1000) if any((numbered(n) / f).exists() for f in ("log.jsonl", *results))]
         args.out = str(numbered(max(taken, default=1) if args.resume else max(taken, default=0) + 1))
-    out = Path(args.out)
+    out = Path(os.path.normpath(args.out))                   # "new/../runs" makes no folder "new"
+    if out.is_dir():
+        refuse_odd_files(out)
+        lock_folder(out)
     begun = (out / "log.jsonl").exists()
     if begun and not args.resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or choose another folder")
@@ -71,6 +84,18 @@ def choose_folder(args: SimpleNamespace, name: str) -> str:
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
     return str(out)
+
+
+def make_folder(args: SimpleNamespace, world: World, global_batch: int) -> None:
+    """Makes and locks the output folder. Writes every setting and the versions to args.json.
+
+    All processes take part. Raises ValueError if another run writes there."""
+    world.agree(lambda: make_and_lock(Path(args.out)))
+    if world.rank == 0:
+        used = dict(global_batch=global_batch, torch=torch.__version__, torchvision=torchvision.__version__,
+                    world=world.size, device=world.device.type)
+        text = json.dumps({**settings(args), **used}, indent=1) + "\n"
+        write_text_atomically(Path(args.out) / "args.json", text)
 
 
 @dataclass
@@ -117,6 +142,9 @@ def steps_per_epoch(images: int, global_batch: int) -> int:
 
 # ---- during the run ----
 
+NOT_FINITE = "the weights are not finite"
+
+
 class Journal:
     """What happens around every step of a run: it is counted, logged, saved, and stopped if a signal came.
 
@@ -125,13 +153,19 @@ class Journal:
                 journal.after(step, {"loss": ..., and its parts})
 
     A step whose loss is not finite is undone: GradScaler has skipped its update, BatchNorm's statistics are put back.
-    Raises Failed if the run cannot go on, Stopped after a signal."""
+    Raises Failed if the run cannot go on, Stopped after a signal. If the loader fails (the data are gone, a worker was
+    killed), the last whole step is saved first. After the loop, `finish` makes sure that all is on the disk."""
 
     def __init__(self, args, world: World, plan: Steps, keep: dict, saved: dict | None, export: dict | None = None):
         """keep: name -> what a checkpoint holds (model, optimizer, broken, ...), filled from `saved` to resume.
         export: file name -> a function that gives what this file holds; written beside every checkpoint."""
         self.args, self.world, self.plan, self.keep, self.export = args, world, plan, keep, export or {}
         self.out, self.log, self.done = Path(args.out), Path(args.out) / "log.jsonl", plan.start
+        self.saved_step = None                               # of the last checkpoint that this start has written
+        self.not_written = {}                                # file -> why its last writing failed
+        # a broken checkpoint.pt must not replace the whole one before it
+        self.checkpoint_is_whole = bool(saved) and Path(saved["path"]).name == "checkpoint.pt"
+        self.in_step = False
         if saved:
             self.load(saved)
         make_folder(args, world, plan.global_batch)
@@ -139,27 +173,45 @@ class Journal:
             trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
         self.in_a_row, self.skipped = torch.tensor([0, saved["skipped"] if saved else 0], device=world.device)
         self.saved_at = self.logged_at = time.time()
-        self.logged, self.signals, self.last_loss, self.lost = self.done, Signals(), "none yet", False
+        self.logged, self.signals, self.last_loss = self.done, Signals(), "none yet"
 
     def __enter__(self) -> "Journal":
         self.signals.__enter__()
         self.bar = tqdm(total=self.plan.total, initial=self.done, unit="step", disable=self.world.rank != 0)
         return self
 
-    def __exit__(self, *error) -> None:
-        self.signals.__exit__(*error)
+    def __exit__(self, kind, error, trace) -> None:
+        self.signals.__exit__()
         self.bar.close()
+        if self.in_step and isinstance(error, Exception):
+            self.save_whole_steps(error)
+
+    def save_whole_steps(self, error: Exception) -> None:
+        """After an error inside a step: saves the steps before it, if the model was not to blame, and says so.
+
+        The loader's errors come before the optimiser's step, so the weights are those of the last whole step."""
+        code, line = explain(error, self.world) or (0, "")
+        if code != 1 or self.world.rank:
+            return
+        for now, old in self.statistics_before:
+            now.copy_(old)
+        if self.done > self.plan.start and self.saved_step != self.done and not int(self.in_a_row):
+            self.write("checkpoint.pt", self.save)
+        if (self.out / "checkpoint.pt").exists() and "--resume" not in line:
+            raise Failed(f"{line} (stopped after step {self.done}; {self.how_to_go_on()})") from error
 
     def steps(self):
         """The numbers of the steps to make. Before each, BatchNorm's statistics are set aside."""
         statistics = [b for b in self.keep["model"].buffers() if b.is_floating_point()]
         for step in range(self.plan.start, self.plan.total):
             self.statistics_before = [(b, b.clone()) for b in statistics]
+            self.in_step = True
             yield step
 
     def after(self, step: int, record: dict[str, Tensor]) -> None:
         """After a step. record: this process's 'loss' and its parts, still on the device."""
         args, plan, done = self.args, self.plan, step + 1
+        self.in_step = False
         bad, self.done = ~torch.isfinite(record["loss"]), done
         for now, old in self.statistics_before:
             now.copy_(torch.where(bad, old, now))
@@ -176,21 +228,51 @@ class Journal:
         every = int(args.save_every.removesuffix("m"))
         due = done % every == 0 if args.save_every.isdecimal() else time.time() - self.saved_at > 60 * every
         if self.world.rank == 0 and (epoch_ends or due or stop) and not int(self.in_a_row):
-            self.lost, self.saved_at = self.write("checkpoint", self.save), time.time()
-        if done == plan.total and any(self.world.largest(int(self.lost))):
-            raise Failed(f"the last checkpoint is not written; make room, then go on with --out {self.out} --resume")
+            self.write("checkpoint.pt", self.save)
+            self.saved_at = time.time()
         if stop:
             raise Stopped(stop, f"stopped by {signal.Signals(stop).name} after step {done} of {plan.total}; "
-                                f"go on with --out {self.out} --resume")
+                                + self.how_to_go_on())
+
+    def how_to_go_on(self) -> str:
+        """The end of a line about a run that stops here."""
+        if not (self.out / "checkpoint.pt").exists():
+            return "there is no checkpoint yet"
+        reason = self.not_written.get("checkpoint.pt")
+        lost = f"its last steps are lost ({reason}); make room, and " if reason else ""
+        return f"{lost}go on with --out {self.out} --resume"
 
     def write(self, what: str, action, *given) -> bool:
-        """Writes a file by action(*given). A full disk does not end the run: the old file is kept, True is returned."""
+        """Writes the file `what` by action(*given). A full disk does not end the run: the old file is kept, True is
+        returned, and `finish` fails unless the file is written later."""
         try:
             action(*given)
         except OSError as error:
             self.world.say(f"step {self.done}: {what} not written ({error})")
+            self.not_written[what] = str(error)
             return True
+        self.not_written.pop(what, None)
         return False
+
+    def finish(self, *promised: str) -> None:
+        """Before a program says "done": checkpoint.pt, all of `export` and the `promised` files are on the disk.
+
+        All processes take part. Raises Failed, with the reason and what to do, if one is not."""
+        reason = self.world.agree(lambda: self.what_is_missing(promised))
+        if reason:
+            raise Failed(reason)
+
+    def what_is_missing(self, promised: tuple[str, ...]) -> str | None:
+        if int(self.in_a_row):
+            return self.not_finite(int(self.in_a_row))
+        for name in ("checkpoint.pt", *self.export, *promised):
+            path = self.out / name
+            there = path.is_file() and path.stat().st_size > 0
+            if name in self.not_written or not there:
+                reason = self.not_written.get(name, f"{path} is not there")
+                cure = "choose a lower --lr" if NOT_FINITE in reason else "make room"
+                return f"{reason}; {cure}, then go on with --out {self.out} --resume"
+        return None
 
     def write_line(self, record: dict[str, Tensor]) -> None:
         """A line of log.jsonl: averages over the processes, which all take part."""
@@ -230,9 +312,12 @@ class Journal:
         state = {name: keeper.state_dict() for name, keeper in self.keep.items()}
         state |= dict(step=self.done, per_epoch=self.plan.per_epoch, world=self.world.size, args=settings(self.args),
                       skipped=int(self.skipped))
+        if not all_finite(state["model"]):
+            raise OSError(NOT_FINITE)
         for name, content in self.export.items():            # first: a resumed run makes what comes after it
             save_atomically(content(), self.out / name)
-        save_atomically(state, self.out / "checkpoint.pt", keep_previous=True)
+        save_atomically(state, self.out / "checkpoint.pt", keep_previous=self.checkpoint_is_whole)
+        self.checkpoint_is_whole, self.saved_step = True, self.done
         self.write("loss.png", save_curve, self.out / "loss.png", self.log)
 
     def load(self, saved: dict) -> None:
@@ -240,11 +325,25 @@ class Journal:
         typed = [(group["scale"], group["weight_decay"]) for group in self.keep["optimizer"].param_groups]
         try:
             for name, keeper in self.keep.items():
-                keeper.load_state_dict(saved[name])
+                # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
+                if name != "scaler" or saved["args"].get("amp") == self.args.amp:
+                    keeper.load_state_dict(saved[name])
+            put_moments_in_memory_order(self.keep["optimizer"])
             for group, (scale, weight_decay) in zip(self.keep["optimizer"].param_groups, typed):
                 group.update(scale=scale, weight_decay=weight_decay)
-        except (RuntimeError, ValueError, KeyError):
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             made = saved["args"]
             made = f"{made.get('arch')} at {told_size(made.get('image_size', 0))}"
             raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made}); resume with the run's own flags, "
                              f"or choose another --out") from None
+
+
+def put_moments_in_memory_order(optimizer: torch.optim.Optimizer) -> None:
+    """Lays each moment of the optimiser out in memory as its weight is.
+
+    A checkpoint may be of the other memory format (--channels-last). Fused optimisers walk through raw memory, and
+    would put the moments of one weight to another."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
