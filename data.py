@@ -19,9 +19,11 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
+from engine.command import Failed
 from engine.files import printable
 from engine.flags import pair
-from engine.images import SUFFIXES, TorchvisionSet, centre, list_images, read_image, split_folder
+from engine.images import (SUFFIXES, TorchvisionSet, centre, list_images, name_some, read_image,
+                           split_folder)
 from engine.journal import steps_per_epoch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, one number per channel
@@ -61,19 +63,24 @@ class Folder:
     `least`: see read_image. Raises ValueError if there is no image."""
 
     def __init__(self, root: Path, split: str, least: int | None = None):
+        shown = printable(str(root))
         if not root.is_dir():
-            raise ValueError(f"--data {root}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
+            raise ValueError(f"--data {shown}: no such folder; give a folder of images or one of "
+                             f"{', '.join(NAMED)}")
         cut = split_folder(root, "train") is not None
         if cut and split != "all":
             if (inside := split_folder(root, split)) is None:
-                raise ValueError(f"--data {root}: has train/ but no {split}/; expected {root / split}/<class>/*.jpg")
+                raise ValueError(f"--data {shown}: has train/ but no {split}/; expected "
+                                 f"{shown}/{split}/<class>/*.jpg")
             root, cut = inside, False
+            shown = printable(str(root))
         if not (names := list_images(root)):
-            raise ValueError(f"--data {root}: no images below it; expected files ending in {', '.join(SUFFIXES)}")
+            raise ValueError(f"--data {shown}: no images below it; expected files ending in "
+                             f"{', '.join(SUFFIXES)}")
         folders = [name.split(os.sep)[cut:-1] for name in names]
         folders = [inside[0] if inside else "" for inside in folders]
         classes = sorted(set(folders))
-        self.classes = [printable(name) for name in classes]
+        self.classes = [printable(name, None) for name in classes]
         self.root, self.least = root, least
         # arrays, not lists: a million strings would be copied into every worker as their reference counts are touched
         self.names = np.array([os.fsencode(name) for name in names])
@@ -86,7 +93,8 @@ class Folder:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def name(self, index: int) -> str:
-        return printable(self.path(index))
+        """The path in one harmless line, however long it is: for lists of files too."""
+        return printable(self.path(index), None)
 
     def read(self, index: int) -> Tensor:
         return read_image(self.path(index), self.least)
@@ -195,11 +203,15 @@ def open_images(data: str, split: str, image_size: tuple[int, int], root: str | 
     source = Folder(Path(data), split, crop_min and math.ceil(2 * max(image_size) / math.sqrt(0.75 * crop_min)))
     if labelled:
         folders = sorted(f.name for f in os.scandir(source.root) if f.is_dir() and not f.name.startswith("."))
-        if empty := [folder for folder in map(printable, folders) if folder not in source.classes]:
-            raise ValueError(f"--data {source.root}: the class folder {empty[0]}/ holds no images; fill or remove it")
+        folders = [printable(folder, None) for folder in folders]
+        if empty := [folder for folder in folders if folder not in source.classes]:
+            shown = printable(str(source.root))
+            raise ValueError(f"--data {shown}: the class folder {printable(empty[0])}/ holds no "
+                             f"images; fill or remove it")
     if labelled and (len(source.classes) < 2 or "" in source.classes):
-        raise ValueError(f"--data {data}: needs a folder for each class, at least two; expected "
-                         f"{data}/train/<class>/*.jpg or {data}/<class>/*.jpg")
+        shown = printable(data)
+        raise ValueError(f"--data {shown}: needs a folder for each class, at least two; expected "
+                         f"{shown}/train/<class>/*.jpg or {shown}/<class>/*.jpg")
     if labelled and not split_folder(Path(data), "train"):
         held_out = np.zeros(len(source), bool)
         for label in range(len(source.classes)):
@@ -262,7 +274,8 @@ class Samples(Dataset):
 
     visit: how often the image was seen before; the epoch, if there are no repeats. The transform's randomness comes
     from (seed, visit, index) and nothing else. An image that cannot be read gives way to the next one that can;
-    `broken` is then the index of the bad one, else -1."""
+    `broken` is then the index of the bad one, else -1.
+    Raises Failed after 100 in a row: the disk may be gone."""
 
     def __init__(self, source, transform: v2.Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -273,14 +286,16 @@ class Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         visit, index = key
         image, broken = None, -1
-        for used in ((index + i) % len(self) for i in range(min(100, len(self)))):
+        tries = min(100, len(self))
+        for used in ((index + i) % len(self) for i in range(tries)):
             try:
                 image = self.source.read(used)
                 break
             except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):   # as Pillow raises
                 broken = index
         if image is None:
-            raise ValueError(f"many images in a row cannot be read: {self.source.name(index)} ...; is the disk there?")
+            first = name_some(self.source, [index])
+            raise Failed(f"{tries} images in a row cannot be read, the first is {first}")
         with torch.random.fork_rng(devices=[]):              # leaves the caller's random numbers alone (workers = 0)
             torch.default_generator.manual_seed(seed_for(self.seed, visit, index))
             return self.transform(image), used, broken
@@ -335,7 +350,8 @@ def some_labels(source, labels: str | None, seed: int):
         members = np.flatnonzero(source.labels == label)
         k = int(count[1]) if count else max(1, round(float(labels) * len(members)))
         if k > len(members):
-            raise ValueError(f"--labels {labels}: class {source.classes[label]} has {len(members)} images")
+            name = printable(source.classes[label])
+            raise ValueError(f"--labels {labels}: class {name} has {len(members)} images")
         chosen.append(np.random.default_rng((seed, label)).permutation(members)[:k])
     return Subset(source, np.sort(np.concatenate(chosen)))
 

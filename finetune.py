@@ -28,7 +28,7 @@ from engine.command import World, command_line
 from engine.files import save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
                           pair, path, remembered, told_size)
-from engine.images import Broken, every_image_once, make_loader
+from engine.images import Broken, every_image_once, make_loader, name_some
 from engine.journal import Journal, Steps, make_folder, open_run
 from engine.optim import Lamb, layer_groups, lr_at, moving_average
 from engine.results import report, score, write_features
@@ -267,7 +267,7 @@ def outputs(f, loader: DataLoader, labels: Tensor, args, world: World, run: Run)
             z = f(normalise(images, world.device).contiguous(memory_format=run.memory_format))
         parts.append((z.float(), labels[index].to(world.device)))
     if bad := sorted(world.gather(torch.cat(bad)).tolist()):
-        names = ", ".join(loader.dataset.source.name(i) for i in bad[:3]) + ", ..." * (len(bad) > 3)
+        names = name_some(loader.dataset.source, bad)
         world.say(f"{len(bad)} images cannot be read and are left out: {names}")
     return tuple(torch.cat(part) for part in zip(*parts))
 

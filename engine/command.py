@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .files import one_line, release_locks
+from .files import printable, release_locks
 
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")   # a 1x1 convolution: both
 
@@ -228,12 +228,12 @@ def explain(error: BaseException, world: World) -> tuple[int, str] | None:
     if in_worker and isinstance(error, (Failed, ValueError)):
         text = last.split(": ", 1)[-1]                       # behind the exception's name
     if isinstance(error, ValueError):
-        return 2, f"error: {one_line(text)}"
+        return 2, f"error: {printable(text, None)}"
     if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
-        return 1, (f"lost another process, or could not reach it ({one_line(first)[:200]}); --resume goes on from the "
+        return 1, (f"lost another process, or could not reach it ({printable(first)}); --resume goes on from the "
                    f"checkpoint")
     if isinstance(error, (Failed, OSError, torch.OutOfMemoryError)):
-        return 1, one_line(text if isinstance(error, Failed) else first)
+        return 1, printable(text if isinstance(error, Failed) else first, None)
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):        # such as no C++ compiler
         return 1, f"--compile: {first}; repair that, or run without it"
     return None

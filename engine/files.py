@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -199,14 +200,34 @@ def trim_log(log: Path, epoch: float) -> None:
         write_text_atomically(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def one_line(text: str) -> str:
-    """Text as one line that a terminal only shows: line breaks and control characters as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"                                   # controls: ESC, line breaks, tabs, NUL
+    "\u2028\u2029"                                          # line and paragraph separators
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"         # marks that turn the direction of text
+    "\ud800-\udfff]"                                        # half characters, and bytes that are no UTF-8
+)
 
 
-def printable(name: str) -> str:
-    """A file name to be said or written: bytes that are no UTF-8 as backslash escapes."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+def printable(text: str, longest: int | None = 200) -> str:
+    """Text from outside, such as a file name, to be printed or written: always one harmless line.
+
+    Characters that would steer a terminal become backslash escapes. Text of more than `longest`
+    characters loses its middle: the end of a path is its file name. The function leaves its own
+    result unchanged."""
+    text = UNPRINTABLE.sub(escape, text)
+    if longest is None or len(text) <= longest:
+        return text
+    head = (longest - 3) // 2
+    tail = longest - 3 - head
+    return text[:head] + "..." + text[len(text) - tail:]
+
+
+def escape(match: re.Match) -> str:
+    """One character as a backslash escape. Python keeps a byte that is no UTF-8 as U+DC80 to U+DCFF."""
+    number = ord(match[0])
+    if 0xDC80 <= number <= 0xDCFF:
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
 def peak_memory_mb(device: torch.device) -> float:

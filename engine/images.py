@@ -8,10 +8,13 @@
 """
 
 import contextlib
+import functools
 import io
 import os
 import signal
+import stat
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +23,19 @@ import torchvision.datasets as tvd
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.io import ImageReadMode, decode_image       # to move to TorchCodec one day; fast and here today
+from torchvision.io import ImageReadMode, decode_jpeg        # to move to TorchCodec one day; fast and here today
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from .command import Failed, World
+from .files import printable
 
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
+warnings.filterwarnings("ignore", message="Palette images with Transparency expressed in bytes")      # read without it
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# counted and told, but not read
+OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 MAX_PIXELS = 2**27                                           # 134 million: more is a mistake, or a decompression bomb
 
 # ---- files ----
@@ -36,29 +43,68 @@ MAX_PIXELS = 2**27                                           # 134 million: more
 def read_image(path: str, least: int | None = None) -> Tensor:
     """A JPEG, PNG, WebP or BMP file as RGB, uint8 (3, H, W), upright. Gray, palette, CMYK and alpha are converted.
 
+    Images of more than 8 bits per channel (16-bit PNG, float TIFF) are refused. The file does not
+    say which value is white: 65535, or the 4095 of a 12-bit camera? A wrong guess would give black
+    images without a word.
+
     With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if the shorter one keeps that many pixels.
-    Raises OSError, RuntimeError or ValueError for a file that holds no image, or one of more than MAX_PIXELS."""
-    if not os.path.isfile(path):                             # a pipe or a socket would be waited for
+    Raises OSError, in one line, for a file that cannot be opened, that holds no image or a damaged one, or
+    one of more than MAX_PIXELS."""
+    regular = stat.S_ISREG(os.stat(path).st_mode)            # a pipe or a socket would be waited for
+    if not regular:
         raise OSError("not a regular file")
     content = np.fromfile(path, np.uint8)
+    try:
+        return decode(content, least)
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise OSError("not an image, or of an unknown kind") from None
+    except Exception as error:                               # Pillow has no one type for damage
+        raise OSError(reason(error)) from None
+
+
+def decode(content: np.ndarray, least: int | None) -> Tensor:
+    """The bytes of a file, uint8 (n,) -> uint8 (3, H, W). See read_image."""
     with Image.open(io.BytesIO(content)) as file:            # the header alone
-        whole = file.size
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels")
+        if is_deep(file):
+            raise ValueError("more than 8 bits per channel, the value of white is unknown; convert it "
+                             "to 8 bits")
+        whole = file.size
         if least:
             file.draft(None, (least, least))                 # libjpeg leaves out the high frequencies of each block
-        try:
-            if file.size != whole:
-                raise RuntimeError("only Pillow decodes in part")
-            image = decode_image(torch.from_numpy(content), ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:                                 # BMP and rarer variants: Pillow knows more, and is slower
-            image = tvf.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
-    return tvf.to_dtype(image if image.dim() == 3 else image[0], torch.uint8, scale=True)      # 16-bit PNG, animations
+        # torchvision decodes JPEG alone. It is faster there, but a damaged PNG would crash it.
+        if file.format in ("JPEG", "MPO") and file.size == whole:
+            data = torch.from_numpy(content)
+            with contextlib.suppress(RuntimeError):          # rarer variants: Pillow knows more
+                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+        file.load()
+        with contextlib.suppress(Exception):                 # damaged EXIF data: as it is stored
+            ImageOps.exif_transpose(file, in_place=True)
+        return tvf.pil_to_tensor(file.convert("RGB"))
+
+
+def is_deep(file: Image.Image) -> bool:
+    """Whether a file that is open, but not yet decoded, has more than 8 bits per channel."""
+    if file.mode.startswith(("I", "F")):                     # gray: 16-bit, 32-bit or float
+        return True
+    # Pillow would keep the upper 8 bits of 16-bit colour. It calls that decoder 'RGB;16B' or alike.
+    return file.format in ("PNG", "TIFF") and ";16" in str(file.tile)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = (getattr(error, "strerror", None) or str(error)).splitlines()
+    return printable(lines[0] if lines else type(error).__name__)
 
 
 def list_images(root: Path) -> list[str]:
-    """Every image file below `root`, sorted, relative to it. Links are followed, a loop of links is entered once."""
-    found, seen = [], set()
+    """Every image file below `root`, sorted, relative to it. Links are followed, a loop of links is entered once.
+
+    If there are image files of other kinds, such as TIFF, their number is printed once."""
+    found, others, seen = [], Counter(), set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -66,9 +112,24 @@ def list_images(root: Path) -> list[str]:
             continue
         seen.add(real)
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files
-                  if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+        inside = os.path.relpath(folder, root)
+        inside = "" if inside == "." else inside
+        for name in files:
+            kind = os.path.splitext(name)[1].lower()
+            if kind in SUFFIXES and not name.startswith("."):
+                found.append(os.path.join(inside, name))
+            elif kind in OTHER_SUFFIXES and not name.startswith("."):
+                others[kind] += 1
+    if others:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        shown = printable(str(root))
+        say_once(f"{shown}: {counts} files are not read; convert them to JPEG or PNG")
     return sorted(found)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    World().say(text)
 
 
 def split_folder(root: Path, split: str) -> Path | None:
@@ -90,12 +151,12 @@ class TorchvisionSet:
     """A dataset of torchvision by name. If no labels are needed, 'stl10' has its 100,000 unlabelled images too."""
 
     def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
-        train = split == "train"
+        train, shown = split == "train", printable(str(root))
         try:
             if download:
                 root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--data-root {root}: cannot be written ({error.strerror})") from None
+            raise ValueError(f"--data-root {shown}: cannot be written ({error.strerror})") from None
         try:
             if name in ("cifar10", "cifar100"):
                 self.data = getattr(tvd, name.upper())(root, train=train, download=download)
@@ -106,10 +167,12 @@ class TorchvisionSet:
                 ready = (root / "imagenette2").is_dir()      # torchvision refuses to download it twice
                 self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
         except RuntimeError:
-            raise ValueError(f"--data {name}: not found in --data-root {root}; add --download to fetch it") from None
+            raise ValueError(f"--data {name}: not found in --data-root {shown}; add --download to "
+                             f"fetch it") from None
         except OSError as error:                             # a network that does not answer is one too
             doing = "fetched into" if download else "read from"
-            raise ValueError(f"--data {name}: cannot be {doing} --data-root {root} ({error})") from None
+            raise ValueError(f"--data {name}: cannot be {doing} --data-root {shown} "
+                             f"({reason(error)})") from None
         self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
         labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
         self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
@@ -125,6 +188,21 @@ class TorchvisionSet:
 
 
 # ---- images that cannot be read ----
+
+def name_some(source, indices: list[int]) -> str:
+    """The first three of some images that cannot be read, each with the reason: 'a.png (damaged)'."""
+    told = []
+    for index in indices[:3]:
+        name = printable(source.name(index))
+        if not name.endswith(")"):                           # else the source has given the reason
+            try:
+                source.read(index)
+            except Exception as error:
+                name += f" ({reason(error)})"
+        told.append(name)
+    more = len(indices) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more else "")
+
 
 class Broken:
     """The images that could not be read, on all processes together."""
@@ -147,10 +225,10 @@ class Broken:
         if not world.largest(len(self.new))[0]:
             return
         fresh = sorted(set(world.gather(torch.tensor(self.new, dtype=torch.long)).tolist()) - self.seen)
-        names, self.new = [self.source.name(i) for i in fresh], []
-        if len(self.seen) < 3 and fresh:
-            world.say(f"cannot be read, the next image is taken instead: {', '.join(names[:3])}"
-                      + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+        self.new = []
+        if len(self.seen) < 3 and fresh and world.rank == 0:
+            told = name_some(self.source, fresh)
+            world.say(f"cannot be read, the next image is taken instead: {told}")
         self.seen.update(fresh)
         if world.rank == 0 and fresh:
             with contextlib.suppress(OSError):               # on a full disk the list waits
