@@ -58,8 +58,9 @@ RECIPES = {
     "knn":      dict(frozen=True),
     "features": dict(frozen=True),
 }
-# The released linear probe is for ImageNet. On few images its lr of 30 is too large: on 300 the loss rises above 200.
-# AdamW with a warm-up is stable for small and for large features. Its lr is the peak at every batch size.
+# The released linear probe is for ImageNet. Its lr of 30 is too large for few images: on 300 the loss
+# rises above 200. AdamW with a warm-up is stable for small and for large features. Its lr is the peak
+# at every batch size.
 LINEAR_SMALL = dict(optimizer="adamw", lr=1e-2, schedule="cosine", warmup_epochs=None)
 FEW_IMAGES = 100_000
 EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
@@ -185,7 +186,8 @@ def train(args: SimpleNamespace, world: World) -> None:
             evaluate_after(step + 1)
     report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"])
     if (journal.out / "best.pt").exists():
-        world.say(f"done: {args.out}/best.pt holds the weights of the best epoch\nnext: {evaluation_command(args)}")
+        world.say(f"done: {args.out}/best.pt holds the weights of the best epoch\n"
+                  f"next: {evaluation_command(args)}")
 
 
 def evaluation_command(args: SimpleNamespace) -> str:
@@ -197,8 +199,9 @@ def evaluation_command(args: SimpleNamespace) -> str:
 
 
 def choose_linear(args: SimpleNamespace, images: int, world: World) -> None:
-    """Puts LINEAR_SMALL into args for a linear probe on few images, unless the optimiser or its lr was typed.
+    """Puts LINEAR_SMALL into args for a linear probe on few images.
 
+    The optimiser stays the released one if its name or its lr was typed.
     The batch is at most a tenth of the images, so that an epoch has at least ten steps."""
     own = {"optimizer", "lr", "lr_batch"} & set(args.given)
     if args.recipe != "linear" or not trains(args) or images >= FEW_IMAGES or own:
@@ -207,9 +210,11 @@ def choose_linear(args: SimpleNamespace, images: int, world: World) -> None:
         tenth = images // (10 * args.accum * world.size)
         args.batch_size = max(1, min(256 if world.on_gpu else 32, tenth))
     settings = dict(LINEAR_SMALL, lr_batch=args.batch_size * args.accum * world.size)
-    vars(args).update({name: value for name, value in settings.items() if name not in args.given})
-    world.say(f"linear probe on fewer than {FEW_IMAGES:,} images: AdamW with a peak lr of {args.lr:g}, instead of the "
-              f"released SGD")
+    for name, value in settings.items():
+        if name not in args.given:
+            setattr(args, name, value)
+    world.say(f"linear probe on fewer than {FEW_IMAGES:,} images: AdamW with a peak lr of "
+              f"{args.lr:g}, instead of the released SGD")
 
 
 def trains(args: SimpleNamespace) -> bool:
@@ -370,9 +375,11 @@ FLAGS = {
         "patch_size": (16, count, "ViT only (as pre-trained)"),
         "window": (7, count, "Swin only (as pre-trained)")},
     "optimiser": {
-        "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn for a quick look "
-                   "(one pass, nothing is trained), linear for the accuracy to compare (all its 100 epochs)"),
-        "optimizer": ("adamw", ("adamw", "lamb", "sgd"), "LAMB for large batches, SGD for linear probes"),
+        "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn for a "
+                   "quick look (one pass, nothing is trained), and linear for the accuracy to compare "
+                   "(all its 100 epochs)"),
+        "optimizer": ("adamw", ("adamw", "lamb", "sgd"),
+                      "LAMB for large batches, SGD for linear probes on ImageNet"),
         "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the labelled images; a fraction too"),
         "batch_size": (None, count, "images per process and forward pass (default recipe: 16 in all; GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),

@@ -116,13 +116,13 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
 def skill(loss: float, mean_colour: float, blur: float, error: float = 0.0) -> str:
     """A sentence that compares the pixel loss of the model on held-out images with two baselines.
 
-    mean_colour, blur: the pixel loss of filling hidden patches with the image's mean colour, or with a blur of its
-        visible pixels
-    error: the standard error of loss - blur. Within two of them, 95 of 100 times, the difference may be chance."""
+    mean_colour  the pixel loss if hidden patches are filled with the image's mean colour
+    blur         the pixel loss if they are filled with a blur of the visible pixels
+    error        the standard error of loss - blur; a difference of up to two of it counts as none"""
     of_mean = loss / max(mean_colour, 1e-9)
     of_blur = loss / max(blur, 1e-9)
     margin = 2 * error / max(blur, 1e-9)
-    if of_mean > 0.95:
+    if not of_mean <= 0.95:                                  # a loss of NaN, too
         verdict = "no better than the mean colour: it has learned nothing yet"
     elif abs(loss - blur) <= 2 * error:
         verdict = "level with a blur"
@@ -133,7 +133,8 @@ def skill(loss: float, mean_colour: float, blur: float, error: float = 0.0) -> s
     else:
         verdict = "clearly better than a blur"
     scatter = f" +/- {margin:.2f}" if error else ""
-    return f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f}{scatter} of a blur's: {verdict}"
+    shares = f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f}{scatter} of a blur's"
+    return f"{shares}: {verdict}"
 
 
 # ---- fine-tuning ----

@@ -133,15 +133,15 @@ class HeldOut:
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
     count: int                                               # of all processes
-    mean_colour: Tensor | None = None                        # (count,) the pixel loss of filling in the mean colour,
-    blur: Tensor | None = None                               # and a blur of the visible pixels
+    mean_colour: Tensor | None = None                        # (count,) pixel loss of the mean colour,
+    blur: Tensor | None = None                               # and of a blur of the visible pixels
 
 
 @torch.no_grad()
 def held_out_loss(reconstruct, held: HeldOut, args: SimpleNamespace, world: World) -> Tensor:
-    """The pixel loss of reconstruct(images, masks) on each held-out image: (count,), float64, on the CPU.
+    """The pixel loss of reconstruct(images, masks) on each held-out image: (count,), on the CPU.
 
-    Every process gets the losses of all images, in the same order at every call. All processes take part."""
+    All processes take part. Each gets the losses of all images, always in the same order."""
     losses = []
     for first in range(0, len(held.images), 64):
         images, mask = (part[first:first + 64].to(world.device) for part in (held.images, held.masks))
@@ -155,10 +155,10 @@ def held_out_loss(reconstruct, held: HeldOut, args: SimpleNamespace, world: Worl
 
 
 def evaluation_interval(steps: Steps, held_out: int) -> int:
-    """Steps between two evaluations: an epoch or a tenth of the run, or more if evaluations would take too long.
+    """Steps between two evaluations: an epoch, or a tenth of the run if that is shorter.
 
-    All evaluations together take at most a tenth of the training time, or there is one alone, at the end. An evaluation
-    is a forward pass, about a third of a training step for every image."""
+    It is longer where all evaluations together would take more than a tenth of the training time.
+    For each image an evaluation is a forward pass, about a third of a training step."""
     affordable = int(0.1 * steps.total * steps.global_batch / (held_out / 3))
     often = min(steps.per_epoch, max(1, steps.total // 10))
     return max(often, math.ceil(steps.total / max(affordable, 1)))
@@ -233,12 +233,13 @@ def train(args: SimpleNamespace, world: World) -> None:
         loss, mean_colour, blur = (x.mean().item() for x in (losses, held.mean_colour, held.blur))
         journal.note(held_out=loss, mean_colour=mean_colour, blur=blur)
         if done == steps.total:
-            # the same images: the error is that of the differences, and one image alone says nothing
+            # standard error of the mean difference; one image alone says nothing
             count, difference = len(losses), losses - held.blur
             error = difference.std().item() / math.sqrt(count) if count > 1 else math.inf
             verdict = skill(loss, mean_colour, blur, error)
             better = verdict.endswith("better than a blur")
-            world.say(f"hidden pixels of {count} held-out images: {verdict}\n{next_step(better, args)}")
+            world.say(f"hidden pixels of {count} held-out images: {verdict}\n"
+                      f"{next_step(better, args)}")
 
     model.train()
     batches = iter(run.loader)

@@ -1137,7 +1137,7 @@ def test_what_decays_and_what_does_not(arch):
 
 TINY = ("--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --workers 0 "
         "--amp off --log-every 1 --sheets 0 --drop-path 0 --lr 0.03 --val 0").split()
-QUICK = ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"]               # instead, where any net will do
+QUICK = ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"]   # where any net will do
 
 
 @pytest.fixture
@@ -1215,8 +1215,11 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
         before = line["step"]
 
     step = pretrain.train_step
-    monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 5 else 1 / 0)
-    with pytest.raises(SystemExit):                          # after step 5, between the lines of 4 and 6
+
+    def five(number, *rest):
+        return step(number, *rest) if number < 5 else 1 / 0
+    monkeypatch.setattr(pretrain, "train_step", five)
+    with pytest.raises(SystemExit):                          # between the log lines of steps 4 and 6
         run(tmp_path / "cut", *flags, "--log-every", "3", "--save-every", "5")
     shutil.copytree(tmp_path / "cut", tmp_path / "old")
     monkeypatch.setattr(pretrain, "train_step", step)
@@ -1225,17 +1228,19 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
     del saved["means"]                                       # a checkpoint of an older version
     torch.save(saved, tmp_path / "old" / "checkpoint.pt")
     old, _ = run(tmp_path / "old", "--resume", base=[])
-    assert [line for line in old if line["step"] != 6] == [line for line in log if line["step"] != 6]
-    assert old[3]["loss"] == each[5]["loss"]                 # the mean of what is known: step 6 alone
+    assert old[:3] == log[:3] and old[4] == log[4]
+    assert old[3]["loss"] == each[5]["loss"]                 # the mean of what is known: step 6
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
     others = iter([5.0, 7.0, math.nan, 3.0, 1.0])            # what the other of two processes adds
-    world = SimpleNamespace(device=torch.device("cpu"), mean=lambda values: (values + next(others)) / 2)
+    cpu = torch.device("cpu")
+    world = SimpleNamespace(device=cpu, mean=lambda values: (values + next(others)) / 2)
     means = progress.RunningMeans(world)
     for mine in (1.0, 2.0, 3.0, math.inf, 4.0):
         means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(mine)})
-    assert means.take() == {"spatial": round((14 + 16 + 10) / 6, 6), "loss": round((6 + 9 + 5) / 6, 6)}
+    expected = {"spatial": (14 + 16 + 10) / 6, "loss": (6 + 9 + 5) / 6}      # of steps 1, 2 and 5
+    assert means.take() == pytest.approx(expected, abs=1e-6)
     world.mean = lambda values: values * math.nan
     means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(1.0)})
     assert means.take() == {"spatial": None, "loss": None}
@@ -1247,7 +1252,8 @@ def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
     said = capsys.readouterr().err
     form = r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  (.*)(\d+) images/s  00:0\d left$"
     lines = re.findall(form, said, re.M)
-    assert [line[1:3] for line in lines] == [("1", "4"), ("2", "8")] and "\r" not in said and "it/s" not in said
+    assert [line[1:3] for line in lines] == [("1", "4"), ("2", "8")]
+    assert "\r" not in said and "it/s" not in said
     losses = [line["loss"] for line in log if "loss" in line]
     means = [statistics.mean(part) for part in (losses[:4], losses[4:])]
     assert [float(line[3]) for line in lines] == pytest.approx(means, abs=6e-5)
@@ -1278,7 +1284,7 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
     lines = capsys.readouterr().err.splitlines()
     steps = [int(re.search(r"step (\d+)/2000", line)[1]) for line in lines]
     assert steps == [*range(101, 1000, 101), 1000]           # the first step beyond 600 s
-    assert "loss 0.0750  1 images/s  3:09:54 left" in lines[0]     # (0.05 + 0.1) / 2; 1899 steps of 6 s
+    assert "loss 0.0750  1 images/s  3:09:54 left" in lines[0]       # (0.05 + 0.1) / 2; 1899 x 6 s
     assert "held-out" not in lines[3] and "held-out 0.2500 (step 500)" in lines[5]
 
     class Terminal(io.StringIO):
@@ -1286,7 +1292,8 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     walk(progress.Progress(world, plan, done=0))
-    assert "\r" in terminal.getvalue() and "1000/2000" in terminal.getvalue() and " left" not in terminal.getvalue()
+    bar = terminal.getvalue()
+    assert "\r" in bar and "1000/2000" in bar and " left" not in bar
 
 
 def test_the_curves_have_a_panel_for_held_out_images_and_their_last_point(tmp_path):
@@ -1319,8 +1326,12 @@ def test_the_curves_have_a_panel_for_held_out_images_and_their_last_point(tmp_pa
     rows, columns = found("model")
     heights = [rows[np.abs(columns - x) <= 3].mean() for x in (columns.min() + 3, edge)]
     assert heights[0] < heights[1] - 40                      # it falls
-    blur, mean_colour = (found(name)[0][found(name)[1] < edge] for name in ("blur baseline", "mean-colour baseline"))
-    assert np.ptp(blur) <= 3 and mean_colour.max() < blur.min()              # level lines, the higher loss above
+    levels = []
+    for name in ("mean-colour baseline", "blur baseline"):
+        rows, columns = found(name)
+        levels.append(rows[columns < edge])
+        assert np.ptp(levels[-1]) <= 3                       # a level line
+    assert levels[0].max() < levels[1].min()                 # the higher loss is above
 
 
 @pytest.mark.parametrize("arch, more", [("resnet18", ["--mask-stage", "3"]), ("deit_tiny", [])])
@@ -1437,8 +1448,10 @@ def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_t
 
 
 def verdict_of(said):
-    """(share of the mean colour's error, share of the blur's, its scatter, words) from what pretrain.py printed."""
-    found = re.search(r"([\d.]+) of the mean colour's error, ([\d.]+) \+/- ([\d.]+) of a blur's: (.*)", said)
+    """What pretrain.py printed: (share of the mean colour's error, of the blur's, +/-, words)."""
+    number = r"([\d.]+)"
+    form = rf"{number} of the mean colour's error, {number} \+/- {number} of a blur's: (.*)"
+    found = re.search(form, said)
     return *map(float, found.groups()[:3]), found[4]
 
 
@@ -1452,7 +1465,8 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path, capsys):
     done = torchrun("pretrain.py", *flags, "--batch-size", 4, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     verdicts = [verdict_of(said) for said in (capsys.readouterr().err, done.stderr)]
-    assert verdicts[0][3] == verdicts[1][3] and verdicts[0][:3] == pytest.approx(verdicts[1][:3], abs=0.011)
+    assert verdicts[0][3] == verdicts[1][3]
+    assert verdicts[0][:3] == pytest.approx(verdicts[1][:3], abs=0.011)
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
     held_out = [[line[key] for line in log if "held_out" in line for key in ("held_out", "blur")] for log in logs]
@@ -1486,7 +1500,8 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
         "reconstruction-000030.png",
     }
     pictures.save_curve(tmp_path / "again.png", tmp_path / "run" / "log.jsonl")
-    assert (tmp_path / "run" / "loss.png").read_bytes() == (tmp_path / "again.png").read_bytes()     # the last line too
+    curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]         # the last line is in it
+    assert curves[0].read_bytes() == curves[1].read_bytes()
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     width = sheet.shape[1] // 5
@@ -1694,20 +1709,24 @@ def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(fe
     (0.0100, 0.02, math.inf, "level with a blur"),           # one image
     (0.0184, 0.02, 0.0007, "better than a blur"),
     (0.0171, 0.02, 0.0001, "better than a blur"),
+    (math.nan, 0.02, 0.0001, "no better than the mean colour: it has learned nothing yet"),
     (0.0169, 0.02, 0.0001, "clearly better than a blur"),
 ])
-def test_the_verdict_says_better_only_beyond_the_scatter_of_the_held_out_images(pixel_loss, blur, error, verdict):
+def test_the_verdict_says_better_only_beyond_the_scatter(pixel_loss, blur, error, verdict):
     said = loss.skill(pixel_loss, 0.06, blur, error)
-    assert said.endswith(f"of a blur's: {verdict}") and said.startswith(f"{pixel_loss / 0.06:.2f} of the mean colour's")
+    assert said.startswith(f"{pixel_loss / 0.06:.2f} of the mean colour's error")
+    assert said.endswith(f"of a blur's: {verdict}")
     assert f"{pixel_loss / blur:.2f} +/- {2 * error / blur:.2f} of a blur's" in said
 
 
 def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch):
     out = tmp_path / "my runs"                               # a space, which a shell would split at
     run(out, *QUICK, "--val", "0.5", "--epochs", "1", "--lr", "0")
-    assert "\nnext: train longer (--epochs) or use larger mask units (--mask-cell)\n" in capsys.readouterr().err
+    told = "next: train longer (--epochs) or use larger mask units (--mask-cell)"
+    assert told in capsys.readouterr().err.splitlines()
     monkeypatch.setattr(pretrain, "skill", lambda *given: "clearly better than a blur")
-    run(tmp_path / "better", *QUICK, "--val", "0.5", "--epochs", "1", "--data-root", str(tmp_path / "my sets"))
+    more = ["--data-root", str(tmp_path / "my sets")]
+    run(tmp_path / "better", *QUICK, "--val", "0.5", "--epochs", "1", *more)
     line, = re.findall("^next: python finetune.py (.*)$", capsys.readouterr().err, re.M)
     args = finetune.parse(shlex.split(line))
     assert args.weights == str(tmp_path / "better" / "backbone.pt") and args.arch == QUICK[1]
@@ -1723,14 +1742,17 @@ def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch
     (1, 1, 8, 2000, 1),
     (10, 3, 64, 100, 6),
 ])
-def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(per_epoch, epochs, batch, held_out, often):
+def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(
+    per_epoch, epochs, batch, held_out, often
+):
     total = per_epoch * epochs
     steps = journal.Steps(batch, batch, per_epoch, total, 0, 0)
     interval = pretrain.evaluation_interval(steps, held_out)
     assert interval == often
     measured = [done for done in range(1, total + 1) if done == total or done % interval == 0]
-    forward_passes = len(measured) * held_out                # an image trained on is a forward pass, a backward of two
-    assert len(measured) == 1 or forward_passes <= 0.1 * 3 * total * batch
+    forward_passes = len(measured) * held_out
+    trained = 3 * total * batch                              # forward, and a backward that costs two
+    assert len(measured) == 1 or forward_passes <= 0.1 * trained
 
 
 def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, capsys, tmp_path):
@@ -2385,18 +2407,19 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
 def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(few_images, tmp_path, capsys):
     torch.manual_seed(0)
     state = tv.resnet18().state_dict()
-    for name, value in state.items():                        # features as large as after pre-training: 200 = |z|^2
+    for name, value in state.items():                        # |z|^2 = 200, as after pre-training
         if re.fullmatch(r"layer4\.1\.bn2\.(weight|bias)", name):
             value.fill_(2.0 if name.endswith("weight") else 0.0)
     torch.save(state, tmp_path / "w.pth")
-    probe = ["--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "linear", "--crop-min", "1"]
+    probe = ["--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "linear"]
+    probe += ["--crop-min", "1"]
     worst = {}
     for name, more in (("few", []), ("released", ["--optimizer", "sgd"])):
         tune(tmp_path / name, *probe, "--epochs", "4", "--eval-every", "4", *more)
         losses = [line["loss"] for line in read_log(tmp_path / name)]
         worst[name] = max(losses)
         assert name == "released" or statistics.mean(losses[-4:]) < losses[0]
-    assert worst["few"] < 2 * math.log(10) < worst["released"]               # log(10): every class as likely
+    assert worst["few"] < 2 * math.log(10) < worst["released"]       # log(10): a guess
     assert "peak lr 1.00e-02" in capsys.readouterr().err
     last = torch.load(tmp_path / "few" / "best.pt", weights_only=True)
     assert not tv.resnet18(num_classes=10).load_state_dict(last).missing_keys
@@ -2840,9 +2863,11 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
     log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
     assert [line["loss"] is None for line in log] == [False, False, True, False]
     calls.clear()
-    seldom, _ = run(tmp_path / "seldom", *FLAGS, "--epochs", "1", "--log-every", "4", "--save-every", "100")
+    more = ["--epochs", "1", "--log-every", "4", "--save-every", "100"]
+    seldom, _ = run(tmp_path / "seldom", *FLAGS, *more)
     assert [line["step"] for line in seldom] == [1, 4]
-    assert seldom[1]["loss"] == pytest.approx((log[1]["loss"] + log[3]["loss"]) / 2, abs=2e-6)       # of steps 2 and 4
+    mean = (log[1]["loss"] + log[3]["loss"]) / 2             # of steps 2 and 4
+    assert seldom[1]["loss"] == pytest.approx(mean, abs=2e-6)
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
     assert set(saved) == {None, 1, 2, 4}  # nothing is saved in the middle of it
     assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(
@@ -2922,7 +2947,9 @@ def test_a_disk_that_fails_in_an_evaluation_ends_the_run_with_one_line(few_image
     )
 
 
-def test_the_last_line_of_fine_tuning_is_the_command_that_evaluates_it(few_images, capsys, tmp_path, monkeypatch):
+def test_the_last_line_of_fine_tuning_is_the_command_that_evaluates_it(
+    few_images, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "my runs"
     result = tune(out, "--init", "scratch", *QUICK, "--data-root", tmp_path / "my sets")
@@ -2940,7 +2967,8 @@ def test_a_class_without_a_validation_image_has_no_accuracy(capsys, tmp_path):
     (tmp_path / "set" / "val" / "c1" / "0.png").write_text("not an image")
     result = tune(tmp_path / "run", "--data", tmp_path / "set", "--init", "scratch", *QUICK)
     assert result["per_class"]["c1"] is None and result["images"] == 8
-    assert result["per_class"]["c0"] + result["per_class"]["c2"] == pytest.approx(2 * result["top1"])
+    mean = (result["per_class"]["c0"] + result["per_class"]["c2"]) / 2
+    assert mean == pytest.approx(result["top1"])
     assert re.search(r"^per class: c0 \d+, c1 -, c2 \d+$", capsys.readouterr().err, re.M)
 
 
@@ -2969,8 +2997,9 @@ def test_a_full_disk_at_the_end_names_the_file_and_leaves_none(
         code, said = complaint(capsys, *call, main=finetune.main)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1 and f"{tmp_path / 'out' / file}: not written (File too large); make room, then give the same " \
-                         f"command again" == said.splitlines()[-1].removeprefix("finetune.py: ")
+    fix = "not written (File too large); make room, then give the same command again"
+    assert code == 1
+    assert said.splitlines()[-1] == f"finetune.py: {tmp_path / 'out' / file}: {fix}"
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there == {"args.json"} | ({"confusion.png"} if file == "result.json" else set())
     monkeypatch.setattr(finetune, "outputs", outputs)

@@ -134,8 +134,8 @@ class Journal:
         self.out, self.log, self.done = Path(args.out), Path(args.out) / "log.jsonl", plan.start
         self.means = RunningMeans(world)
         self.keep = {**keep, "means": self.means}
-        if saved:
-            self.load({"means": self.means.state_dict(), **saved})           # older checkpoints have no means
+        if saved:                                            # older checkpoints have no means
+            self.load({"means": self.means.state_dict(), **saved})
         make_folder(args, world, plan.global_batch)
         if world.rank == 0:
             trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
@@ -196,7 +196,7 @@ class Journal:
         return False
 
     def write_line(self) -> None:
-        """A line of log.jsonl: means over the steps since the line before. All processes take part."""
+        """A line of log.jsonl: means over the steps since the last line. All processes take part."""
         self.keep["broken"].tell(self.world)
         means = self.means.take()
         self.last_loss = means["loss"] or self.last_loss
@@ -212,10 +212,12 @@ class Journal:
             self.logged_at, self.logged = now, self.done
 
     def note(self, **values: float) -> None:
-        """A line of its own in log.jsonl, such as the loss on held-out images. Draws loss.png again."""
+        """A line of its own in log.jsonl, such as the loss on held-out images. Updates loss.png."""
         if self.world.rank == 0:
-            rounded = {name: round(value, 6) for name, value in values.items()}
-            self.write("log.jsonl", append_line, self.log, self.place() | rounded)
+            line = self.place()
+            for name, value in values.items():
+                line[name] = round(value, 6) if math.isfinite(value) else None
+            self.write("log.jsonl", append_line, self.log, line)
             self.write("loss.png", save_curve, self.out / "loss.png", self.log)
             if "held_out" in values:
                 self.bar.held_out = (self.done, values["held_out"])

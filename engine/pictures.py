@@ -37,34 +37,41 @@ def sheet(columns: dict[str, Tensor], note: str = "") -> Image.Image:
     for i, title in enumerate(columns):
         draw.text(((i + 0.5) * grid.width / len(columns), 11), title, "black", font, anchor="mm")
     if note:
-        draw.text((4, page.height - below / 2), note, "#555555", ImageFont.load_default(12), anchor="lm")
+        small = ImageFont.load_default(12)
+        draw.text((4, page.height - below / 2), note, "#555555", small, anchor="lm")
     return page
 
 
 # ---- curves ----
 
 PANEL = (720, 270)                                           # pixels: width and height
-FINE = 2                                                     # curves are drawn this much larger, then reduced: smooth
-COLOURS = {"each log line": "#b8bcc4", "smoothed": "#1f5fbf", "model": "#12805c", "mean-colour baseline": "#d9662b",
-           "blur baseline": "#7d4fb3"}
+FINE = 2                                                     # drawn twice as large, then reduced: smooth lines
+COLOURS = {
+    "each log line": "#b8bcc4",
+    "smoothed": "#1f5fbf",
+    "model": "#12805c",
+    "mean-colour baseline": "#d9662b",
+    "blur baseline": "#7d4fb3",
+}
 
 
 def save_curve(path: Path, log: Path) -> None:
     """The losses over steps, from log.jsonl, in one panel or two.
 
     training         the total loss: of every log line, and smoothed over a twentieth of the run
-    held-out images  the pixel loss of the model, of the mean-colour baseline and of the blur baseline"""
+    held-out images  the pixel loss of the model, the mean-colour baseline and the blur baseline"""
     lines = read_lines(log)
     training = [(r["step"], r["loss"]) for r in lines if r.get("loss") is not None]
     measured = [r for r in lines if r.get("held_out") is not None]
     if len(training) < 2:
         return
-    ends = (training[0][0], max(r["step"] for r in lines))
+    model = [(r["step"], r["held_out"]) for r in measured]
+    ends = (training[0][0], max(step for step, _ in training + model))
     smooth = smoothed(training, max(1, len(training) // 40))
     panels = [("training loss", {"each log line": training, "smoothed": smooth})]
     if measured:
-        model = [(r["step"], r["held_out"]) for r in measured]
-        mean_colour, blur = ([(x, measured[-1][name]) for x in ends] for name in ("mean_colour", "blur"))
+        mean_colour = [(step, measured[-1]["mean_colour"]) for step in ends]
+        blur = [(step, measured[-1]["blur"]) for step in ends]
         curves = {"model": model, "mean-colour baseline": mean_colour, "blur baseline": blur}
         panels.append(("pixel loss on held-out images", curves))
 
@@ -84,8 +91,10 @@ def smoothed(points: list[tuple[int, float]], half: int) -> list[tuple[int, floa
     return out
 
 
-def panel(title: str, curves: dict[str, list[tuple[int, float]]], ends: tuple[int, int]) -> Image.Image:
-    """One plot: title, axes, a legend, and the last value of each curve beside its end. See COLOURS."""
+def panel(title: str, curves: dict[str, list], ends: tuple[int, int]) -> Image.Image:
+    """One plot with title, axes, legend, and the last value of each curve beside its end.
+
+    curves: name (see COLOURS) -> (step, loss) pairs. ends: the first and the last step."""
     W, H = (FINE * side for side in PANEL)
     left, right, top, bottom = (FINE * margin for margin in (66, 62, 46, 44))
     page = Image.new("RGB", (W, H), "white")
@@ -120,9 +129,10 @@ def panel(title: str, curves: dict[str, list[tuple[int, float]]], ends: tuple[in
         draw.line([(x, 32 * FINE), (x + 18 * FINE, 32 * FINE)], colour, 3 * FINE)
         draw.text((x + 24 * FINE, 32 * FINE), name, "black", font, anchor="lm")
         x += 24 * FINE + draw.textlength(name, font) + 22 * FINE
-        if name == "model":                                  # every evaluation, and it is seen if there is one alone
+        if name == "model":                                  # one evaluation alone is seen, too
             for cx, cy in line:
-                draw.circle((cx, cy), 3 * FINE, colour)
+                r = 3 * FINE
+                draw.ellipse((cx - r, cy - r, cx + r, cy + r), colour)
         if name != "each log line":
             y = free_place(line[-1][1], taken, 13 * FINE)
             draw.text((W - right + 6 * FINE, y), f"{points[-1][1]:.4f}", colour, font, anchor="lm")
@@ -138,7 +148,7 @@ def span(values: list[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from low to high: multiples of 1, 2 or 5 times a power of ten, at most `most`."""
+    """At most `most` round numbers from low to high: multiples of 1, 2 or 5 powers of ten."""
     size = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
     for step in (size / 10, size / 5, size / 2, size, 2 * size, 5 * size, 10 * size):
         numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
@@ -148,9 +158,14 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def free_place(y: float, taken: list[float], apart: float) -> float:
-    """The height nearest to y that is `apart` from every height taken, so that texts do not overlap."""
-    heights = [y, *(other + sign * apart for other in taken for sign in (-1, 1))]
-    free = [height for height in heights if all(abs(height - other) >= apart - 1e-6 for other in taken)]
+    """The height nearest to y that is `apart` from all heights taken: texts do not overlap."""
+    heights = [y]
+    for other in taken:
+        heights += [other - apart, other + apart]
+    free = []
+    for height in heights:
+        if all(abs(height - other) >= apart - 1e-6 for other in taken):
+            free.append(height)
     return min(free, key=lambda height: abs(height - y))
 
 

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from .command import World
 
-PAUSE = 600                                                  # seconds: the longest time without a plain line
+PAUSE = 600                                                  # seconds without a plain line
 
 
 class RunningMeans:
-    """The means of the loss and its parts, over the steps since the last log line and over all processes.
+    """Means of the loss and its parts, over the steps since the last log line and all processes.
 
-    The sums stay on the device, so that no step waits for a GPU. A checkpoint holds the sums: a run that is resumed
-    between two log lines logs the same means as a run that was never stopped."""
+    The sums stay on the device, so that no step waits for a GPU. A checkpoint holds the sums: a
+    run that is resumed between two log lines logs the same means as a run that never stopped."""
 
     def __init__(self, world: World):
         self.world = world
@@ -29,17 +29,20 @@ class RunningMeans:
         self.sums = torch.zeros(0, device=world.device)      # of each part, and the number of steps
 
     def add(self, record: dict[str, Tensor]) -> None:
-        """Adds a step. All processes take part. A step whose loss is not finite on any process is left out."""
+        """Adds a step. All processes take part.
+
+        A step is left out if its loss is not finite on some process."""
         self.names = list(record)
-        values = self.world.mean(torch.stack(list(record.values())).float())
+        parts = torch.stack([value.detach().float() for value in record.values()])
+        values = self.world.mean(parts)
         step = torch.cat([values, torch.ones_like(values[:1])])
-        if len(self.sums) != len(step):                      # the first step, or a run resumed with other parts
+        if len(self.sums) != len(step):                      # the first step, or resumed with other parts
             self.sums = torch.zeros_like(step)
         finite = torch.isfinite(values[self.names.index("loss")])
         self.sums = self.sums + torch.where(finite, step, 0)
 
     def take(self) -> dict[str, float | None]:
-        """The means, which are then started again. None if no step was finite. Waits for the device."""
+        """The means, None if no step was finite. Starts new sums. Waits for the device."""
         *sums, steps = self.sums.tolist()
         self.sums = torch.zeros_like(self.sums)
         means = {}
@@ -57,18 +60,19 @@ class RunningMeans:
 class Progress:
     """How far a run is, on stderr of rank 0.
 
-    A terminal shows a bar. Elsewhere, such as in a log file, a plain line is written after every epoch, at the end of
-    the run, and after ten minutes without a line."""
+    A terminal shows a bar. A log file gets a plain line after every epoch, at the end of the run,
+    and after ten minutes without a line."""
 
     def __init__(self, world: World, plan, done: int):
         """plan: the run's journal.Steps. done: steps that were made before this start."""
         self.world, self.plan, self.done = world, plan, done
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=plan.total, initial=done, unit="step", disable=world.rank != 0 or not terminal)
+        hidden = world.rank != 0 or not terminal
+        self.bar = tqdm(total=plan.total, initial=done, unit="step", disable=hidden)
         self.plain = world.rank == 0 and not terminal
         self.first, self.began = done, time.time()
         self.shown, self.shown_at = self.first, self.began   # at the last plain line
-        self.losses = []                                     # (mean, steps) of the log lines since then
+        self.losses = []                                     # (mean, steps) of each log line since
         self.held_out = None                                 # (step, loss) of the last evaluation
 
     def update(self) -> None:

@@ -34,7 +34,8 @@ def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
 def report(result: dict, args: SimpleNamespace, world: World, run, **more) -> None:
     """Prints the result, writes result.json (with the accuracy of each class) and confusion.png.
 
-    The accuracy of a class without a validation image is None. Raises OSError if a file cannot be written."""
+    The accuracy of a class without a validation image is None.
+    Raises OSError if a file cannot be written."""
     confusion, out = result.pop("confusion").double(), Path(args.out)
     images = confusion.sum(1)                                # of each class
     shares = confusion / images[:, None].clamp(min=1)
@@ -43,8 +44,10 @@ def report(result: dict, args: SimpleNamespace, world: World, run, **more) -> No
         per_class[name] = round(share, 4) if count else None
     world.say(f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % of {result['images']} images")
     if len(run.classes) <= 20:
-        told = {name: "-" if share is None else f"{100 * share:.0f}" for name, share in per_class.items()}
-        world.say("per class: " + ", ".join(f"{name} {share}" for name, share in told.items()))
+        told = []
+        for name, share in per_class.items():
+            told.append(f"{name} -" if share is None else f"{name} {100 * share:.0f}")
+        world.say("per class: " + ", ".join(told))
     if world.rank == 0:
         more |= {"weights": args.weights or args.init} | ({} if args.eval_only else {"labels": len(run.labels)})
         text = json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n"
@@ -52,15 +55,16 @@ def report(result: dict, args: SimpleNamespace, world: World, run, **more) -> No
         fix = f"go on with --out {out} --resume" if trained else "give the same command again"
         with whole_or_nothing(out / "confusion.png", fix) as beside:
             save_confusion(beside, shares, run.classes)
-        with whole_or_nothing(out / "result.json", fix) as beside:           # last: it says that all is there
-            beside.write_text(text)
+        with whole_or_nothing(out / "result.json", fix) as beside:
+            beside.write_text(text)                          # last: where it is, the command is refused
 
 
 @contextlib.contextmanager
 def whole_or_nothing(path: Path, fix: str):
     """Gives the name of a file beside `path`, which is renamed when it is whole.
 
-    Raises OSError, with the file and `fix` in one line, if it cannot be written; nothing is left of it then."""
+    If the file cannot be written, no part of it is left, and OSError is raised: one line with the
+    file and `fix`."""
     beside = path.with_stem(path.stem + ".tmp")
     try:
         yield beside
@@ -69,7 +73,8 @@ def whole_or_nothing(path: Path, fix: str):
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error.strerror or error}); make room, then {fix}") from None
+        reason = error.strerror or error
+        raise OSError(f"{path}: not written ({reason}); make room, then {fix}") from None
 
 
 def write_features(z: Tensor, index: Tensor, args: SimpleNamespace, world: World, source) -> None:
