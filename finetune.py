@@ -9,6 +9,7 @@ recipe features: features.npz.
 """
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,11 @@ RECIPES = {
     "knn":      dict(frozen=True),
     "features": dict(frozen=True),
 }
+# The released linear probe is for ImageNet. Its lr of 30 is too large for few images: on 300 the loss
+# rises above 200. AdamW with a warm-up is stable for small and for large features. Its lr is the peak
+# at every batch size.
+LINEAR_SMALL = dict(optimizer="adamw", lr=1e-2, schedule="cosine", warmup_epochs=None)
+FEW_IMAGES = 100_000
 EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
     ("rsb_a2", "resnet101"): dict(ema=0.0, drop_path=0.1),
     ("rsb_a2", "resnet152"): dict(ema=0.0, drop_path=0.15),
@@ -185,6 +191,36 @@ def train(args: SimpleNamespace, world: World) -> None:
             evaluate_after(step + 1)
     journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_top1=best["top1"], best_epoch=best["epoch"])
+    if (journal.out / "best.pt").exists():
+        world.say(f"done: {args.out}/best.pt holds the weights of the best epoch\n"
+                  f"next: {evaluation_command(args)}")
+
+
+def evaluation_command(args: SimpleNamespace) -> str:
+    """The command that evaluates best.pt of this run."""
+    words = ["python", "finetune.py", "--weights", f"{args.out}/best.pt", "--data", args.data]
+    if args.data_root != DEFAULTS["data_root"]:
+        words += ["--data-root", args.data_root]
+    return shlex.join([*words, "--eval-only"])
+
+
+def choose_linear(args: SimpleNamespace, images: int, world: World) -> None:
+    """Puts LINEAR_SMALL into args for a linear probe on few images.
+
+    The optimiser stays the released one if its name or its lr was typed.
+    The batch is at most a tenth of the images, so that an epoch has at least ten steps."""
+    own = {"optimizer", "lr", "lr_batch"} & set(args.given)
+    if args.recipe != "linear" or not trains(args) or images >= FEW_IMAGES or own:
+        return
+    if not args.batch_size:
+        tenth = images // (10 * args.accum * world.size)
+        args.batch_size = max(1, min(256 if world.on_gpu else 32, tenth))
+    settings = dict(LINEAR_SMALL, lr_batch=args.batch_size * args.accum * world.size)
+    for name, value in settings.items():
+        if name not in args.given:
+            setattr(args, name, value)
+    world.say(f"linear probe on fewer than {FEW_IMAGES:,} images: AdamW with a peak lr of "
+              f"{args.lr:g}, instead of the released SGD")
 
 
 def trains(args: SimpleNamespace) -> bool:
@@ -211,6 +247,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
         raise ValueError(f"--data {args.data}: {len(val)} {'' if alone else 'validation '}images are too few for "
                          f"{world.size} processes")
     source = some_labels(source, args.labels, args.seed)
+    if not saved:
+        choose_linear(args, len(source), world)
     labels, val_labels = torch.from_numpy(source.labels).long(), torch.from_numpy(val.labels).long()
     if not trains(args):
         args.batch_size = 1                                  # no steps are made: any number of images will do
@@ -345,8 +383,11 @@ FLAGS = {
         "window": (7, count, "Swin only (as pre-trained)"),
         "stem": (None, STEMS, "ResNet only (as pre-trained; from scratch: small below 64 px, else imagenet)")},
     "optimiser": {
-        "recipe": ("default", tuple(RECIPES), "the table below"),
-        "optimizer": ("adamw", ("adamw", "lamb", "sgd"), "LAMB for large batches, SGD for linear probes"),
+        "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn for a "
+                   "quick look (one pass, nothing is trained), and linear for the accuracy to compare "
+                   "(all its 100 epochs)"),
+        "optimizer": ("adamw", ("adamw", "lamb", "sgd"),
+                      "LAMB for large batches, SGD for linear probes on ImageNet"),
         "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the labelled images; a fraction too"),
         "batch_size": (None, count, "images per process and forward pass (default recipe: 16 in all; GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),

@@ -113,12 +113,28 @@ def a2mim_loss(pred: Tensor, image: Tensor, mask: Tensor, *, fourier_weight: flo
     return total, parts
 
 
-def skill(loss: float, mean_colour: float, blur: float) -> str:
-    """What a pixel loss on held-out images is worth, beside painting the mean colour, and a blur of what is seen."""
-    of_mean, of_blur = loss / max(mean_colour, 1e-9), loss / max(blur, 1e-9)
-    says = ("it has learned nothing yet" if of_mean > 0.95 else
-            "it interpolates, it does not yet know objects" if of_blur > 0.95 else "it paints what a blur cannot know")
-    return f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f} of a blur's: {says}"
+def skill(loss: float, mean_colour: float, blur: float, error: float = 0.0) -> str:
+    """A sentence that compares the pixel loss of the model on held-out images with two baselines.
+
+    mean_colour  the pixel loss if hidden patches are filled with the image's mean colour
+    blur         the pixel loss if they are filled with a blur of the visible pixels
+    error        the standard error of loss - blur; a difference of up to two of it counts as none"""
+    of_mean = loss / max(mean_colour, 1e-9)
+    of_blur = loss / max(blur, 1e-9)
+    margin = 2 * error / max(blur, 1e-9)
+    if not of_mean <= 0.95:                                  # a loss of NaN, too
+        verdict = "no better than the mean colour: it has learned nothing yet"
+    elif abs(loss - blur) <= 2 * error:
+        verdict = "level with a blur"
+    elif of_blur > 1:
+        verdict = "worse than a blur: it does not reconstruct objects yet"
+    elif of_blur > 0.85:
+        verdict = "better than a blur"
+    else:
+        verdict = "clearly better than a blur"
+    scatter = f" +/- {margin:.2f}" if error else ""
+    shares = f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f}{scatter} of a blur's"
+    return f"{shares}: {verdict}"
 
 
 # ---- fine-tuning ----

@@ -9,6 +9,7 @@ checkpoint.pt, backbone.pt (the encoder alone, under torchvision's names), loss.
 
 import contextlib
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,10 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
     return record
 
 
-# ---- what a loss is worth: images held out, and two painters that know nothing ----
+# ---- what a loss is worth: images held out, and two baselines ----
+
+UNTRAINED = "visible patches carry no loss: their reconstruction is not trained"
+
 
 @dataclass
 class HeldOut:
@@ -137,21 +141,49 @@ class HeldOut:
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
     count: int                                               # of all processes
-    mean_colour: float = 0.0                                 # the pixel loss of painting an image's mean colour,
-    blur: float = 0.0                                        # and of a blur of its visible pixels
+    mean_colour: Tensor | None = None                        # (count,) pixel loss of the mean colour,
+    blur: Tensor | None = None                               # and of a blur of the visible pixels
 
 
 @torch.no_grad()
-def held_out_loss(paint, held: HeldOut, args: SimpleNamespace, world: World) -> float:
-    """The pixel loss of paint(images, masks) over all held-out images, exact on any number of processes."""
-    total = torch.zeros(2, device=world.device)
+def held_out_loss(reconstruct, held: HeldOut, args: SimpleNamespace, world: World) -> Tensor:
+    """The pixel loss of reconstruct(images, masks) on each held-out image: (count,), on the CPU.
+
+    All processes take part. Each gets the losses of all images, always in the same order."""
+    losses = []
     for first in range(0, len(held.images), 64):
         images, mask = (part[first:first + 64].to(world.device) for part in (held.images, held.masks))
         images = normalise(images, world.device)             # (B, 3, H, W)
-        loss = spatial_loss(paint(images, mask), target_of(images), mask, args.focal_pixels)
-        total += torch.stack([loss * len(images), loss.new_tensor(len(images))])
-    total = world.mean(total)
-    return (total[0] / total[1]).item()
+        target, found = target_of(images), reconstruct(images, mask)
+        for i in range(len(images)):
+            one = slice(i, i + 1)
+            losses.append(spatial_loss(found[one], target[one], mask[one], args.focal_pixels))
+    mine = torch.stack(losses) if losses else torch.zeros(0)
+    return world.gather(mine).cpu().double()
+
+
+def evaluation_interval(steps: Steps, held_out: int) -> int:
+    """Steps between two evaluations: an epoch, or a tenth of the run if that is shorter.
+
+    It is longer where all evaluations together would take more than a tenth of the training time.
+    For each image an evaluation is a forward pass, about a third of a training step."""
+    affordable = int(0.1 * steps.total * steps.global_batch / (held_out / 3))
+    often = min(steps.per_epoch, max(1, steps.total // 10))
+    return max(often, math.ceil(steps.total / max(affordable, 1)))
+
+
+def next_step(better: bool, args: SimpleNamespace) -> str:
+    """What to do after pre-training. better: the model's reconstructions are better than a blur."""
+    if not better:
+        return "next: train longer (--epochs) or use larger mask units (--mask-cell)"
+    weights = shlex.quote(f"{args.out}/backbone.pt")
+    if args.data not in NAMED:
+        return (f"next: python finetune.py --weights {weights} --data DIR\n"
+                f"      (DIR: labelled images, in a folder for each class)")
+    data = args.data
+    if args.data_root != DEFAULTS["data_root"]:
+        data += f" --data-root {shlex.quote(args.data_root)}"
+    return f"next: python finetune.py --weights {weights} --data {data}"
 
 
 # ---- the run ----
@@ -197,18 +229,29 @@ def train(args: SimpleNamespace, world: World) -> None:
             blurred = fill_hidden(previews, preview_masks, "blur")
             columns = (denormalise(x) for x in (previews, *model.reconstruct(previews, preview_masks), blurred))
             file = journal.out / f"reconstruction-{done:06d}.png"
-            journal.write("a picture", save_sheet, file, dict(zip(titles, columns)))
+            note = UNTRAINED if args.visible_weight < 0.01 else ""
+            journal.write("a picture", save_sheet, file, dict(zip(titles, columns)), note)
 
     def measure(done: int) -> None:
-        """The loss on held-out images, after every epoch and at least ten times in a run."""
-        if held and (done == steps.total or done and done % min(steps.per_epoch, max(1, steps.total // 10)) == 0):
-            model.eval()
-            world.share_buffers(model)
-            loss = held_out_loss(model, held, args, world)
-            model.train()
-            journal.note(held_out=loss, mean_colour=held.mean_colour, blur=held.blur)
-            if done == steps.total:
-                world.say(f"hidden pixels of {held.count} held-out images: " + skill(loss, held.mean_colour, held.blur))
+        """The loss on held-out images, beside the two baselines; after the last step, in words."""
+        if not held or not done:
+            return
+        if done < steps.total and done % evaluation_interval(steps, held.count):
+            return
+        model.eval()
+        world.share_buffers(model)
+        losses = held_out_loss(model, held, args, world)     # of each image
+        model.train()
+        loss, mean_colour, blur = (x.mean().item() for x in (losses, held.mean_colour, held.blur))
+        journal.note(held_out=loss, mean_colour=mean_colour, blur=blur)
+        if done == steps.total:
+            # standard error of the mean difference; one image alone says nothing
+            count, difference = len(losses), losses - held.blur
+            error = difference.std().item() / math.sqrt(count) if count > 1 else math.inf
+            verdict = skill(loss, mean_colour, blur, error)
+            better = verdict.endswith("better than a blur")
+            world.say(f"hidden pixels of {count} held-out images: {verdict}\n"
+                      f"{next_step(better, args)}")
 
     model.train()
     batches = iter(run.loader)

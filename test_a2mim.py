@@ -3,15 +3,20 @@
     pytest test_a2mim.py        under 5 minutes on 2 CPU cores
 """
 
+import io
 import json
 import math
 import os
 import pickle
 import re
 import resource
+import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
 import unicodedata
 import zlib
 from itertools import product
@@ -22,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 from torch._utils import ExceptionWrapper
 from torchvision.ops import StochasticDepth
@@ -36,7 +41,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import command, files, images, journal, optim, weights
+from engine import command, files, images, journal, optim, pictures, progress, results, weights
 from model import A2MIM, build_encoder
 
 HERE = Path(__file__).parent
@@ -1265,6 +1270,7 @@ def test_what_decays_and_what_does_not(arch):
 
 TINY = ("--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --workers 0 "
         "--amp off --log-every 1 --sheets 0 --drop-path 0 --lr 0.03 --val 0").split()
+QUICK = ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"]   # where any net will do
 
 
 @pytest.fixture
@@ -1283,9 +1289,12 @@ def run(out, *flags, base=TINY):
     return read_log(out), torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+CLOCK = ("time", "images_per_s", "peak_memory_mb")           # differ from run to run
+
+
 def read_log(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "peak_memory_mb")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def same_weights(a, b, **tolerance):
@@ -1324,6 +1333,140 @@ def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images,
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
 
 
+def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the_same(
+    few_images, tmp_path, monkeypatch
+):
+    flags = [*QUICK, "--epochs", "2"]
+    each, _ = run(tmp_path / "each", *flags)                 # a line for every step
+    log, _ = run(tmp_path / "whole", *flags, "--log-every", "3")
+    assert [line["step"] for line in log] == [1, 3, 4, 6, 8]
+    before = 0
+    for line in log:
+        since = each[before:line["step"]]
+        for name in ("loss", "spatial", "fourier"):
+            assert line[name] == pytest.approx(statistics.mean(one[name] for one in since), abs=2e-6)
+        before = line["step"]
+
+    step = pretrain.train_step
+
+    def five(number, *rest):
+        return step(number, *rest) if number < 5 else 1 / 0
+    monkeypatch.setattr(pretrain, "train_step", five)
+    with pytest.raises(SystemExit):                          # between the log lines of steps 4 and 6
+        run(tmp_path / "cut", *flags, "--log-every", "3", "--save-every", "5")
+    shutil.copytree(tmp_path / "cut", tmp_path / "old")
+    monkeypatch.setattr(pretrain, "train_step", step)
+    assert run(tmp_path / "cut", "--resume", base=[])[0] == log
+    saved = torch.load(tmp_path / "old" / "checkpoint.pt", weights_only=True)
+    del saved["means"]                                       # a checkpoint of an older version
+    torch.save(saved, tmp_path / "old" / "checkpoint.pt")
+    old, _ = run(tmp_path / "old", "--resume", base=[])
+    assert old[:3] == log[:3] and old[4] == log[4]
+    assert old[3]["loss"] == each[5]["loss"]                 # the mean of what is known: step 6
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
+    others = iter([5.0, 7.0, math.nan, 3.0, 1.0])            # what the other of two processes adds
+    cpu = torch.device("cpu")
+    world = SimpleNamespace(device=cpu, mean=lambda values: (values + next(others)) / 2)
+    means = progress.RunningMeans(world)
+    for mine in (1.0, 2.0, 3.0, math.inf, 4.0):
+        means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(mine)})
+    expected = {"spatial": (14 + 16 + 10) / 6, "loss": (6 + 9 + 5) / 6}      # of steps 1, 2 and 5
+    assert means.take() == pytest.approx(expected, abs=1e-6)
+    world.mean = lambda values: values * math.nan
+    means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(1.0)})
+    assert means.take() == {"spatial": None, "loss": None}
+
+
+def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
+    started = time.time()
+    log, _ = run(tmp_path / "run", *QUICK, "--epochs", "2", "--val", "0.5")
+    said = capsys.readouterr().err
+    form = r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  (.*)(\d+) images/s  00:0\d left$"
+    lines = re.findall(form, said, re.M)
+    assert [line[1:3] for line in lines] == [("1", "4"), ("2", "8")]
+    assert "\r" not in said and "it/s" not in said
+    losses = [line["loss"] for line in log if "loss" in line]
+    means = [statistics.mean(part) for part in (losses[:4], losses[4:])]
+    assert [float(line[3]) for line in lines] == pytest.approx(means, abs=6e-5)
+    readme = (HERE / "README.md").read_text()
+    for line in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()):
+        assert started - 1 < line["time"] < time.time() + 1
+        assert all(f"`{key}`" in readme for key in line)
+
+
+def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(capsys, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(time=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr(progress, "time", clock)
+    plan = SimpleNamespace(per_epoch=1000, total=2000, global_batch=4)
+    world = SimpleNamespace(rank=0, say=command.World().say)
+
+    def walk(shown):
+        for done in range(1, 1001):                          # an hour and 40 minutes
+            now[0] += 6
+            shown.update()
+            if done % 50 == 0:
+                shown.show(loss=done / 1000, lr=0.1, images_per_s=1, steps=50)
+            if done == 500:
+                shown.held_out = (500, 0.25)
+        shown.close()
+
+    walk(progress.Progress(world, plan, done=0))
+    lines = capsys.readouterr().err.splitlines()
+    steps = [int(re.search(r"step (\d+)/2000", line)[1]) for line in lines]
+    assert steps == [*range(101, 1000, 101), 1000]           # the first step beyond 600 s
+    assert "loss 0.0750  1 images/s  3:09:54 left" in lines[0]       # (0.05 + 0.1) / 2; 1899 x 6 s
+    assert "held-out" not in lines[3] and "held-out 0.2500 (step 500)" in lines[5]
+
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    walk(progress.Progress(world, plan, done=0))
+    bar = terminal.getvalue()
+    assert "\r" in bar and "1000/2000" in bar and " left" not in bar
+
+
+def test_the_curves_have_a_panel_for_held_out_images_and_their_last_point(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = [{"step": step, "loss": 2.0 - step / 100} for step in range(1, 101)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.save_curve(tmp_path / "one.png", log)
+    W, H = pictures.PANEL
+    assert Image.open(tmp_path / "one.png").size == (W, H)
+    for step, held_out in ((20, 0.06), (60, 0.04), (100, 0.02)):
+        lines.append({"step": step, "held_out": held_out, "mean_colour": 0.1, "blur": 0.05})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.save_curve(tmp_path / "two.png", log)
+    page = np.asarray(Image.open(tmp_path / "two.png")).astype(int)
+    assert page.shape == (2 * H, W, 3)
+
+    def found(name):
+        """Rows and columns of the pixels of a curve's colour, below its legend."""
+        rgb = np.array(ImageColor.getrgb(pictures.COLOURS[name]))
+        rows, columns = np.nonzero(np.abs(page - rgb).max(2) < 12)
+        below = rows % H > 44
+        return rows[below], columns[below]
+
+    assert len(set(pictures.COLOURS.values())) == len(pictures.COLOURS) == 5
+    edge = W - 62                                            # where the axes end
+    for name in ("model", "mean-colour baseline", "blur baseline"):
+        rows, columns = found(name)
+        assert len(rows) and rows.min() > H                  # in the second panel alone
+        assert (columns >= edge - 1).any(), name             # up to the last step
+    rows, columns = found("model")
+    heights = [rows[np.abs(columns - x) <= 3].mean() for x in (columns.min() + 3, edge)]
+    assert heights[0] < heights[1] - 40                      # it falls
+    levels = []
+    for name in ("mean-colour baseline", "blur baseline"):
+        rows, columns = found(name)
+        levels.append(rows[columns < edge])
+        assert np.ptp(levels[-1]) <= 3                       # a level line
+    assert levels[0].max() < levels[1].min()                 # the higher loss is above
+
+
 @pytest.mark.parametrize("arch, more", [("resnet18", ["--mask-stage", "3"]), ("deit_tiny", [])])
 def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
     arch, more, few_images, tmp_path, monkeypatch, capsys
@@ -1333,7 +1476,8 @@ def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
     assert final["args"]["image_size"] == [64, 96] and log[-1]["held_out"] > 0
     assert "images at 64 x 96 px, 15 of 24 cells hidden" in capsys.readouterr().err      # ceil(0.6 * 24)
     sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")     # 6 rows of 5, 2 px apart, 2 x enlarged
-    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22)
+    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22 + 20)      # titles above, a note below
+    assert np.asarray(sheet)[-20:].min() < 128               # it is there
     step = pretrain.train_step
     monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 2 else 1 / 0)
     with pytest.raises(SystemExit):
@@ -1436,7 +1580,15 @@ def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_t
     assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
 
 
-def test_two_processes_train_the_same_weights_as_one(tmp_path):
+def verdict_of(said):
+    """What pretrain.py printed: (share of the mean colour's error, of the blur's, +/-, words)."""
+    number = r"([\d.]+)"
+    form = rf"{number} of the mean colour's error, {number} \+/- {number} of a blur's: (.*)"
+    found = re.search(form, said)
+    return *map(float, found.groups()[:3]), found[4]
+
+
+def test_two_processes_train_the_same_weights_as_one(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(21):                                      # 5 of them are held out: two processes have 3 and 2
         paint(tmp_path / "images" / f"{i}.png", colour=(12 * i, 255 - 12 * i, 40), size=(64, 64))
@@ -1445,10 +1597,13 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path):
     _, one = run(tmp_path / "one", base=[*map(str, flags)])
     done = torchrun("pretrain.py", *flags, "--batch-size", 4, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
+    verdicts = [verdict_of(said) for said in (capsys.readouterr().err, done.stderr)]
+    assert verdicts[0][3] == verdicts[1][3]
+    assert verdicts[0][:3] == pytest.approx(verdicts[1][:3], abs=0.011)
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
     held_out = [[line[key] for line in log if "held_out" in line for key in ("held_out", "blur")] for log in logs]
-    assert len(held_out[0]) >= 8 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+    assert len(held_out[0]) == 2 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
     same_weights(one, torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True), atol=2e-5, rtol=1e-3)
 
 
@@ -1461,8 +1616,10 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     log, checkpoint = run(
-        tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1"
+        tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1",
+        "--val", "0.25"
     )
+    log = [line for line in log if "loss" in line]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         ".lock",
@@ -1476,6 +1633,9 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
         "reconstruction-000015.png",
         "reconstruction-000030.png",
     }
+    pictures.save_curve(tmp_path / "again.png", tmp_path / "run" / "log.jsonl")
+    curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]         # the last line is in it
+    assert curves[0].read_bytes() == curves[1].read_bytes()
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     width = sheet.shape[1] // 5
@@ -1579,7 +1739,7 @@ def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monke
 # ---- the shape of the code ----
 
 def test_no_line_is_wider_than_120_columns_and_no_file_longer_than_promised():
-    most = {"pretrain.py": 350, "finetune.py": 400, "data.py": 400, "model.py": 420, "loss.py": 170, "masking.py": 150}
+    most = {"pretrain.py": 400, "finetune.py": 450, "data.py": 400, "model.py": 420, "loss.py": 170, "masking.py": 150}
     for file in [*HERE.glob("*.py"), *HERE.glob("engine/*.py"), *HERE.glob("extras/*.py")]:
         lines = file.read_text().splitlines()
         assert max(map(len, lines), default=0) <= 120, file
@@ -1640,18 +1800,20 @@ def test_held_out_images_are_never_trained_on_and_their_number_has_bounds(tmp_pa
             assert given != "cut" or all("/val/" in name for name in names[1])
 
 
-def test_the_held_out_loss_is_that_of_each_image_and_the_yardsticks_are_those_painters(few_images, tmp_path):
+def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(few_images, tmp_path, capsys):
     flags = [*TINY, "--val", "0.5", "--epochs", "1"]         # 8 of the 32 validation images
     run(tmp_path / "run", base=flags)
+    said = capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     noted = [line for line in lines if "held_out" in line]
-    assert [line["step"] for line in noted] == [1, 2, 3, 4]
+    assert [line["step"] for line in noted] == [4]
     net = A2MIM(build_encoder("deit_tiny", 64, 0.0), 64, mask_cell=16, token="add").eval()
     net.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
     val, crop = data.Shapes("val", (64, 64)), data.eval_transform((64, 64))
     masks = masking.random_mask(8, (4, 4), 0.6, generator=torch.Generator().manual_seed(data.seed_for(0, 1)))
     chosen = sorted(np.random.default_rng((0, 32)).permutation(32)[:8])      # any 8 of the 32, but always the same
     total = dict(held_out=0.0, mean_colour=0.0, blur=0.0)
+    differences = []
     for k in range(8):
         x = data.normalise(crop(val.read(int(chosen[k])))[None])
         hidden = masking.resize_mask(masks[k:k + 1], (64, 64))[0, 0]
@@ -1660,17 +1822,71 @@ def test_the_held_out_loss_is_that_of_each_image_and_the_yardsticks_are_those_pa
                             blur=masking.fill_hidden(x, masks[k:k + 1], "blur"))
         for name, painted in painters.items():
             total[name] += (painted - x)[0, :, hidden].abs().mean().item() / 8           # a ViT: plain L1
+        errors = [(painters[name] - x)[0, :, hidden].abs().mean().item() for name in ("held_out", "blur")]
+        differences.append(errors[0] - errors[1])
     assert {name: noted[-1][name] for name in total} == pytest.approx(total, rel=1e-4)
+    scatter = 2 * statistics.stdev(differences) / math.sqrt(8) / total["blur"]
+    of_mean, of_blur = (total["held_out"] / total[name] for name in ("mean_colour", "blur"))
+    assert verdict_of(said)[:3] == pytest.approx((of_mean, of_blur, scatter), abs=0.0051)
+    assert "hidden pixels of 8 held-out images" in said
     before = read_log(tmp_path / "run")
     pretrain.main(["--data", "shapes", "--out", str(tmp_path / "run"), "--resume"])
     assert read_log(tmp_path / "run") == before              # nothing is measured twice
 
 
-def test_the_verdict_speaks_of_both_yardsticks():
-    assert loss.skill(0.06, 0.06, 0.02).endswith("it has learned nothing yet")
-    assert loss.skill(0.02, 0.06, 0.02) == "0.33 of the mean colour's error, 1.00 of a blur's: " \
-                                           "it interpolates, it does not yet know objects"
-    assert loss.skill(0.01, 0.06, 0.02).endswith("it paints what a blur cannot know")
+@pytest.mark.parametrize("pixel_loss, blur, error, verdict", [
+    (0.0600, 0.02, 0.0001, "no better than the mean colour: it has learned nothing yet"),
+    (0.0300, 0.02, 0.0001, "worse than a blur: it does not reconstruct objects yet"),
+    (0.0184, 0.02, 0.0009, "level with a blur"),             # 0.92 +/- 0.09 of the blur's
+    (0.0216, 0.02, 0.0009, "level with a blur"),
+    (0.0100, 0.02, 0.0060, "level with a blur"),             # half the error, on images that differ wildly
+    (0.0100, 0.02, math.inf, "level with a blur"),           # one image
+    (0.0184, 0.02, 0.0007, "better than a blur"),
+    (0.0171, 0.02, 0.0001, "better than a blur"),
+    (math.nan, 0.02, 0.0001, "no better than the mean colour: it has learned nothing yet"),
+    (0.0169, 0.02, 0.0001, "clearly better than a blur"),
+])
+def test_the_verdict_says_better_only_beyond_the_scatter(pixel_loss, blur, error, verdict):
+    said = loss.skill(pixel_loss, 0.06, blur, error)
+    assert said.startswith(f"{pixel_loss / 0.06:.2f} of the mean colour's error")
+    assert said.endswith(f"of a blur's: {verdict}")
+    assert f"{pixel_loss / blur:.2f} +/- {2 * error / blur:.2f} of a blur's" in said
+
+
+def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "my runs"                               # a space, which a shell would split at
+    run(out, *QUICK, "--val", "0.5", "--epochs", "1", "--lr", "0")
+    told = "next: train longer (--epochs) or use larger mask units (--mask-cell)"
+    assert told in capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(pretrain, "skill", lambda *given: "clearly better than a blur")
+    more = ["--data-root", str(tmp_path / "my sets")]
+    run(tmp_path / "better", *QUICK, "--val", "0.5", "--epochs", "1", *more)
+    line, = re.findall("^next: python finetune.py (.*)$", capsys.readouterr().err, re.M)
+    args = finetune.parse(shlex.split(line))
+    assert args.weights == str(tmp_path / "better" / "backbone.pt") and args.arch == QUICK[1]
+    assert args.data == "shapes" and args.data_root == str(tmp_path / "my sets")
+    said = pretrain.next_step(True, SimpleNamespace(data="/photos", out=out))
+    assert f"--weights '{out}/backbone.pt' --data DIR" in said
+
+
+@pytest.mark.parametrize("per_epoch, epochs, batch, held_out, often", [
+    (3, 8, 8, 189, 24),                                      # 24 steps on 189 images: once, at the end
+    (625, 1, 16, 200, 62),                                   # the demo: a tenth of the run
+    (150, 10, 32, 200, 150),                                 # every epoch
+    (1, 1, 8, 2000, 1),
+    (10, 3, 64, 100, 6),
+])
+def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(
+    per_epoch, epochs, batch, held_out, often
+):
+    total = per_epoch * epochs
+    steps = journal.Steps(batch, batch, per_epoch, total, 0, 0)
+    interval = pretrain.evaluation_interval(steps, held_out)
+    assert interval == often
+    measured = [done for done in range(1, total + 1) if done == total or done % interval == 0]
+    forward_passes = len(measured) * held_out
+    trained = 3 * total * batch                              # forward, and a backward that costs two
+    assert len(measured) == 1 or forward_passes <= 0.1 * trained
 
 
 def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, capsys, tmp_path):
@@ -2491,6 +2707,42 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
     )
 
 
+def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(few_images, tmp_path, capsys):
+    torch.manual_seed(0)
+    state = tv.resnet18().state_dict()
+    for name, value in state.items():                        # |z|^2 = 200, as after pre-training
+        if re.fullmatch(r"layer4\.1\.bn2\.(weight|bias)", name):
+            value.fill_(2.0 if name.endswith("weight") else 0.0)
+    torch.save(state, tmp_path / "w.pth")
+    probe = ["--weights", tmp_path / "w.pth", "--arch", "resnet18", "--recipe", "linear"]
+    probe += ["--crop-min", "1"]
+    worst = {}
+    for name, more in (("few", []), ("released", ["--optimizer", "sgd"])):
+        tune(tmp_path / name, *probe, "--epochs", "4", "--eval-every", "4", *more)
+        losses = [line["loss"] for line in read_log(tmp_path / name)]
+        worst[name] = max(losses)
+        assert name == "released" or statistics.mean(losses[-4:]) < losses[0]
+    assert worst["few"] < 2 * math.log(10) < worst["released"]       # log(10): a guess
+    assert "peak lr 1.00e-02" in capsys.readouterr().err
+    last = torch.load(tmp_path / "few" / "best.pt", weights_only=True)
+    assert not tv.resnet18(num_classes=10).load_state_dict(last).missing_keys
+
+    world = SimpleNamespace(size=2, on_gpu=True, say=lambda text: None)
+    for images, more, batch, peak in (
+        (300, [], 15, 1e-2),                                 # ten steps an epoch, of 2 x 15 images
+        (99_999, [], 256, 1e-2),
+        (99_999, ["--batch-size", "64"], 64, 1e-2),
+        (100_000, [], None, 30 * 512 / 256),
+        (300, ["--lr", "0.3"], None, 0.3 * 512 / 256),
+        (300, ["--epochs", "5"], 15, 1e-2),
+    ):
+        given = "--data shapes --init scratch --arch resnet18 --recipe linear".split()
+        args = finetune.parse([*given, *more])
+        finetune.choose_linear(args, images, world)
+        assert args.batch_size == batch and args.optimizer == ("sgd" if peak > 0.1 else "adamw")
+        assert args.lr * 2 * (batch or 256) / args.lr_batch == pytest.approx(peak)
+
+
 def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch, capsys):
     flags = [
         "--init",
@@ -2914,6 +3166,12 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
     )
     log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
     assert [line["loss"] is None for line in log] == [False, False, True, False]
+    calls.clear()
+    more = ["--epochs", "1", "--log-every", "4", "--save-every", "100"]
+    seldom, _ = run(tmp_path / "seldom", *FLAGS, *more)
+    assert [line["step"] for line in seldom] == [1, 4]
+    mean = (log[1]["loss"] + log[3]["loss"]) / 2             # of steps 2 and 4
+    assert seldom[1]["loss"] == pytest.approx(mean, abs=2e-6)
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
     assert set(saved) == {None, 1, 2, 4}  # nothing is saved in the middle of it
     assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(
@@ -3071,6 +3329,67 @@ def test_a_disk_that_fails_in_an_evaluation_ends_the_run_with_one_line(few_image
         and said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone"
         and "not written" not in said
     )
+
+
+def test_the_last_line_of_fine_tuning_is_the_command_that_evaluates_it(
+    few_images, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "my runs"
+    result = tune(out, "--init", "scratch", *QUICK, "--data-root", tmp_path / "my sets")
+    *_, done, command = capsys.readouterr().err.splitlines()
+    assert done == f"done: {out}/best.pt holds the weights of the best epoch"
+    words = shlex.split(command.removeprefix("next: python finetune.py "))
+    assert words[-1] == "--eval-only" and str(tmp_path / "my sets") in words
+    finetune.main([*words, "--workers", "0", "--amp", "off", "--out", "again"])
+    assert json.loads(Path("again/result.json").read_text())["top1"] == result["best_top1"]
+    assert "done:" not in capsys.readouterr().err            # nothing was trained
+
+
+def test_a_class_without_a_validation_image_has_no_accuracy(capsys, tmp_path):
+    labelled_folder(tmp_path / "set", {"train": (4, 4, 4), "val": (4, 1, 4)})
+    (tmp_path / "set" / "val" / "c1" / "0.png").write_text("not an image")
+    result = tune(tmp_path / "run", "--data", tmp_path / "set", "--init", "scratch", *QUICK)
+    assert result["per_class"]["c1"] is None and result["images"] == 8
+    mean = (result["per_class"]["c0"] + result["per_class"]["c2"]) / 2
+    assert mean == pytest.approx(result["top1"])
+    assert re.search(r"^per class: c0 \d+, c1 -, c2 \d+$", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize("flags, room, file", [
+    (["--eval-only"], 50, "confusion.png"),
+    (["--eval-only"], 300, "result.json"),
+    (["--recipe", "features"], 3000, "features.npz"),
+])
+def test_a_full_disk_at_the_end_names_the_file_and_leaves_none(
+    flags, room, file, few_images, backbone, capsys, tmp_path, monkeypatch
+):
+    net = tv.resnet18(num_classes=10)
+    torch.save(net.state_dict(), backbone)
+    call = [*SMALL, "--weights", backbone, "--arch", "resnet18", *flags, "--out", tmp_path / "out"]
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), results.save_confusion
+    outputs = finetune.outputs
+
+    def last_work(*given):                                   # then no file may grow beyond `room` bytes
+        found = outputs(*given)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        return found
+    if file == "result.json":                                # which is smaller than the picture
+        monkeypatch.setattr(results, "save_confusion", lambda path, *given: path.touch())
+    monkeypatch.setattr(finetune, "outputs", last_work)
+    try:
+        code, said = complaint(capsys, *call, main=finetune.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    fix = "not written (File too large); make room, then give the same command again"
+    assert code == 1
+    assert said.splitlines()[-1] == f"finetune.py: {tmp_path / 'out' / file}: {fix}"
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {"args.json"} | ({"confusion.png"} if file == "result.json" else set())
+    monkeypatch.setattr(finetune, "outputs", outputs)
+    monkeypatch.setattr(results, "save_confusion", save)
+    finetune.main([*map(str, call)])                         # the same command again
+    assert (tmp_path / "out" / file).stat().st_size > room
 
 
 def test_probes_and_evaluations_leave_args_json_and_never_overwrite_a_result(few_images, backbone, capsys, tmp_path):

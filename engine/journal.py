@@ -18,13 +18,13 @@ from types import SimpleNamespace
 import torch
 import torchvision
 from torch import Tensor
-from tqdm import tqdm
 
 from .command import Failed, Signals, Stopped, World, explain
 from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable, read_checkpoint,
                     read_lines, refuse_odd_files, save_atomically, settings, trim_log, write_text_atomically)
 from .flags import accepts, told_size
 from .pictures import save_curve
+from .progress import Progress, RunningMeans
 
 # ---- the start of a run ----
 
@@ -161,13 +161,15 @@ class Journal:
         export: file name -> a function that gives what this file holds; written beside every checkpoint."""
         self.args, self.world, self.plan, self.keep, self.export = args, world, plan, keep, export or {}
         self.out, self.log, self.done = Path(args.out), Path(args.out) / "log.jsonl", plan.start
+        self.means = RunningMeans(world)
+        self.keep = {**keep, "means": self.means}
         self.saved_step = None                               # of the last checkpoint that this start has written
         self.not_written = {}                                # file -> why its last writing failed
         # a broken checkpoint.pt must not replace the whole one before it
         self.checkpoint_is_whole = bool(saved) and Path(saved["path"]).name == "checkpoint.pt"
         self.in_step = False
-        if saved:
-            self.load(saved)
+        if saved:                                            # older checkpoints have no means
+            self.load({"means": self.means.state_dict(), **saved})
         make_folder(args, world, plan.global_batch)
         if world.rank == 0:
             trim_log(self.log, saved["step"] / saved["per_epoch"] if saved else 0.0)
@@ -177,7 +179,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.signals.__enter__()
-        self.bar = tqdm(total=self.plan.total, initial=self.done, unit="step", disable=self.world.rank != 0)
+        self.bar = Progress(self.world, self.plan, self.done)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -216,6 +218,7 @@ class Journal:
         for now, old in self.statistics_before:
             now.copy_(torch.where(bad, old, now))
         self.in_a_row, self.skipped = (self.in_a_row + bad) * bad, self.skipped + bad    # a good step ends the row
+        self.means.add(record)
         self.bar.update()
         epoch_ends = done % plan.per_epoch == 0 or done == plan.total
         logs = done % args.log_every == 0 or epoch_ends or done == 1
@@ -224,7 +227,7 @@ class Journal:
         if streak >= 10:
             raise Failed(self.not_finite(streak))
         if logs:
-            self.write_line(record)
+            self.write_line()
         every = int(args.save_every.removesuffix("m"))
         due = done % every == 0 if args.save_every.isdecimal() else time.time() - self.saved_at > 60 * every
         if self.world.rank == 0 and (epoch_ends or due or stop) and not int(self.in_a_row):
@@ -274,27 +277,37 @@ class Journal:
                 return f"{reason}; {cure}, then go on with --out {self.out} --resume"
         return None
 
-    def write_line(self, record: dict[str, Tensor]) -> None:
-        """A line of log.jsonl: averages over the processes, which all take part."""
+    def write_line(self) -> None:
+        """A line of log.jsonl: means over the steps since the last line. All processes take part."""
         self.keep["broken"].tell(self.world)
-        means = self.world.mean(torch.stack(list(record.values()))).tolist()
-        values = {k: round(v, 6) if math.isfinite(v) else None for k, v in zip(record, means)}
-        self.last_loss = values["loss"] or self.last_loss
+        means = self.means.take()
+        self.last_loss = means["loss"] or self.last_loss
         if self.world.rank == 0:
-            speed = (self.done - self.logged) * self.plan.global_batch / max(time.time() - self.logged_at, 1e-9)
-            line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4), lr=self.lr(), **values)
+            now, steps = time.time(), self.done - self.logged
+            speed = steps * self.plan.global_batch / max(now - self.logged_at, 1e-9)
+            line = self.place() | dict(lr=self.lr(), **means)
             counts = dict(skipped=int(self.skipped), broken=len(self.keep["broken"].seen))
             line |= {name: count for name, count in counts.items() if count}
             line |= dict(images_per_s=round(speed, 1), peak_memory_mb=peak_memory_mb(self.world.device))
             self.write("log.jsonl", append_line, self.log, line)
-            self.bar.set_postfix(loss=values["loss"], lr=f"{line['lr']:.1e}", images_per_s=f"{speed:.0f}")
-            self.logged_at, self.logged = time.time(), self.done
+            self.bar.show(means["loss"], line["lr"], speed, steps)
+            self.logged_at, self.logged = now, self.done
 
     def note(self, **values: float) -> None:
-        """A line of its own in log.jsonl, such as the loss on held-out images."""
+        """A line of its own in log.jsonl, such as the loss on held-out images. Updates loss.png."""
         if self.world.rank == 0:
-            line = dict(step=self.done, epoch=round(self.done / self.plan.per_epoch, 4))
-            self.write("log.jsonl", append_line, self.log, line | {k: round(v, 6) for k, v in values.items()})
+            line = self.place()
+            for name, value in values.items():
+                line[name] = round(value, 6) if math.isfinite(value) else None
+            self.write("log.jsonl", append_line, self.log, line)
+            self.write("loss.png", save_curve, self.out / "loss.png", self.log)
+            if "held_out" in values:
+                self.bar.held_out = (self.done, values["held_out"])
+
+    def place(self) -> dict:
+        """What every line of log.jsonl begins with. `time` is in seconds since 1970."""
+        epoch = round(self.done / self.plan.per_epoch, 4)
+        return dict(step=self.done, epoch=epoch, time=round(time.time(), 1))
 
     def has(self, name: str) -> bool:                        # is it noted of this step? rank 0 looks
         return self.world.agree(lambda: any(name in r and r["step"] == self.done for r in read_lines(self.log)))

@@ -1,10 +1,11 @@
 """Pictures of a run: PNG files, drawn with Pillow.
 
     sheet, save_sheet    rows of images, titled columns
-    save_curve           the loss over steps
+    save_curve           the losses over steps
     save_confusion       which class is taken for which
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,63 +17,159 @@ from torchvision.utils import make_grid
 from .files import read_lines
 
 
-def save_sheet(path: Path, columns: dict[str, Tensor]) -> None:
+def save_sheet(path: Path, columns: dict[str, Tensor], note: str = "") -> None:
     """The page of `sheet` as a PNG."""
-    sheet(columns).save(path)
+    sheet(columns, note).save(path)
 
 
-def sheet(columns: dict[str, Tensor]) -> Image.Image:
-    """A page with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1]."""
+def sheet(columns: dict[str, Tensor], note: str = "") -> Image.Image:
+    """A page with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1].
+
+    note: a line of small text below the images."""
     images = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()      # (N * columns, 3, H, W)
     grid = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
     zoom = max(1, round(160 * len(columns) / grid.width))
     grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST)
-    page = Image.new("RGB", (grid.width, grid.height + 22), "white")
+    below = 20 if note else 0
+    page = Image.new("RGB", (grid.width, grid.height + 22 + below), "white")
     page.paste(grid, (0, 22))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for i, title in enumerate(columns):
         draw.text(((i + 0.5) * grid.width / len(columns), 11), title, "black", font, anchor="mm")
+    if note:
+        small = ImageFont.load_default(12)
+        draw.text((4, page.height - below / 2), note, "#555555", small, anchor="lm")
     return page
 
 
+# ---- curves ----
+
+PANEL = (720, 270)                                           # pixels: width and height
+FINE = 2                                                     # drawn twice as large, then reduced: smooth lines
+COLOURS = {
+    "each log line": "#b8bcc4",
+    "smoothed": "#1f5fbf",
+    "model": "#12805c",
+    "mean-colour baseline": "#d9662b",
+    "blur baseline": "#7d4fb3",
+}
+
+
 def save_curve(path: Path, log: Path) -> None:
-    """The loss over steps, from log.jsonl: every line in gray, their running mean in blue; held-out images in orange.
+    """The losses over steps, from log.jsonl, in one panel or two.
 
-    Held out, it is the pixel loss; two lines say what painting the mean colour, and a blur of what is seen, costs."""
+    training         the total loss: of every log line, and smoothed over a twentieth of the run
+    held-out images  the pixel loss of the model, the mean-colour baseline and the blur baseline"""
     lines = read_lines(log)
-    drawn = [(r["step"], r["loss"]) for r in lines if r.get("loss") is not None]
-    held_out = [(r["step"], r["held_out"]) for r in lines if r.get("held_out") is not None]
-    levels = next(({k: r[k] for k in ("mean_colour", "blur")} for r in lines if "mean_colour" in r), {})
-    if len(drawn) < 2:
+    training = [(r["step"], r["loss"]) for r in lines if r.get("loss") is not None]
+    measured = [r for r in lines if r.get("held_out") is not None]
+    if len(training) < 2:
         return
-    W, H, left, right, top, bottom = 720, 400, 60, 20, 30, 40
-    first, last, shown = drawn[0][0], drawn[-1][0], [v for _, v in drawn + held_out] + list(levels.values())
-    low, high = min(shown), max(max(shown), min(shown) + 1e-9)
+    model = [(r["step"], r["held_out"]) for r in measured]
+    ends = (training[0][0], max(step for step, _ in training + model))
+    smooth = smoothed(training, max(1, len(training) // 40))
+    panels = [("training loss", {"each log line": training, "smoothed": smooth})]
+    if measured:
+        mean_colour = [(step, measured[-1]["mean_colour"]) for step in ends]
+        blur = [(step, measured[-1]["blur"]) for step in ends]
+        curves = {"model": model, "mean-colour baseline": mean_colour, "blur baseline": blur}
+        panels.append(("pixel loss on held-out images", curves))
+
+    width, height = (FINE * side for side in PANEL)
+    page = Image.new("RGB", (width, height * len(panels)), "white")
+    for i, (title, curves) in enumerate(panels):
+        page.paste(panel(title, curves, ends), (0, i * height))
+    page.reduce(FINE).save(path)
+
+
+def smoothed(points: list[tuple[int, float]], half: int) -> list[tuple[int, float]]:
+    """The running mean over `half` points before and after each."""
+    out = []
+    for i, (x, _) in enumerate(points):
+        near = [y for _, y in points[max(0, i - half):i + half + 1]]
+        out.append((x, sum(near) / len(near)))
+    return out
+
+
+def panel(title: str, curves: dict[str, list], ends: tuple[int, int]) -> Image.Image:
+    """One plot with title, axes, legend, and the last value of each curve beside its end.
+
+    curves: name (see COLOURS) -> (step, loss) pairs. ends: the first and the last step."""
+    W, H = (FINE * side for side in PANEL)
+    left, right, top, bottom = (FINE * margin for margin in (66, 62, 46, 44))
     page = Image.new("RGB", (W, H), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12 * FINE)
+    low, high = span([y for points in curves.values() for _, y in points])
+    first, last = ends
 
-    def at(step, loss):
-        return (left + (step - first) / (last - first) * (W - left - right),
-                H - bottom - (loss - low) / (high - low) * (H - top - bottom))
+    def at(step: float, loss: float) -> tuple[float, float]:
+        x = left + (step - first) / max(last - first, 1) * (W - left - right)
+        y = H - bottom - (loss - low) / (high - low) * (H - top - bottom)
+        return x, y
 
-    for i in range(5):
-        step, loss = first + i / 4 * (last - first), low + i / 4 * (high - low)
-        draw.line([at(first, loss), at(last, loss)], "#dddddd")
-        draw.text((left - 6, at(step, loss)[1]), f"{loss:.3f}", "black", font, anchor="rm")
-        draw.text((at(step, loss)[0], H - bottom + 12), f"{step:.0f}", "black", font, anchor="mm")
-    for name, level in levels.items():
-        draw.line([at(first, level), at(last, level)], "#e08a2c")
-        draw.text((W - right, at(last, level)[1] - 7), name.replace("_", " "), "#e08a2c", font, anchor="rm")
-    half, losses = max(1, len(drawn) // 40), [loss for _, loss in drawn]
-    smooth = [sum(part) / len(part) for part in (losses[max(0, i - half):i + half + 1] for i in range(len(losses)))]
-    draw.line([at(*p) for p in drawn], "#bbbbbb", 1)
-    draw.line([at(step, loss) for (step, _), loss in zip(drawn, smooth)], "#1f5fbf", 3)
-    if len(held_out) > 1:
-        draw.line([at(*p) for p in held_out], "#e08a2c", 3)
-    title = "loss over optimiser steps" + "; orange: pixel loss on held-out images" * bool(held_out)
-    draw.text((W / 2, 14), title, "black", font, anchor="mm")
-    page.save(path)
+    for y in ticks(low, high, 5):
+        draw.line([at(first, y), at(last, y)], "#e4e6ea", FINE)
+        draw.text((left - 6 * FINE, at(first, y)[1]), f"{y:.4g}", "black", font, anchor="rm")
+    for x in ticks(first, last, 6):
+        draw.line([at(x, low), (at(x, low)[0], H - bottom + 4 * FINE)], "black", FINE)
+        draw.text((at(x, low)[0], H - bottom + 13 * FINE), f"{x:g}", "black", font, anchor="mm")
+    draw.line([at(first, high), at(first, low), at(last, low)], "black", FINE)
+    draw.text((W / 2, H - 10 * FINE), "optimiser step", "black", font, anchor="mm")
+    name = Image.new("L", (H, 16 * FINE), 0)                 # the vertical axis's, turned
+    ImageDraw.Draw(name).text((H / 2, 8 * FINE), "loss", 255, font, anchor="mm")
+    name = name.rotate(90, expand=True)
+    page.paste("black", (2 * FINE, 0), name)
 
+    draw.text((left, 12 * FINE), title, "black", ImageFont.load_default(14 * FINE), anchor="lm")
+    x, taken = left, []
+    for name, points in curves.items():
+        colour = COLOURS[name]
+        line = [at(*point) for point in points]
+        draw.line(line, colour, (1 if name == "each log line" else 2) * FINE, joint="curve")
+        draw.line([(x, 32 * FINE), (x + 18 * FINE, 32 * FINE)], colour, 3 * FINE)
+        draw.text((x + 24 * FINE, 32 * FINE), name, "black", font, anchor="lm")
+        x += 24 * FINE + draw.textlength(name, font) + 22 * FINE
+        if name == "model":                                  # one evaluation alone is seen, too
+            for cx, cy in line:
+                r = 3 * FINE
+                draw.ellipse((cx - r, cy - r, cx + r, cy + r), colour)
+        if name != "each log line":
+            y = free_place(line[-1][1], taken, 13 * FINE)
+            draw.text((W - right + 6 * FINE, y), f"{points[-1][1]:.4f}", colour, font, anchor="lm")
+            taken.append(y)
+    return page
+
+
+def span(values: list[float]) -> tuple[float, float]:
+    """The range of an axis: the values', and a twentieth more at both ends."""
+    low, high = min(values), max(values)
+    more = 0.05 * (high - low) or 0.05 * abs(high) or 1e-9
+    return low - more, high + more
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` round numbers from low to high: multiples of 1, 2 or 5 powers of ten."""
+    size = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
+    for step in (size / 10, size / 5, size / 2, size, 2 * size, 5 * size, 10 * size):
+        numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(numbers) <= most:
+            break
+    return [n * step for n in numbers]
+
+
+def free_place(y: float, taken: list[float], apart: float) -> float:
+    """The height nearest to y that is `apart` from all heights taken: texts do not overlap."""
+    heights = [y]
+    for other in taken:
+        heights += [other - apart, other + apart]
+    free = []
+    for height in heights:
+        if all(abs(height - other) >= apart - 1e-6 for other in taken):
+            free.append(height)
+    return min(free, key=lambda height: abs(height - y))
+
+
+# ---- tables ----
 
 def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
     """shares (C, C), rows sum to 1: of each true class (row) the share taken for each class (column), darker = more."""

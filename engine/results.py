@@ -5,6 +5,7 @@
     write_features    features.npz
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -31,17 +32,49 @@ def score(best: Tensor, labels: Tensor, classes: int, world: World) -> dict:
 
 
 def report(result: dict, args: SimpleNamespace, world: World, run, **more) -> None:
-    """Says the result, writes result.json (per-class accuracy too) and confusion.png."""
+    """Prints the result, writes result.json (with the accuracy of each class) and confusion.png.
+
+    The accuracy of a class without a validation image is None.
+    Raises OSError if a file cannot be written."""
     confusion, out = result.pop("confusion").double(), Path(args.out)
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    per_class = {name: round(share, 4) for name, share in zip(run.classes, shares.diag().tolist())}
+    images = confusion.sum(1)                                # of each class
+    shares = confusion / images[:, None].clamp(min=1)
+    per_class = {}
+    for name, share, count in zip(run.classes, shares.diag().tolist(), images.tolist()):
+        per_class[name] = round(share, 4) if count else None
     world.say(f"top-1 {100 * result['top1']:.2f} %, top-5 {100 * result['top5']:.2f} % of {result['images']} images")
     if len(run.classes) <= 20:
-        world.say("per class: " + ", ".join(f"{name} {100 * share:.0f}" for name, share in per_class.items()))
+        told = []
+        for name, share in per_class.items():
+            told.append(f"{name} -" if share is None else f"{name} {100 * share:.0f}")
+        world.say("per class: " + ", ".join(told))
     if world.rank == 0:
         more |= {"weights": args.weights or args.init} | ({} if args.eval_only else {"labels": len(run.labels)})
-        (out / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n")
-        save_confusion(out / "confusion.png", shares, run.classes)
+        text = json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n"
+        trained = (out / "checkpoint.pt").exists()
+        fix = f"go on with --out {out} --resume" if trained else "give the same command again"
+        with whole_or_nothing(out / "confusion.png", fix) as beside:
+            save_confusion(beside, shares, run.classes)
+        with whole_or_nothing(out / "result.json", fix) as beside:
+            beside.write_text(text)                          # last: where it is, the command is refused
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: Path, fix: str):
+    """Gives the name of a file beside `path`, which is renamed when it is whole.
+
+    If the file cannot be written, no part of it is left, and OSError is raised: one line with the
+    file and `fix`."""
+    beside = path.with_stem(path.stem + ".tmp")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OSError(f"{path}: not written ({reason}); make room, then {fix}") from None
 
 
 def write_features(z: Tensor, index: Tensor, args: SimpleNamespace, world: World, source) -> None:
@@ -59,8 +92,7 @@ def write_features(z: Tensor, index: Tensor, args: SimpleNamespace, world: World
         used, file = np.flatnonzero(there), Path(args.out) / "features.npz"
         inside = (lambda name: os.path.relpath(name, args.data)) if os.path.isdir(args.data) else str
         files = np.array([inside(source.name(int(i))) for i in used], dtype=str)
-        beside = file.with_name("features.tmp.npz")          # renamed when it is whole
-        np.savez(beside, features=features[used], labels=source.labels[used].astype(np.int64), files=files,
-                 classes=np.array(source.classes, dtype=str))
-        os.replace(beside, file)
+        labels, classes = source.labels[used].astype(np.int64), np.array(source.classes, dtype=str)
+        with whole_or_nothing(file, "give the same command again") as beside:
+            np.savez(beside, features=features[used], labels=labels, files=files, classes=classes)
         world.say(f"wrote {file}: {len(used)} x {z.shape[1]}")
