@@ -5,6 +5,7 @@
     judge, summarise     AP, equal to pycocotools (cocoeval.py of github.com/cocodataset/cocoapi)
 """
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from torchvision import tv_tensors
 
 from engine.files import printable
 from engine.images import read_image
+from extras.dense import name_and_reason
 
 # ---- masks: True inside, (h, w) ----
 
@@ -29,15 +31,29 @@ def decode_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
         runs = read_counts(runs) if isinstance(runs, str) else np.asarray(runs if isinstance(runs, list) else [])
         whole = runs.dtype.kind == "i" and runs.min(initial=0) >= 0 and runs.max(initial=0) <= h * w
         if size != [h, w] or not whole or runs.sum() != h * w:
-            raise ValueError(f"run lengths of size {size} do not fill an image of {h} x {w}")
+            raise ValueError(f"run lengths of size {short(size)} do not fill an image of {h} x {w}")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(w, h).T    # down the columns, 0 comes first
+    if not isinstance(segmentation, list):
+        raise ValueError("an outline is neither a list of polygons nor run lengths")
     mask = np.zeros((h, w), bool)
-    for flat in map(np.asarray, segmentation if isinstance(segmentation, list) else [0]):
-        points = flat.ndim == 1 and flat.dtype.kind in "if" and len(flat) >= 6 and len(flat) % 2 == 0
-        if not points or not abs(flat).max() < 1e6:          # nan is not, either
-            raise ValueError("a polygon is not a list of three or more points x, y in pixels")
-        mask |= fill(flat.reshape(-1, 2).astype(float), h, w)
+    for polygon in segmentation:
+        mask |= fill(points_of(polygon), h, w)
     return mask
+
+
+def points_of(polygon: list) -> np.ndarray:
+    """Flat x, y, x, y ... -> (k, 2). Raises ValueError for anything but three or more points."""
+    is_flat = isinstance(polygon, list) and all(isinstance(n, (int, float)) for n in polygon)
+    if not is_flat:
+        raise ValueError("a polygon is not a list of numbers x, y, x, y ...")
+    holds = f"one holds {len(polygon)} numbers"
+    if len(polygon) < 6:
+        raise ValueError(f"a polygon needs three points or more, x and y of each; {holds}")
+    if len(polygon) % 2:
+        raise ValueError(f"a polygon needs x and y of every point; {holds}")
+    if not all(abs(number) < 1e6 for number in polygon):     # nan is not, either
+        raise ValueError("a polygon holds a number that is no place in pixels")
+    return np.array(polygon, float).reshape(-1, 2)
 
 
 def fill(polygon: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -76,35 +92,51 @@ class Coco:
     Training leaves out crowds, boxes of a pixel or less, and images in which nothing remains; evaluation keeps all.
     Classes are numbered from 1 in the order of their ids, 0 is the background. Raises ValueError if it is not there."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, longest: int | None = None):
+        """longest: px that the longer side may have in the detector. An image so slim that its
+        shorter side would vanish is refused."""
         here = sorted((root / "annotations").glob(f"instances_{split}*.json"))
         if len(here) != 1:
             raise ValueError(f"--data {root}: {len(here) or 'no'} files annotations/instances_{split}*.json; expected "
                              f"one, as COCO's instances_{split}2017.json beside {split}2017/*.jpg; or give shapes")
-        self.file, self.train = here[0], split == "train"
+        self.file, self.train, self.longest = here[0], split == "train", longest
         self.root = root / self.file.stem.removeprefix("instances_")
+        told = printable(str(self.file))
         if not self.root.is_dir():
-            raise ValueError(f"--data {root}: no folder {self.root}/ for the images of {self.file.name}")
+            raise ValueError(f"--data {root}: no folder {printable(str(self.root))}/ for the "
+                             f"images of {printable(self.file.name)}")
         try:
             content = json.loads(self.file.read_bytes())
-            images = {image["id"]: image for image in sorted(content["images"], key=lambda image: image["id"])}
-            names = {one["id"]: str(one["name"]) for one in sorted(content["categories"], key=lambda one: one["id"])}
+            images = by_id(content["images"], "images")
+            names = {}
+            for i, one in by_id(content["categories"], "categories").items():
+                # json may hold half of a surrogate pair, which no terminal and no file takes
+                names[i] = str(one["name"]).encode(errors="backslashreplace").decode()
             objects = {i: [] for i in images}
             for one in content["annotations"]:
-                objects[one["image_id"]].append(one)
+                image, crowd = one["image_id"], one.get("iscrowd")
+                if image not in objects:
+                    raise ValueError(f"an annotation is of image {short(image)}, which is not "
+                                     f"listed; list the image, or remove its annotations")
+                if crowd not in (None, 0, 1):
+                    raise ValueError(f"iscrowd of annotation {short(one.get('id'))} is "
+                                     f"{short(crowd)}; it must be 0 or 1")
+                objects[image].append(one)
             if self.train:
                 images = {i: image for i, image in images.items() if any(map(self.wanted, objects[i]))}
             files = [os.fsencode(image["file_name"]) for image in images.values()]
             sizes = [(image.get("height", 0), image.get("width", 0)) for image in images.values()]
             self.sizes = np.array(sizes, np.int64).reshape(-1, 2)            # (N, 2), 0 if not given
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            why = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.file}: cannot be read as COCO's annotations ({why})") from None
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            why = printable(why)
+            raise ValueError(f"{told}: cannot be read as COCO's annotations ({why})") from None
         if not images or not names:
             what = "classes" if images else "images with objects" if self.train else "images"
-            raise ValueError(f"{self.file}: holds no {what}")
+            raise ValueError(f"{told}: holds no {what}")
         if content["annotations"] and not any(one.get("segmentation") for one in content["annotations"]):
-            raise ValueError(f"{self.file}: holds boxes alone; Mask R-CNN learns from outlines, too: 'segmentation'")
+            raise ValueError(f"{told}: holds boxes alone; Mask R-CNN learns from outlines, too: "
+                             f"'segmentation'")
         self.classes, self.label_of = list(names.values()), {i: label for label, i in enumerate(names, 1)}
         # one text and arrays, not objects: these would be copied into every worker as their reference counts change
         texts = [json.dumps(objects[i]).encode() for i in images]
@@ -114,8 +146,10 @@ class Coco:
     def __len__(self) -> int:
         return len(self.names)
 
+    @functools.cache
     def name(self, index: int) -> str:
-        return printable(os.path.join(self.root, os.fsdecode(self.names[index])))
+        """The file, and what is wrong with it or with its objects, if something is."""
+        return name_and_reason(self, index, os.path.join(self.root, os.fsdecode(self.names[index])))
 
     @staticmethod
     def wanted(one: dict) -> bool:
@@ -129,14 +163,15 @@ class Coco:
         image = read_image(os.path.join(self.root, os.fsdecode(self.names[index])))
         H, W = image.shape[1:]
         if self.sizes[index].all() and self.sizes[index].tolist() != [H, W]:
-            raise ValueError(f"image of {H} x {W}, annotated as {self.sizes[index].tolist()}")
+            h, w = self.sizes[index].tolist()
+            raise ValueError(f"the image has {W} x {H} pixels, its annotation says {w} x {h}")
+        # the detector rounds the shorter side down to whole pixels, in float32: hence 1.01
+        if self.longest and min(H, W) * self.longest < 1.01 * max(H, W):
+            raise ValueError(f"{W} x {H} pixels are too slim: with --longest {self.longest} "
+                             f"nothing would be left of the shorter side")
         objects = json.loads(self.text[self.starts[index]:self.starts[index + 1]])
         for one in objects:
-            if one.get("category_id") not in list(self.label_of):
-                raise ValueError(f"an object of class {one.get('category_id')}, which is not in the list")
-            if not (well_formed(one.get("bbox")) and one.get("segmentation")
-                    and isinstance(one.get("area", 0), (int, float))):
-                raise ValueError("an object without a box or an outline")
+            self.check(one)
         boxes = np.array([one["bbox"] for one in objects], float).reshape(-1, 4)
         areas = boxes[:, 2] * boxes[:, 3]
         boxes[:, 2:] += boxes[:, :2]                         # x, y, w, h -> x1, y1, x2, y2
@@ -148,13 +183,48 @@ class Coco:
         masks = np.zeros((len(objects), H, W), np.uint8)
         for mask, one in zip(masks, objects):
             mask[:] = decode_mask(one["segmentation"], H, W)
+        annotated = []                                       # of the box where no area is given
+        for one, of_box in zip(objects, areas):
+            annotated.append(of_box if one.get("area") is None else one["area"])
         return tv_tensors.Image(image), dict(
             boxes=tv_tensors.BoundingBoxes(torch.from_numpy(boxes.astype("float32" if self.train else "float64")),
                                            format="XYXY", canvas_size=(H, W)),
             labels=torch.tensor([self.label_of[one["category_id"]] for one in objects], dtype=torch.long),
             masks=tv_tensors.Mask(torch.from_numpy(masks)),
             crowd=torch.tensor([bool(one.get("iscrowd")) for one in objects], dtype=torch.bool),
-            area=torch.tensor([one.get("area", area) for one, area in zip(objects, areas)], dtype=torch.double))
+            area=torch.tensor(annotated, dtype=torch.double))
+
+    def check(self, one: dict) -> None:
+        """Raises ValueError, with the reason, for an object that cannot be learnt from."""
+        kind = one.get("category_id")
+        if kind not in list(self.label_of):
+            raise ValueError(f"an object of class {short(kind)}, which is not in the list")
+        if one.get("bbox") in (None, []):
+            raise ValueError("an object without a box")
+        if not well_formed(one["bbox"]):
+            raise ValueError("an object whose box is not four numbers: x, y, width, height")
+        if not one.get("segmentation"):
+            raise ValueError("an object without an outline")
+        area = one.get("area")
+        if area is not None and not (isinstance(area, (int, float)) and abs(area) < 1e12):
+            raise ValueError(f"an object whose area is {short(area)}")
+
+
+def by_id(entries: list[dict], what: str) -> dict:
+    """{id: entry} in the order of the ids. Raises ValueError if two entries have one id."""
+    found = {}
+    for one in sorted(entries, key=lambda one: one["id"]):
+        if one["id"] in found:
+            raise ValueError(f"two of the {what} have the id {short(one['id'])}; every id must be "
+                             f"given once")
+        found[one["id"]] = one
+    return found
+
+
+def short(value) -> str:
+    """A value from a file, for a message: a text in quotes, 40 characters at most."""
+    text = printable(repr(value))
+    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def well_formed(box) -> bool:

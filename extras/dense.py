@@ -3,6 +3,7 @@
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index); nothing is stored
     plan, rate, wrapped, optimizer_for      a run counted in iterations, as the released recipes are
+    some_usable, left_out, keep_best        what both programs check, say and write
 """
 
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
@@ -24,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SHAPES, draw_shape, texture
 from engine.command import World
+from engine.files import printable, save_atomically
 from engine.flags import MAX_EPOCHS, number
-from engine.journal import Steps
+from engine.journal import Journal, Steps
 from engine.optim import layer_groups, lr_at
 from model import Encoder, family
 
@@ -172,22 +175,86 @@ def listed(samples: list) -> list:
     return [list(images), list(targets), *default_collate([tuple(rest) for _, *rest in samples])]
 
 
+# ---- images that cannot be used ----
+
+def name_and_reason(source, index: int, file: str) -> str:
+    """The file of an image, and what is wrong with it: it is read again to find out."""
+    try:
+        source.read(index)
+        return printable(file)
+    except Exception as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
+        return f"{printable(file)} ({printable(reason)})"
+
+
+# what read() raises, as Pillow does
+UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def some_usable(source, what: str, args: SimpleNamespace, world: World) -> None:
+    """Reads images until one can be used. Raises ValueError if the first hundred cannot.
+
+    what: the set in words, such as "images for training".
+    The loader would find the same, but only in a worker and after the run has begun."""
+    def first_reason() -> str:
+        for index in range(min(100, len(source))):
+            try:
+                source.read(index)
+                return ""
+            except UNREADABLE:
+                continue
+        return source.name(0)
+
+    if reason := world.agree(first_reason):
+        first = "first hundred " if len(source) > 100 else ""
+        raise ValueError(f"--data {args.data}: none of the {first}{what} can be used: {reason}"
+                         + " and the others" * (len(source) > 1))
+
+
+def left_out(source, indices: list[int], world: World) -> None:
+    """Says which images an evaluation left out, and why. All processes take part.
+
+    indices: of the images that this process left out."""
+    mine = torch.tensor(indices, dtype=torch.long)
+    if missing := sorted(world.gather(mine).tolist()):
+        names = ", ".join(source.name(index) for index in missing[:3])
+        names += ", ..." * (len(missing) > 3)
+        world.say(f"{len(missing)} images cannot be read and are left out of the count: {names}")
+
+
+def keep_best(journal: Journal, best: dict, name: str, value: float, state: dict) -> None:
+    """Writes `state` as best.pt if `value` beats best[name], or if there is no best.pt.
+
+    All processes take part. `best` changes only once the file is on the disk: it goes into the
+    checkpoint, and a resumed run has to know that the file is still to be written."""
+    world, file = journal.world, journal.out / "best.pt"
+    missing = world.agree(lambda: not file.is_file())
+    if value <= best[name] and not missing:
+        return
+    failed = world.rank == 0 and journal.write("best.pt", save_atomically, state, file)
+    if not any(world.largest(int(failed))):
+        best.update({name: value, "epoch": journal.done / journal.plan.per_epoch})
+
+
 # ---- a run counted in iterations ----
 
+MOST_STEPS, MOST_IMAGES = 10**9, 10**6                       # more is a slip of the keyboard
 OPTIM_FLAGS = {
     "optimizer": ("adamw", ("adamw", "sgd"), "SGD with momentum 0.9"),
     "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the training images; a fraction too"),
-    "iterations": (None, number(int, 1), "steps, in place of --epochs"),
-    "batch_size": (None, number(int, 1), "images per process and forward pass (by recipe: 8 or 16 in all)"),
-    "accum": (1, number(int, 1), "forward passes per optimiser step"),
+    "iterations": (None, number(int, 1, MOST_STEPS), "steps, in place of --epochs"),
+    "batch_size": (None, number(int, 1, MOST_IMAGES),
+                   "images per process and forward pass (by recipe: 8 or 16 in all)"),
+    "accum": (1, number(int, 1, MOST_IMAGES), "forward passes per optimiser step"),
     "lr": (1e-4, number(float, 0), "per --lr-batch images of the global batch"),
-    "lr_batch": (16, number(int, 1), "see --lr"),
+    "lr_batch": (16, number(int, 1, MOST_IMAGES), "see --lr"),
     "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of the next"),
-    "weight_decay": (0.05, number(float, 0), "of weights, not of norms and biases"),
+    "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
     "clip_grad": (0.0, number(float, 0), "largest gradient norm, 0 = none"),
     "schedule": ("cosine", ("cosine", "poly", "steps"), "steps: x0.1 at two milestones of the recipe"),
-    "power": (1.0, number(float, 0), "of poly"),
-    "warmup": (0, number(int, 0), "steps of linear warm-up, at most a tenth of the run"),
+    "power": (1.0, number(float, 0, 100), "of poly"),
+    "warmup": (0, number(int, 0, MOST_STEPS),
+               "steps of linear warm-up, at most a tenth of the run"),
     "min_lr": (0.0, number(float, 0), "floor of cosine and poly"),
 }
 
@@ -209,12 +276,14 @@ def rate(step: int, steps: Steps, base: float, args: SimpleNamespace) -> float:
     poly     floor + (base - floor) (1 - t/T)^power
     steps    base, x0.1 at each of args.milestones, shares of the run
     cosine   engine.optim.lr_at
-    in the warm-up times 0.001 + 0.999 t/W"""
+    In the warm-up the lr of poly and steps is multiplied by r + (1 - r) t/W. r is 1e-6 for poly
+    (mmsegmentation) and 0.001 for steps (mmdetection, detectron2)."""
     T, W = steps.total, steps.warmup
     floor = min(args.min_lr, base)
     if args.schedule == "cosine":
         return lr_at(step, T, W, base, floor, "cosine")
-    ramp = 0.001 + 0.999 * min(1.0, step / W) if W else 1.0
+    first = 1e-6 if args.schedule == "poly" else 0.001
+    ramp = first + (1 - first) * min(1.0, step / W) if W else 1.0
     if args.schedule == "poly":
         return ramp * (floor + (base - floor) * (1 - step / T) ** args.power)
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)

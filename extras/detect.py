@@ -31,14 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import NAMED, Batches, Samples, seed_for
 from engine.command import Failed, World, command_line
-from engine.files import load_checked, make_folder, save_atomically
-from engine.flags import DATA_FLAGS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults, number, path, remembered
+from engine.files import load_checked, make_folder, printable
+from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults,
+                          number, path, remembered)
 from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from extras.coco import Coco, judge, summarise
-from extras.dense import OPTIM_FLAGS, Scenes, listed, optimizer_for, plan, rate, wrapped
+from extras.dense import (OPTIM_FLAGS, Scenes, keep_best, left_out, listed, optimizer_for, plan,
+                          rate, some_usable, wrapped)
 from extras.mask_rcnn import detector
 from model import build_encoder, family
 
@@ -141,10 +143,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         result.update(evaluate(run.model, args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: box {percent(result['box'], 'AP')}, "
                   f"mask {percent(result['mask'], 'AP')}")
-        if result["box"]["AP"] > best["AP"]:
-            best.update(AP=result["box"]["AP"], epoch=done / steps.per_epoch)
-            if world.rank == 0:
-                journal.write("best.pt", save_atomically, run.model.state_dict(), journal.out / "best.pt")
+        keep_best(journal, best, "AP", result["box"]["AP"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
@@ -156,7 +155,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
-    report(result, args, world, run, best_AP=best["AP"], best_epoch=best["epoch"])
+    report(result, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
 def open_scenes(args: SimpleNamespace, split: str):
@@ -166,7 +165,8 @@ def open_scenes(args: SimpleNamespace, split: str):
     if args.data in NAMED or not Path(args.data).is_dir():
         what = "has no boxes" if args.data in NAMED else "no such folder"
         raise ValueError(f"--data {args.data}: {what}; give a folder in COCO's format, or shapes")
-    return Coco(Path(args.data), split)
+    longest = args.image_size if family(args.arch).name == "vit" else args.longest
+    return Coco(Path(args.data), split, longest)
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
@@ -176,6 +176,9 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     args.longest = max(args.longest or size * 5 // 3, size)
     val = open_scenes(args, "val")
     source = val if args.eval_only else open_scenes(args, "train")
+    some_usable(val, "images for validation", args, world)
+    if not args.eval_only:
+        some_usable(source, "images for training", args, world)
     if source.classes != val.classes:
         raise ValueError(f"--data {args.data}: the annotations of train and val list different classes")
     classes, batches = val.classes[args.data == "shapes":], []           # scenes count the ground among them
@@ -226,11 +229,11 @@ def truth_of(target: dict[str, Tensor]) -> dict:
 @torch.no_grad()
 def evaluate(model: MaskRCNN, args: SimpleNamespace, world: World, run: Run) -> dict:
     """Exact AP over the whole validation set, on any number of processes: see `summarise`; and the number of images."""
-    training, records, left_out = model.training, {}, 0
+    training, records, missing = model.training, {}, []
     model.eval()
     world.share_buffers(model)
     for images, targets, index, broken in run.val_loader:
-        left_out += int((broken >= 0).sum())
+        missing += broken[broken >= 0].tolist()
         good = [i for i in range(len(images)) if broken[i] < 0]
         outputs = model([as_float(images[i], world) for i in good]) if good else []
         for i, found in zip(good, outputs):
@@ -238,19 +241,20 @@ def evaluate(model: MaskRCNN, args: SimpleNamespace, world: World, run: Run) -> 
             found = {name: value.cpu().numpy() for name, value in found.items()}
             records[int(index[i])] = judge(found, truth_of(targets[i]))
     model.train(training)
-    parts = [(records, left_out)] * world.size
+    parts = [records] * world.size
     if world.size > 1:                                       # AP is not the mean of the processes' APs
         dist.all_gather_object(parts, parts[0])
-    records = {index: record for part, _ in parts for index, record in part.items()}
-    if left_out := sum(count for _, count in parts):
-        world.say(f"{left_out} images cannot be read and are left out of the count")
+    records = {index: record for part in parts for index, record in part.items()}
+    left_out(run.val_loader.dataset.source, missing, world)
     if not records:
         raise Failed(f"--data {args.data}: no image for validation can be read")
     return {**summarise([records[index] for index in sorted(records)], run.classes), "images": len(records)}
 
 
 def percent(ap: dict, *names: str) -> str:
-    return ", ".join(f"{name} {100 * ap[name]:.1f}" for name in names if ap[name] >= 0)
+    """The named APs in per cent; "-" where there is no object, which `summarise` marks by -1."""
+    told = {name: f"{100 * ap[name]:.1f}" if ap[name] >= 0 else "-" for name in names}
+    return ", ".join(f"{name} {value}" for name, value in told.items())
 
 
 def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
@@ -284,7 +288,7 @@ def save_detections(file: Path, args: SimpleNamespace, world: World, run: Run, s
                 labels = objects["labels"].tolist()
                 colours = [COLOURS[label % len(COLOURS)] for label in labels]
                 drawn = draw_segmentation_masks(image, masks, 0.5, colours)
-                names = [run.classes[label - 1] for label in labels]
+                names = [printable(run.classes[label - 1]) for label in labels]
                 drawn = draw_bounding_boxes(drawn, boxes, names, colours, label_colors="white")
             columns[title].append(F.pad(drawn.float() / 255, (0, side - w, 0, side - h), value=1))
     save_sheet(file, {title: torch.stack(images) for title, images in columns.items()})
@@ -299,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides both ----
 
-count, side = number(int, 1), number(int, 32, MAX_SIDE)
+count, side = number(int, 1, 100_000), number(int, 32, MAX_SIDE)
 FLAGS = {
     "data": {
         "data": (None, path("DIR"), "a folder in COCO's format, or shapes (drawn scenes); none: the demo"),
@@ -310,9 +314,10 @@ FLAGS = {
     "model": {
         **finetune.FLAGS["model"],
         "neck": ("fpn", ("fpn", "c4"), "feature pyramid, or ResNet's stage 4 as the head (50 layers or more)"),
-        "width": (256, count, "channels of the pyramid and of its heads"),
-        "convs": (4, count, "convolutions in the heads of boxes and of masks"),
-        "anchor": (32, count, "side of the smallest of five anchors, px, each twice the last"),
+        "width": (256, number(int, 1, 4096), "channels of the pyramid and of its heads"),
+        "convs": (4, number(int, 1, 100), "convolutions in the heads of boxes and of masks"),
+        "anchor": (32, number(int, 1, MAX_SIDE),
+                   "side of the smallest of five anchors, px, each twice the last"),
         "proposals": (1000, count, "regions per image for the second stage"),
         "rois": (512, count, "of them trained on, per image"),
         "detections": (100, count, "most per image")},
@@ -321,7 +326,8 @@ FLAGS = {
         **OPTIM_FLAGS},
     "run": {
         **{name: flag for name, flag in RUN_FLAGS.items() if name != "compile"},
-        "eval_every": (1, count, "epochs between evaluations; the last epoch is always evaluated"),
+        "eval_every": (1, number(int, 1, MAX_EPOCHS),
+                       "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights best.pt of a run, and stop")},
 }
 DETECTOR = ["recipe", "image_size", "longest", "neck", "width", "convs", "anchor", "proposals", "detections"]

@@ -79,11 +79,12 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: World
         box_head = FastRCNNConvFCHead((C, 7, 7), [C] * args.convs, [wide], nn.BatchNorm2d)
         mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
         before, before_test, after = 2 * n, n, n
-    # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
-    box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor) for side in cells)
     most, shorter, longer, multiple = args.image_size, range(args.smallest, args.image_size, 32), args.longest, 32
     if family(args.arch).name == "vit":                      # one grid of positions: a square, padded by mean colour
         shorter, longer, multiple = (), most, most
+        after = 2 * n                                        # 2,000 in training, as released
+    # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
+    box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor) for side in cells)
     return MaskRCNN(
         backbone, min_size=(*shorter, most), max_size=longer, size_divisible=multiple, image_mean=MEAN, image_std=STD,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.command import World
 from engine.files import printable
 from engine.images import MAX_PIXELS, list_images, read_image
-from extras.dense import Maps, Semantic
+from extras.dense import Maps, Semantic, name_and_reason
 from model import Encoder
 
 IGNORED = 255                                                # a pixel whose class is not known, or not asked for
@@ -140,11 +140,7 @@ class Pairs:
     @functools.cache
     def name(self, index: int) -> str:
         """The file, and what is wrong with it, if something is."""
-        try:
-            self.read(index)
-            return printable(os.fsdecode(self.images[index]))
-        except Exception as error:
-            return f"{printable(os.fsdecode(self.images[index]))} ({(str(error).splitlines() or ['damaged'])[0]})"
+        return name_and_reason(self, index, os.fsdecode(self.images[index]))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """uint8 (3, H, W) and (H, W). Raises OSError, RuntimeError or ValueError if they cannot be used."""
@@ -170,10 +166,24 @@ def read_labels(file: str) -> Tensor:
             raise ValueError(f"its label picture is {picture.mode}, {picture.width} x {picture.height}; expected one "
                              f"channel of class numbers")
         numbers = np.array(picture).astype(np.int64)         # of a palette: the indices, not the colours
+    if (step := gray_step(file)) > 1:
+        numbers //= step
     numbers[numbers == 65535] = IGNORED
     if numbers.max() > 255:
         raise ValueError(f"its label picture holds class {numbers.max()}; the most is 254")
     return torch.from_numpy(numbers.astype(np.uint8))
+
+
+def gray_step(file: str) -> int:
+    """By how much Pillow multiplies the numbers of a PNG to fill 0 to 255.
+
+    It is 85 for gray of 2 bits, 17 for gray of 4 bits, 1 for all else.
+    Source: PNG specification. The bit depth is byte 24, the colour type byte 25; type 0 is gray."""
+    with open(file, "rb") as opened:
+        head = opened.read(26)
+    if not head.startswith(b"\x89PNG\r\n\x1a\n") or head[25] != 0:
+        return 1
+    return {2: 85, 4: 17}.get(head[24], 1)
 
 
 def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[str] | None = None):
@@ -184,8 +194,9 @@ def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[st
         try:
             voc = tvd.VOCSegmentation(args.data_root, "2012", split, download=args.download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"--data voc: not found as {args.data_root}/VOCdevkit/VOC2012 ({error}); name that folder "
-                             f"with --data-root, or add --download to fetch it") from None
+            raise ValueError(f"--data voc: not found as {args.data_root}/VOCdevkit/VOC2012 "
+                             f"({printable(str(error))}); name that folder with --data-root, or "
+                             f"add --download to fetch it") from None
         return Pairs(voc.images, voc.masks, VOC)
     root, kinds = Path(args.data), ("images", "annotations")
     if not root.is_dir():
@@ -202,25 +213,78 @@ def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[st
     files = [labels / Path(name).with_suffix(".png") for name in names]
     if args.zero_is_other is None:
         args.zero_is_other = (root / "objectInfo150.txt").exists() or root.name.startswith("ADEChallenge")
-    classes = classes or world.agree(lambda: class_names(root, files, args.zero_is_other))
+    if not classes:
+        classes, absent = world.agree(lambda: classes_of(root, files, args))
+        if absent:
+            told = told_classes(absent, classes, args.zero_is_other)
+            world.say(f"no label picture in {printable(str(labels))} holds class {told}")
     return Pairs([images / name for name in names], files, classes, args.zero_is_other)
 
 
-def class_names(root: Path, labels: list[Path], zero_is_other: bool) -> list[str]:
-    """From classes.txt (a line each) or ADE20K's objectInfo150.txt; else numbers, up to the largest in `labels`."""
-    if (root / "classes.txt").is_file():
-        return [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
-    if (root / "objectInfo150.txt").is_file():
-        return [line.split("\t")[-1].strip() for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
-    most = -1
+def classes_of(root: Path, labels: list[Path],
+               args: SimpleNamespace) -> tuple[list[str], list[int]]:
+    """The names of the classes, and the numbers of those that no label picture holds.
+
+    To evaluate, these are not looked for. Raises ValueError unless the pictures hold two classes:
+    with one there is nothing to tell apart."""
+    names = listed_classes(root)
+    if names and getattr(args, "eval_only", False):
+        return names, []
+    first = int(args.zero_is_other)                          # the first class's number in a picture
+    held = numbers_in(labels, range(first, first + len(names)) if names else None)
+    names = names or [str(number) for number in range(first, max(held, default=-1) + 1)]
+    numbers = range(first, first + len(names))
+    held, absent = [n for n in numbers if n in held], [n for n in numbers if n not in held]
+    if len(held) < 2:
+        what = f"hold class {held[0]} alone" if held else "hold no class"
+        missing = f"; none holds class {told_classes(absent, names, first)}" if absent else ""
+        raise ValueError(f"--data {root}: the label pictures in {printable(str(labels[0].parent))} "
+                         f"{what}{missing}; expected PNG files of two or more class numbers, named "
+                         f"as the images; 255 is ignored")
+    return names, absent
+
+
+def told_classes(numbers: list[int], names: list[str], first: int) -> str:
+    """The first three of some classes, as "1 (road), ...". first: the number of names[0]."""
+    told = ", ".join(f"{number} ({printable(names[number - first])})" for number in numbers[:3])
+    return told + (f" and {len(numbers) - 3} more classes" if len(numbers) > 3 else "")
+
+
+def numbers_in(labels: list[Path], wanted: range | None) -> set[int]:
+    """The numbers that the label pictures hold, without 255; read until `wanted` are found."""
+    found = set()
     for file in labels:
-        with contextlib.suppress(OSError, ValueError, SyntaxError):
+        with contextlib.suppress(OSError, ValueError, SyntaxError):          # named as broken later
             numbers = read_labels(str(file))
-            most = max(most, *numbers[numbers != IGNORED].unique().tolist())
-    if most < 1:
-        raise ValueError(f"--data {root}: no label picture in {labels[0].parent} holds two classes; expected PNG files "
-                         f"of class numbers, named as the images")
-    return [str(i) for i in range(int(zero_is_other), most + 1)]
+            found |= set(numbers[numbers != IGNORED].unique().tolist())
+        if wanted is not None and found.issuperset(wanted):
+            break
+    return found
+
+
+def listed_classes(root: Path) -> list[str] | None:
+    """From classes.txt (a line each) or ADE20K's objectInfo150.txt; None if neither is there.
+
+    Raises ValueError if the file is not UTF-8, lists less than two classes, or more than a picture
+    can hold."""
+    files = [root / "classes.txt", root / "objectInfo150.txt"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8-sig")          # drops Windows' byte order mark
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:                                         # every second byte of UTF-16 may be 0
+        raise ValueError(f"{file}: is not UTF-8 text; save it as UTF-8, one class name a line")
+    lines = text.splitlines()
+    if file.name == "objectInfo150.txt":
+        lines = [line.split("\t")[-1] for line in lines[1:]]
+    names = [line.strip() for line in lines if line.strip()]
+    if not 2 <= len(names) <= IGNORED:
+        count = "1 class" if len(names) == 1 else f"{len(names) or 'no'} classes"
+        raise ValueError(f"{file}: lists {count}; expected 2 to {IGNORED}, one name a line")
+    return names
 
 
 class ScaleCropFlip:
@@ -252,14 +316,22 @@ class ScaleCropFlip:
 
 
 class Distort(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation and hue at random, without torchvision's swap of colour channels."""
+    """Brightness, contrast, saturation and hue at random, without torchvision's swap of channels.
+
+    Hue turns by up to 0.1 of the circle, not torchvision's 0.05.
+    Source: mmsegmentation, 18 of OpenCV's 180 steps."""
+
+    def __init__(self):
+        super().__init__(hue=(-0.1, 0.1))
 
     def make_params(self, flat_inputs: list) -> dict:
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
 def fitted(image: Tensor, short: float) -> Tensor:
-    """The shorter side becomes `short`, or the longer 4 short, whichever is less. As released: 512 and 2048."""
+    """The shorter side becomes `short`, or the longer 4 short, whichever is less.
+
+    As released: 512 and 2048. Antialiased, where the released code (mmcv, with OpenCV) is not."""
     H, W = image.shape[-2:]
     scale = min(short / min(H, W), 4 * short / max(H, W))
     return tvf.resize(image, [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)

@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 from data import Batches, Samples, normalise, seed_for
-from engine.command import World, command_line
-from engine.files import make_folder, save_atomically
-from engine.flags import AMP, DATA_FLAGS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults, number, path, remembered
+from engine.command import Failed, World, command_line
+from engine.files import make_folder, printable
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser,
+                          defaults, number, path, remembered)
 from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, open_run
 from engine.pictures import save_confusion, save_sheet
 from engine.weights import load_backbone, read_weights, told
-from extras.dense import OPTIM_FLAGS, memory_format, optimizer_for, plan, rate, stacked, wrapped
+from extras.dense import (OPTIM_FLAGS, keep_best, left_out, memory_format, optimizer_for, plan,
+                          rate, some_usable, stacked, wrapped)
 from extras.pixels import IGNORED, ScaleCropFlip, Segmenter, open_pairs, resize, whole
 from model import build_encoder, family
 
@@ -73,7 +75,10 @@ class Run:
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the pixels whose class is known, at the size of labels (B, H, W); 0 if there is none."""
+    """Mean cross-entropy over the pixels whose class is known; 0 if there is none.
+
+    logits are resized to the size of labels (B, H, W). (mmsegmentation divides by the number of all
+    pixels, ignored and padded ones too.)"""
     logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
@@ -139,10 +144,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             return
         result.update(evaluate(args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: mIoU {100 * result['miou']:.2f} %")
-        if result["miou"] > best["miou"]:
-            best.update(miou=result["miou"], epoch=done / steps.per_epoch)
-            if world.rank == 0:
-                journal.write("best.pt", save_atomically, run.model.state_dict(), journal.out / "best.pt")
+        keep_best(journal, best, "miou", result["miou"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
@@ -154,7 +156,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
-    report(result, args, world, run, best_miou=best["miou"], best_epoch=best["epoch"])
+    report(result, args, world, run, best_miou=best["miou"], best_epoch=best.get("epoch"))
 
 
 def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
@@ -166,6 +168,9 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     val = open_pairs(args, "val", world, source.classes)
     if len(val) < world.size:
         raise ValueError(f"--data {args.data}: {len(val)} validation images are too few for {world.size} processes")
+    some_usable(val, "images for validation", args, world)
+    if not args.eval_only:
+        some_usable(source, "images for training", args, world)
     args.batch_size = 1 if args.eval_only else args.batch_size
     steps = plan(args, world, len(source), saved)
     if steps.batch < 2 and args.head == "upernet" and not args.eval_only:
@@ -232,28 +237,33 @@ def evaluate(args: SimpleNamespace, world: World, run: Run) -> dict:
     """Exact scores over the whole validation set, on any number of processes, and a sheet. See `score`."""
     run.model.eval()
     world.share_buffers(run.model)
-    C, left_out = len(run.classes), 0
-    counts = torch.zeros(C * C, dtype=torch.long, device=world.device)
+    C, missing = len(run.classes), []
+    # pixels of each (class, prediction), and behind them the number of images
+    counts = torch.zeros(C * C + 1, dtype=torch.long, device=world.device)
     for images, labels, _, broken in run.val_loader:
-        images, labels, left_out = images[broken < 0], labels[broken < 0], left_out + int((broken >= 0).sum())
+        images, labels = images[broken < 0], labels[broken < 0]
+        missing += broken[broken >= 0].tolist()
         if len(images):
             predicted, labels = predict(images, labels.shape[-2:], args, world, run), labels.to(world.device).long()
             known = labels != IGNORED
-            counts += torch.bincount(labels[known] * C + predicted[known], minlength=C * C)
-    if left_out:
-        world.say(f"{left_out} images cannot be read and are left out of the count")
+            counts[:-1] += torch.bincount(labels[known] * C + predicted[known], minlength=C * C)
+            counts[-1] += len(images)
+    left_out(run.val_loader.dataset.source, missing, world)
+    counts = (world.mean(counts.cpu().double()) * world.size).round()
+    if not counts[:-1].any():
+        raise Failed(f"--data {args.data}: no image for validation has a pixel of a known class")
     if world.rank == 0:
         save_pictures(args, world, run)
     run.model.train()
-    counts = world.mean(counts.cpu().double()) * world.size
-    return score(counts.round().view(C, C), run.classes)
+    return {**score(counts[:-1].view(C, C), run.classes), "images": int(counts[-1])}
 
 
 def score(confusion: Tensor, classes: list[str]) -> dict:
     """confusion (C, C): pixels of each class (row) by prediction (column). IoU of a class: both over either.
 
-    miou is the mean over the classes that occur in either. Where class 0 is a ground, `found` is the IoU of all others
-    taken as one: where objects are, whatever they are."""
+    miou is the mean over the classes that occur in either, as in mmsegmentation: a class without a
+    labelled pixel counts as 0 if it is predicted somewhere. Where class 0 is a ground, `found` is
+    the IoU of all others taken as one: where objects are, whatever they are. Without any: nan."""
     hit, true, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
     iou = hit / (true + said - hit)                          # nan for a class that does not occur
     result = dict(miou=iou.nanmean().item(), pixel_accuracy=(hit.sum() / true.sum()).item(),
@@ -285,18 +295,36 @@ def save_pictures(args: SimpleNamespace, world: World, run: Run, side: int = 160
 
 def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
     """Says the result, writes result.json (IoU per class too) and confusion.png."""
-    confusion, iou = result.pop("confusion"), result.pop("iou")
-    per_class = {name: None if share != share else round(share, 4) for name, share in zip(run.classes, iou.tolist())}
-    where = f"; any object, as one class, {100 * result['found']:.2f} %" if "found" in result else ""
-    world.say(f"mIoU {100 * result['miou']:.2f} %, pixel accuracy {100 * result['pixel_accuracy']:.2f} %{where}")
+    confusion, iou = result.pop("confusion"), result.pop("iou").tolist()
+    labelled = (confusion.sum(1) > 0).tolist()
+    rows = list(zip(run.classes, iou, labelled))
+    per_class = {name: round(share, 4) if there else None for name, share, there in rows}
+    miou, accuracy = percent(result["miou"], 2), percent(result["pixel_accuracy"], 2)
+    found = percent(result.get("found"), 2)
+    where = f"; any object, as one class, {found} %" if "found" in result else ""
+    world.say(f"mIoU {miou} %, pixel accuracy {accuracy} %{where}")
     if len(run.classes) <= 21:
-        world.say("IoU: " + ", ".join(f"{name} {100 * (share or 0):.0f}" for name, share in per_class.items()))
+        told = [f"{printable(name)} {percent(share)}" for name, share in per_class.items()]
+        note = "" if all(labelled) else " (-: in no label picture for validation)"
+        world.say("IoU: " + ", ".join(told) + note)
+    zeros = [printable(name) for name, share, there in rows if share == 0 and not there]
+    if zeros:
+        others = f" and {len(zeros) - 3} more classes" if len(zeros) > 3 else ""
+        world.say("in no label picture for validation but predicted, so that mIoU counts it as 0: "
+                  + ", ".join(zeros[:3]) + others)
     if world.rank == 0:
-        more |= {"weights": args.weights or args.init, "recipe": args.recipe, "images": len(run.val_loader.dataset)}
-        (Path(args.out) / "result.json").write_text(json.dumps({**result, **more, "per_class": per_class}, indent=1)
-                                                    + "\n")
+        # json has no nan
+        content = {name: value if value == value else None for name, value in result.items()}
+        content |= {**more, "weights": args.weights or args.init, "recipe": args.recipe}
+        content["per_class"] = per_class
+        (Path(args.out) / "result.json").write_text(json.dumps(content, indent=1) + "\n")
         save_confusion(Path(args.out) / "confusion.png", confusion / confusion.sum(1, keepdim=True).clamp(min=1),
                        run.classes)
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share in per cent; "-" where nothing was there to count (None or nan)."""
+    return "-" if share is None or share != share else f"{100 * share:.{digits}f}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -318,9 +346,9 @@ FLAGS = {
     "model": {
         **finetune.FLAGS["model"],
         "head": ("upernet", ("fcn", "upernet"), "fcn: on a dilated ResNet"),
-        "width": (512, number(int, 1), "channels of the head"),
+        "width": (512, number(int, 1, 4096), "channels of the head"),
         "dropout": (0.1, number(float, 0, 0.99), "of the head's last features"),
-        "aux": (0.4, number(float, 0), "weight of the second head's loss; 0 = no such head")},
+        "aux": (0.4, number(float, 0, 1000), "weight of the second head's loss; 0 = no such head")},
     "optimiser": {
         "recipe": (None, tuple(RECIPES), "the table below (for shapes shapes, for ResNet fcn, else upernet)"),
         **OPTIM_FLAGS,
@@ -328,7 +356,8 @@ FLAGS = {
     "run": {
         **RUN_FLAGS,
         "inference": ("whole", ("whole", "slide"), "slide: by windows of --image-size, as a ViT needs"),
-        "eval_every": (10, number(int, 1), "epochs between evaluations; the last epoch is always evaluated"),
+        "eval_every": (10, number(int, 1, MAX_EPOCHS),
+                       "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights best.pt, and stop")},
 }
 DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "warmup_epochs": None}    # and what a recipe alone can set

@@ -3,12 +3,16 @@
     pytest extras/test_dense.py        under a minute on one CPU core
 """
 
+import colorsys
+import contextlib
 import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,11 +162,14 @@ def test_a_batch_of_scenes_crosses_a_worker_as_plain_tensors():
 def test_learning_rates_as_released():
     steps = SimpleNamespace(total=160_000, warmup=1500)
     poly = SimpleNamespace(schedule="poly", power=0.9, min_lr=1e-4)
-    assert dense.rate(0, steps, 0.01, poly) == pytest.approx(1e-5)           # 0.001 of the lr
+    assert dense.rate(0, steps, 0.01, poly) == pytest.approx(1e-8)           # mmsegmentation: 1e-6
+    held = SimpleNamespace(schedule="steps", milestones=(), min_lr=0.0)
+    assert dense.rate(0, steps, 0.02, held) == pytest.approx(2e-5)           # mmdetection: 0.001
     assert dense.rate(80_000, steps, 0.01, poly) == pytest.approx(1e-4 + 0.0099 * 0.5**0.9)
     assert dense.rate(160_000, steps, 0.01, poly) == pytest.approx(1e-4)
     line = SimpleNamespace(schedule="poly", power=1.0, min_lr=0.0)
-    assert dense.rate(750, steps, 1.0, line) == pytest.approx((1 - 0.5 * 0.999) * (1 - 750 / 160_000))
+    half_way = (1 - 0.5 * (1 - 1e-6)) * (1 - 750 / 160_000)
+    assert dense.rate(750, steps, 1.0, line) == pytest.approx(half_way)
     tenths = SimpleNamespace(schedule="steps", milestones=(8 / 12, 11 / 12), min_lr=0.0)
     twelve = SimpleNamespace(total=12, warmup=0)
     assert [round(dense.rate(t, twelve, 1.0, tenths), 6) for t in range(12)] == [1.0] * 8 + [0.1] * 3 + [0.01]
@@ -322,6 +329,35 @@ def test_class_numbers_from_gray_palette_and_16_bit_pngs(tmp_path):
             pixels.read_labels(str(tmp_path / f"{name}.png"))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_class_numbers_of_a_gray_png_of_few_bits_are_read_as_they_are(bits, tmp_path):
+    """The file follows the PNG specification: rows of a filter byte 0 and packed numbers."""
+    values = (np.arange(16).reshape(2, 8) % 2**bits).astype(np.uint8)
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    rows = b""
+    for row in values:
+        digits = "".join(f"{number:0{bits}b}" for number in row)     # 8 numbers are `bits` bytes
+        rows += b"\0" + int(digits, 2).to_bytes(bits)
+    header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)         # width, height, bits, gray
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    (tmp_path / "gray.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.array_equal(pixels.read_labels(str(tmp_path / "gray.png")), values)
+
+
+def test_hue_turns_by_up_to_a_tenth_of_the_circle():
+    """mmsegmentation: 18 of OpenCV's 180 steps. Orange has the hue 1/12."""
+    orange = torch.tensor([200, 125, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
+    distort, turns = pixels.Distort(), []
+    for _ in range(300):
+        r, g, b = (distort(tv_tensors.Image(orange))[:, 0, 0] / 255).tolist()
+        turns.append((colorsys.rgb_to_hsv(r, g, b)[0] - 1 / 12 + 0.5) % 1 - 0.5)
+    assert -0.11 < min(turns) < -0.08 and 0.08 < max(turns) < 0.11
+
+
 def test_image_and_classes_are_cut_and_flipped_together():
     args = SimpleNamespace(image_size=32, scale_min=1.0, scale_max=1.0, same_class=1.0, distort=False)
     labels = torch.arange(20 * 60).view(20, 60).remainder(11).to(torch.uint8)
@@ -353,6 +389,103 @@ def test_a_crop_of_one_class_is_drawn_anew():
 def test_the_longer_side_is_at_most_four_times_the_short_one_that_is_asked_for():
     assert pixels.fitted(torch.zeros(3, 100, 300), 50).shape == (3, 50, 150)
     assert pixels.fitted(torch.zeros(3, 1000, 100), 50).shape == (3, 200, 20)
+
+
+# ---- lists of classes ----
+
+def painted(root, train, val=None, size=(40, 48)):
+    """A folder with one image per entry: its label picture holds these numbers, in columns."""
+    rng = np.random.default_rng(0)
+    for split, pictures in (("train", train), ("val", train if val is None else val)):
+        for i, held in enumerate(pictures):
+            noise(root / "images" / split / f"{i}.png", size, rng)
+            values = np.resize(np.array(held), size[1])
+            numbers(root / "annotations" / split / f"{i}.png", np.tile(values, (size[0], 1)))
+    return root
+
+
+def opened(root, **flags):
+    args = SimpleNamespace(data=str(root), zero_is_other=None, **flags)
+    return pixels.open_pairs(args, "train", World())
+
+
+def test_a_label_picture_without_a_known_pixel_counts_no_class(tmp_path):
+    root = painted(tmp_path / "set", [(255,), (0, 1, 3)])
+    assert opened(root).classes == ["0", "1", "2", "3"]
+    assert (opened(root).read(0)[1] == 255).all()
+
+
+def test_classes_that_no_label_picture_holds_are_named(tmp_path, capsys):
+    root = painted(tmp_path / "set", [(0, 4), (255, 2)])
+    (root / "classes.txt").write_text("sky\nroad\ncar\ntree\nsign\ndog\ncat\ncow\n")
+    assert len(opened(root).classes) == 8
+    said, folder = capsys.readouterr().err, root / "annotations" / "train"
+    named = "1 (road), 3 (tree), 5 (dog) and 2 more classes"
+    assert f"no label picture in {folder} holds class {named}" in said
+    opened(root, eval_only=True)                             # a trained model knows its classes
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content, names", [
+    ("sky\nroad\n".encode("utf-8-sig"), ["sky", "road"]),
+    ("\r\n sky \r\n\r\nWeiß\r\n".encode(), ["sky", "Weiß"])])
+def test_classes_txt_with_a_byte_order_mark_or_blank_lines(content, names, tmp_path):
+    root = painted(tmp_path / "set", [(0, 1)])
+    (root / "classes.txt").write_bytes(content)
+    assert opened(root).classes == names
+
+
+@pytest.mark.parametrize("content, words", [
+    ("sky\nWeiß\n".encode("latin-1"), "classes.txt: is not UTF-8 text; save it as UTF-8"),
+    ("sky\nroad\n".encode("utf-16"), "classes.txt: is not UTF-8 text; save it as UTF-8"),
+    ("sky\nroad\n".encode("utf-16-le"), "classes.txt: is not UTF-8 text; save it as UTF-8"),
+    (b"", "classes.txt: lists no classes; expected 2 to 255"),
+    (b"\xef\xbb\xbf\n", "classes.txt: lists no classes; expected 2 to 255"),
+    (b"road\n", "classes.txt: lists 1 class; expected 2 to 255"),
+    (b"road\n" * 256, "classes.txt: lists 256 classes; expected 2 to 255"),
+    (b"background\nroad\n", "hold class 0 alone; none holds class 1 (road); expected PNG")])
+def test_lists_of_classes_that_cannot_be_used_get_one_line(content, words, tmp_path, capsys):
+    root = painted(tmp_path / "set", [(0, 255), (255, 0)])   # masks in which 255 is the object
+    (root / "classes.txt").write_bytes(content)
+    code, said = complaint(capsys, *SMALL, "--data", root, "--out", tmp_path / "run")
+    assert code == 2 and said.startswith("segment.py: error: ") and words in said
+    assert not (tmp_path / "run").exists()
+
+
+ONE_STEP = ("--init scratch --arch resnet18 --width 16 --image-size 64 --workers 0 --amp off "
+            "--head fcn --batch-size 1 --iterations 1").split()
+
+
+def test_a_class_without_a_validation_pixel_is_a_dash_and_null(tmp_path, capsys, monkeypatch):
+    """A third of the pixels is class 0, the rest class 2. All but one are taken for class 2."""
+    root = painted(tmp_path / "set", [(0, 1, 2, 3)], [(0, 2, 2)])
+    (root / "classes.txt").write_text("background\nroad\ncar\ntree\n")
+
+    def predict(images, size, *rest):
+        said = torch.full((1, *size), 2)
+        said[:, 0, 0] = 1
+        return said
+
+    monkeypatch.setattr(segment, "predict", predict)
+    result = run(tmp_path / "run", *ONE_STEP, "--data", root)
+    said, car = capsys.readouterr().err, pytest.approx(2 / 3, abs=1e-3)
+    assert "IoU: background 0, road -, car 67, tree - (-: in no label picture for valid" in said
+    assert "predicted, so that mIoU counts it as 0: road" in said
+    assert result["per_class"] == {"background": 0, "road": None, "car": car, "tree": None}
+    assert result["miou"] == pytest.approx(2 / 3 / 3, abs=1e-3)              # background, road, car
+
+
+def test_without_any_object_their_iou_is_a_dash_and_null(tmp_path, capsys, monkeypatch):
+    root = painted(tmp_path / "set", [(0, 1)], [(0,)])
+    (root / "classes.txt").write_text("background\nroad\n")
+    nothing = lambda images, size, *rest: torch.zeros(1, *size, dtype=torch.long)
+    monkeypatch.setattr(segment, "predict", nothing)
+    result = run(tmp_path / "run", *ONE_STEP, "--data", root)
+    assert "any object, as one class, - %" in capsys.readouterr().err and result["found"] is None
+    for file in (root / "annotations" / "val").iterdir():
+        numbers(file, np.full((40, 48), 255))
+    code, said = complaint(capsys, *ONE_STEP, "--data", root, "--out", tmp_path / "unknown")
+    assert code == 1 and "no image for validation has a pixel of a known class" in said
 
 
 # ---- whole runs ----
@@ -434,6 +567,74 @@ def test_labels_that_cannot_be_used_are_skipped_named_and_counted(tmp_path, caps
     assert code == 1 and re.search("[123] of 8 images cannot be read", said)
 
 
+@pytest.mark.parametrize("split, words", [("train", "training"), ("val", "validation")])
+def test_a_set_without_a_usable_image_is_refused_with_its_reason(split, words, tmp_path, capsys):
+    root = painted(tmp_path / "set", [(0, 1)] * 4)
+    for file in (root / "annotations" / split).iterdir():
+        numbers(file, np.array([[0, 1]]))
+    code, said = complaint(capsys, *SMALL, "--data", root, "--out", tmp_path / "run")
+    reason = "(its label picture has 2 x 1 pixels, the image 48 x 40) and the others"
+    told = f"none of the images for {words} can be used: {root}/images/{split}/0.png {reason}"
+    assert code == 2 and told in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_images_that_are_left_out_are_named_and_not_counted(tmp_path, capsys):
+    root = painted(tmp_path / "set", [(0, 1)] * 4)
+    (root / "annotations" / "val" / "2.png").unlink()
+    result = run(tmp_path / "run", *SMALL, "--data", root, "--iterations", 1)
+    said = capsys.readouterr().err
+    assert result["images"] == 3
+    assert re.search("1 images cannot be read and are left out .*/2.png .no label picture", said)
+
+
+def same_score(monkeypatch):
+    """Every evaluation gives a mIoU of one half."""
+    evaluate = segment.evaluate
+    monkeypatch.setattr(segment, "evaluate", lambda *given: evaluate(*given) | {"miou": 0.5})
+
+
+def test_best_pt_that_could_not_be_written_is_made_by_resume(few_scenes, tmp_path, monkeypatch):
+    """A folder is in the place of the temporary file. The second score is no better."""
+    same_score(monkeypatch)
+    out = tmp_path / "run"
+    (out / "best.pt.tmp").mkdir(parents=True)
+    with contextlib.suppress(SystemExit):
+        run(out, *SMALL, "--data", "shapes", "--batch-size", 8, "--epochs", 2, "--eval-every", 1)
+    assert (out / "checkpoint.pt").is_file() and not (out / "best.pt").exists()
+    (out / "best.pt.tmp").rmdir()
+    result = run(out, "--resume")
+    assert (out / "best.pt").is_file() and (result["best_miou"], result["best_epoch"]) == (0.5, 2)
+
+
+def test_best_pt_that_is_gone_is_made_again(few_scenes, tmp_path, monkeypatch):
+    """The checkpoint knows the first epoch's score, and the resumed run finds no better one."""
+    same_score(monkeypatch)
+    out = tmp_path / "run"
+    run(out, *SMALL, "--data", "shapes", "--batch-size", 8, "--epochs", 2, "--eval-every", 1)
+    (out / "best.pt").unlink()
+    run(out, "--resume")
+    assert (out / "best.pt").is_file()
+
+
+def test_names_from_files_are_made_printable(tmp_path, capsys, monkeypatch):
+    """A class name may move the cursor, and a file name may be no UTF-8."""
+    def marked(text):
+        return "<" + os.fsencode(text).decode("ascii", "backslashreplace") + ">"
+
+    for module in (dense, pixels, segment):
+        monkeypatch.setattr(module, "printable", marked, raising=False)
+    root = painted(tmp_path / "set", [(0, 1)] * 3)
+    (root / "classes.txt").write_text("sky\nr\x1b[2Koad\nsea\n")
+    os.rename(root / "annotations/val/1.png", root / "annotations/val/other.png")
+    os.rename(root / "images/val/1.png", os.fsencode(root / "images/val") + b"/\xff.png")
+    run(tmp_path / "run", *SMALL, "--data", root, "--iterations", 1, "--batch-size", 2)
+    said = capsys.readouterr().err
+    assert "holds class 2 (<sea>)" in said and "<sky>" in said and "<r\x1b[2Koad>" in said
+    assert f"<{root}/images/val/\\xff.png> (<no label picture" in said
+    assert said.count("\x1b[2K") == said.count("<r\x1b[2Koad>")
+
+
 def test_voc_is_read_through_torchvision_with_its_border_ignored(tmp_path):
     root, rng = tmp_path / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
     lists = root / "ImageSets" / "Segmentation"
@@ -509,6 +710,11 @@ def test_without_data_it_is_the_demo_and_says_what_it_starts_from(few_scenes, tm
     assert f"{segment.DEMO}: 120 tensors loaded" in capsys.readouterr().err
 
 
+HUGE = "9" * 21
+LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-decay width aux "
+           "eval-every").split()
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--data nowhere --init scratch --arch resnet18", "--data nowhere: no such folder; give one with images/ and"),
     ("--data empty --init scratch --arch resnet18", "no folder empty/images/train*; expected empty/images/train/x.jpg"),
@@ -523,7 +729,10 @@ def test_without_data_it_is_the_demo_and_says_what_it_starts_from(few_scenes, tm
     ("--data shapes --weights text.pt --arch resnet18", "text.pt: not a file of weights"),
     ("--data shapes --weights other.pt --arch resnet18 --eval-only", "does not hold this backbone and head"),
     ("--data shapes --init scratch --arch resnet18 --image-size 8", "--image-size: 8: must be an integer from 32"),
-    ("--data alike --init scratch --arch resnet18", "no label picture in alike/annotations/train holds two classes"),
+    ("--data alike --init scratch --arch resnet18", "in alike/annotations/train hold class 0 alone"),
+    *((f"--{name} {HUGE}", f"--{name}: {HUGE}: must be ") for name in LIMITED),
+    ("--weight-decay 1e308", "--weight-decay: 1e308: must be a number from 0 to 1000"),
+    ("--iterations 1000000001", "must be an integer from 1 to 1000000000"),
 ])
 def test_mistakes_are_answered_in_one_line_and_leave_no_folder(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
     python -m pytest -q extras/test_detect.py
 """
 
+import contextlib
 import json
 import math
 import os
@@ -270,19 +271,37 @@ def spoil(folder, split, change):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-@pytest.mark.parametrize("change", [
-    lambda content: content["annotations"][-1].update(category_id=4),
-    lambda content: content["annotations"][-1].update(category_id=[1]),
-    lambda content: content["annotations"][-1].update(segmentation=[]),
-    lambda content: content["annotations"][-1].update(segmentation=[[1, 2, 3]]),
-    lambda content: content["annotations"][-1].update(bbox=[]),
-    lambda content: content["annotations"][-1].update(bbox=[1, 2, float("nan"), 4]),
-    lambda content: content["annotations"][-1].update(area="large"),
-    lambda content: content["images"][-1].update(width=500),
-    lambda content: content["images"][-1].update(file_name="gone.png")])
-def test_an_image_whose_objects_make_no_sense_is_counted_as_broken(change, folder):
-    spoil(folder, "train", change)
+@pytest.mark.parametrize("change, reason", [
+    (dict(category_id=4), "an object of class 4, which is not in the list"),
+    (dict(category_id=[1]), "an object of class [1], which is not in the list"),
+    (dict(category_id="d" * 100), f"an object of class '{'d' * 39}..., which is not in the list"),
+    (dict(segmentation=[]), "an object without an outline"),
+    (dict(segmentation=None), "an object without an outline"),
+    (dict(segmentation="here"), "an outline is neither a list of polygons nor run lengths"),
+    (dict(segmentation=[[5, 5, 20, 25]]),
+     "a polygon needs three points or more, x and y of each; one holds 4 numbers"),
+    (dict(segmentation=[[5, 5, 20, 25, 9, 9, 1]]),
+     "a polygon needs x and y of every point; one holds 7 numbers"),
+    (dict(segmentation=[["a"] * 6]), "a polygon is not a list of numbers x, y, x, y ..."),
+    (dict(segmentation=[[10**400] * 6]), "a polygon holds a number that is no place in pixels"),
+    (dict(segmentation=dict(size=[1, 2], counts=[2])),
+     "run lengths of size [1, 2] do not fill an image of 64 x 48"),
+    (dict(bbox=[]), "an object without a box"),
+    (dict(bbox=None), "an object without a box"),
+    (dict(bbox=[1, 2, float("nan"), 4]),
+     "an object whose box is not four numbers: x, y, width, height"),
+    (dict(bbox=[1, 2, 3]), "an object whose box is not four numbers: x, y, width, height"),
+    (dict(area="large"), "an object whose area is 'large'"),
+    (dict(area=10**400), f"an object whose area is 1{'0' * 39}..."),
+    (dict(width=500), "the image has 48 x 64 pixels, its annotation says 500 x 64"),
+    (dict(file_name="gone.png"), "not a regular file")])
+def test_an_image_whose_objects_make_no_sense_is_broken_and_its_reason_told(change, reason, folder):
+    part = "images" if set(change) & {"width", "file_name"} else "annotations"
+    spoil(folder, "train", lambda content: content[part][-1].update(change))
     source = coco.Coco(folder, "train")
+    file = change.get("file_name", "6.png")
+    assert source.name(0) == f"{folder}/train2017/{file} ({reason})"
+    assert source.name(1) == f"{folder}/train2017/5.png"
     assert len(source) == 4
     samples = Samples(source, nn.Identity(), 0)
     assert samples[0, 0][1:] == (1, 0)                       # the next one is taken, this one is named
@@ -294,14 +313,49 @@ def test_an_image_whose_objects_make_no_sense_is_counted_as_broken(change, folde
     (lambda content: "[" * 100_000, "cannot be read as COCO's annotations"),
     (lambda content: "[]", "cannot be read as COCO's annotations"),
     (lambda content: content.pop("categories") * 0, "cannot be read as COCO's annotations ('categories' is missing)"),
-    (lambda content: content["annotations"][0].update(image_id=5), "(5 is missing)"),
+    (lambda content: content["annotations"][0].update(image_id=57),
+     "an annotation is of image 57, which is not listed"),
+    (lambda content: content["annotations"][0].update(image_id="a\nb"),
+     r"is of image 'a\nb', which is not listed"),
+    (lambda content: content["images"][1].update(id=98), "two of the images have the id 98"),
+    (lambda content: content["categories"][1].update(id=90),
+     "two of the categories have the id 90"),
+    (lambda content: content["annotations"][1].update(iscrowd="no"),
+     "iscrowd of annotation 2 is 'no'; it must be 0 or 1"),
+    (lambda content: content["annotations"][1].update(iscrowd=2),
+     "iscrowd of annotation 2 is 2; it must be 0 or 1"),
+    (lambda content: [one.pop("bbox") for one in content["annotations"]] * 0,
+     "images for training can be used: FOLDER/train2017/6.png (an object without a box)"),
     (lambda content: content["annotations"].clear(), "holds no images with objects"),
     (lambda content: [one.pop("segmentation") for one in content["annotations"]] * 0, "holds boxes alone"),
     (lambda content: content["categories"].pop() and None, "list different classes"),
     (lambda content: content["images"][0].update(file_name=3), "cannot be read as COCO's annotations")])
 def test_annotations_that_cannot_be_used_get_one_line(change, words, folder, capsys, tmp_path):
     spoil(folder, "train", lambda content: change(content) or content)
+    words = words.replace("FOLDER", str(folder))
     complaint(capsys, words, "--data", folder, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("given", [dict(area=None), dict(iscrowd=None)])
+def test_an_area_or_crowd_of_null_is_one_that_is_not_given(given, folder):
+    spoil(folder, "val", lambda content: content["annotations"][0].update(given))
+    objects = coco.Coco(folder, "val").read(4)[1]
+    assert objects["area"].tolist() == [16 * 30, 288, 512]
+    assert objects["crowd"].tolist() == [False, False, True]
+
+
+def test_names_in_annotations_are_made_printable(folder):
+    """A file may be named by bytes that are no UTF-8; any text may hold control characters."""
+    def change(part, place, **values):
+        spoil(folder, "train", lambda content: content[part][place].update(values))
+
+    change("annotations", -1, category_id="\x1b[2K")
+    assert r"(an object of class '\x1b[2K', which is not" in coco.Coco(folder, "train").name(0)
+    change("images", -1, file_name="\udcff.png")
+    named = rf"{folder}/train2017/\xff.png (not a regular file)"
+    assert coco.Coco(folder, "train").name(0) == named
+    change("categories", 0, name="half \ud83d")
+    assert coco.Coco(folder, "train").classes == ["a", "b", r"half \ud83d"]
 
 
 def complaint(capsys, words, *flags):
@@ -309,6 +363,11 @@ def complaint(capsys, words, *flags):
         detect.main([*map(str, flags)])
     said = capsys.readouterr().err
     assert exit.value.code == 2 and words in said and said.startswith("detect.py: error: ") and said.count("\n") == 1
+
+
+HUGE = "9" * 21
+LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-decay width convs "
+           "anchor proposals rois detections eval-every").split()
 
 
 def test_mistakes_on_the_command_line_get_one_line(folder, capsys, tmp_path, monkeypatch):
@@ -330,7 +389,9 @@ def test_mistakes_on_the_command_line_get_one_line(folder, capsys, tmp_path, mon
             ("must be an integer from 32 to 8192", ["--image-size", "0"]),
             ("--eval-only: needs --weights", ["--data", "shapes", *start, "--eval-only"]),
             ("best.pt: does not hold this detector", ["--data", "shapes", "--weights", "best.pt", "--arch", "resnet18",
-                                                      "--eval-only"])):
+                                                      "--eval-only"]),
+            ("--weight-decay: 1e308: must be a number from 0 to 1000", ["--weight-decay", "1e308"]),
+            *((f"--{name}: {HUGE}: must be ", [f"--{name}", HUGE]) for name in LIMITED)):
         complaint(capsys, words, *flags)
     assert {p.name for p in tmp_path.iterdir()} == {"coco", "empty", "best.pt"}              # nothing is left
 
@@ -436,6 +497,56 @@ def test_three_steps_and_three_resumed_are_six(few_scenes, tmp_path, monkeypatch
     assert resumed == log and again == result
     for name, value in whole["model"].items():
         assert torch.equal(value, cut["model"][name]), name
+
+
+def test_best_pt_that_could_not_be_written_is_made_by_resume(few_scenes, tmp_path, monkeypatch):
+    """A folder is in the place of the temporary file. The second AP is no better than the first."""
+    evaluate, out = detect.evaluate, tmp_path / "run"
+
+    def same(*given):
+        result = evaluate(*given)
+        result["box"]["AP"] = 0.25
+        return result
+
+    monkeypatch.setattr(detect, "evaluate", same)
+    (out / "best.pt.tmp").mkdir(parents=True)
+    with contextlib.suppress(SystemExit):
+        run(out, "--arch", "resnet18", "--epochs", 2, "--eval-every", 1)
+    assert (out / "checkpoint.pt").is_file() and not (out / "best.pt").exists()
+    (out / "best.pt.tmp").rmdir()
+    _, _, result = run(out, "--resume", start=[])
+    assert (out / "best.pt").is_file() and (result["best_AP"], result["best_epoch"]) == (0.25, 2)
+
+
+def test_an_image_too_slim_for_the_detector_is_skipped_and_named(folder, tmp_path, capsys):
+    """At most 106 px of 3000 are kept, and of 2 px 0.07."""
+    for split in ("train2017", "val2017"):
+        Image.new("RGB", (3000, 2)).save(folder / split / "0.png")
+        slim = dict(width=3000, height=2)
+        spoil(folder, split.removesuffix("2017"), lambda content: content["images"][0].update(slim))
+    flags = ["--arch", "resnet18", "--epochs", 1, "--batch-size", 2, "--max-bad", 1]
+    _, _, result = run(tmp_path / "run", "--data", folder, *flags)
+    reason = "0.png (3000 x 2 pixels are too slim: with --longest 106 nothing would be left of the "
+    broken, said = (tmp_path / "run" / "broken.txt").read_text(), capsys.readouterr().err
+    assert result["images"] == 4 and f"{folder}/train2017/{reason}shorter side)" in broken
+    assert f"are left out of the count: {folder}/val2017/{reason}" in said
+    slim = coco.Coco(folder, "val", longest=1600)            # 2 px become 1.07: one is left
+    with pytest.raises(ValueError, match="do not fill"):     # now it is the crowd that does not fit
+        slim.read(4)
+
+
+def test_a_range_of_areas_without_objects_is_a_dash(folder, tmp_path):
+    ap = ask_oracle((), "--data", folder, "--out", tmp_path)["box"]
+    assert ap["L"] == -1                                     # no object has more than 96 x 96 px
+    assert detect.percent(ap, "AP", "S", "L") == "AP 100.0, S 100.0, L -"
+
+
+def test_a_vit_keeps_2000_proposals_in_training_as_released_and_others_1000():
+    """max_per_img in A2MIM's mask_rcnn_vit_fpn.py and mask_rcnn_r50_fpn.py; 1000 in all tests."""
+    for arch, kept in (("deit_tiny", 2000), ("resnet18", 1000)):
+        _, model = settings("--arch", arch, "--proposals", 1000)
+        most = lambda training: model.rpn.train(training).post_nms_top_n()
+        assert (most(True), most(False)) == (kept, 1000)
 
 
 class Oracle(nn.Module):
