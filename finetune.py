@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from data import (NAMED, Batches, Samples, augment, eval_transform, normalise, open_images, seed_for,
                   some_labels)
 from engine.command import World, command_line
-from engine.files import save_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number,
                           pair, path, remembered, told_size)
 from engine.images import Broken, every_image_once, make_loader, name_some
@@ -171,12 +170,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             return
         result.update(evaluate(run.tested, args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
-        if result["top1"] > best["top1"]:
-            lost = False
-            if world.rank == 0:
-                lost = journal.write("best.pt", save_atomically, run.tested.plain_state(), journal.out / "best.pt")
-            if not lost:                                     # else a later epoch, or --resume, writes it
-                best.update(top1=result["top1"], epoch=done / steps.per_epoch)
+        journal.keep_best(best, "top1", result["top1"], run.tested.plain_state())
 
     run.model.train()
     batches = iter(run.loader)

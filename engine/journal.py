@@ -257,6 +257,19 @@ class Journal:
         self.not_written.pop(what, None)
         return False
 
+    def keep_best(self, best: dict, name: str, value: float, state: dict) -> None:
+        """Writes `state` as best.pt if `value` beats best[name], or if there is no best.pt.
+
+        All processes take part. `best` changes only once the file is on the disk: it goes into the checkpoint, and a
+        resumed run has to know that the file is still to be written."""
+        file = self.out / "best.pt"
+        missing = self.world.agree(lambda: not file.is_file())
+        if value <= best[name] and not missing:
+            return
+        failed = self.world.rank == 0 and self.write("best.pt", save_atomically, state, file)
+        if not any(self.world.largest(int(failed))):
+            best.update({name: value, "epoch": self.done / self.plan.per_epoch})
+
     def finish(self, *promised: str) -> None:
         """Before a program says "done": checkpoint.pt, all of `export` and the `promised` files are on the disk.
 

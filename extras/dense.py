@@ -3,7 +3,7 @@
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index); nothing is stored
     plan, rate, wrapped, optimizer_for      a run counted in iterations, as the released recipes are
-    some_usable, left_out, keep_best        what both programs check, say and write
+    some_usable, left_out                   what both programs check and say
 """
 
 import sys
@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SHAPES, draw_shape, texture
 from engine.command import World
-from engine.files import printable, save_atomically
+from engine.files import printable
 from engine.flags import MAX_EPOCHS, number
-from engine.journal import Journal, Steps
+from engine.journal import Steps
 from engine.optim import layer_groups, lr_at
 from model import Encoder, family
 
@@ -220,20 +220,6 @@ def left_out(source, indices: list[int], world: World) -> None:
         names = ", ".join(source.name(index) for index in missing[:3])
         names += ", ..." * (len(missing) > 3)
         world.say(f"{len(missing)} images cannot be read and are left out of the count: {names}")
-
-
-def keep_best(journal: Journal, best: dict, name: str, value: float, state: dict) -> None:
-    """Writes `state` as best.pt if `value` beats best[name], or if there is no best.pt.
-
-    All processes take part. `best` changes only once the file is on the disk: it goes into the
-    checkpoint, and a resumed run has to know that the file is still to be written."""
-    world, file = journal.world, journal.out / "best.pt"
-    missing = world.agree(lambda: not file.is_file())
-    if value <= best[name] and not missing:
-        return
-    failed = world.rank == 0 and journal.write("best.pt", save_atomically, state, file)
-    if not any(world.largest(int(failed))):
-        best.update({name: value, "epoch": journal.done / journal.plan.per_epoch})
 
 
 # ---- a run counted in iterations ----

@@ -31,15 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import NAMED, Batches, Samples, seed_for
 from engine.command import Failed, World, command_line
-from engine.files import load_checked, make_folder, printable
+from engine.files import load_checked, printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults,
                           number, path, remembered)
 from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, open_run
+from engine.journal import Journal, Steps, make_folder, open_run
 from engine.pictures import save_sheet
 from engine.weights import load_backbone, told
 from extras.coco import Coco, judge, summarise
-from extras.dense import (OPTIM_FLAGS, Scenes, keep_best, left_out, listed, optimizer_for, plan,
+from extras.dense import (OPTIM_FLAGS, Scenes, left_out, listed, optimizer_for, plan,
                           rate, some_usable, wrapped)
 from extras.mask_rcnn import detector
 from model import build_encoder, family
@@ -115,7 +115,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
-    args, saved = open_run(args, world, own=DEFAULTS, name=name)
+    args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
@@ -143,7 +143,7 @@ def train(args: SimpleNamespace, world: World) -> None:
         result.update(evaluate(run.model, args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: box {percent(result['box'], 'AP')}, "
                   f"mask {percent(result['mask'], 'AP')}")
-        keep_best(journal, best, "AP", result["box"]["AP"], run.model.state_dict())
+        journal.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
@@ -155,6 +155,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
+    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
@@ -192,7 +193,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     val_loader = make_loader(Samples(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same heads
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window)
+    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
+                            args.stem)
     if args.weights and not saved and not args.eval_only:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
     model = detector(encoder, len(classes) + 1, args, world)
@@ -263,7 +265,7 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
         world.say(f"{kind}: " + percent(result[kind], "AP", "AP50", "AP75", "S", "M", "L", "any class"))
     if world.rank == 0:
         more |= {"weights": args.weights or args.init}
-        (Path(args.out) / "result.json").write_text(json.dumps({**result, **more}, indent=1) + "\n")
+        write_text_atomically(Path(args.out) / "result.json", json.dumps({**result, **more}, indent=1) + "\n")
         save_detections(Path(args.out) / "detections.png", args, world, run)
 
 
@@ -341,7 +343,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):
         demo |= {"weights": DEMO_WEIGHTS} if Path(DEMO_WEIGHTS).is_file() else {"init": "scratch"}
-    names = ["arch", "patch_size", "window"]                 # as pre-trained; to evaluate, the whole detector
+    names = ["arch", "patch_size", "window", "stem"]                 # as pre-trained; to evaluate, the whole detector
     names += DETECTOR if "eval_only" in given else []
     known = {**demo, **remembered(given.get("weights", demo.get("weights")), parser, names), **given}
     kind = "vit" if known.get("arch") and family(known["arch"]).name == "vit" else "1x"

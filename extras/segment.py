@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import Batches, Samples, normalise, seed_for
 from engine.command import Failed, World, command_line
-from engine.files import make_folder, printable
+from engine.files import printable, write_text_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser,
                           defaults, number, path, remembered)
 from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, open_run
+from engine.journal import Journal, Steps, make_folder, open_run
 from engine.pictures import save_confusion, save_sheet
 from engine.weights import load_backbone, read_weights, told
-from extras.dense import (OPTIM_FLAGS, keep_best, left_out, memory_format, optimizer_for, plan,
+from extras.dense import (OPTIM_FLAGS, left_out, memory_format, optimizer_for, plan,
                           rate, some_usable, stacked, wrapped)
 from extras.pixels import IGNORED, ScaleCropFlip, Segmenter, open_pairs, resize, whole
 from model import build_encoder, family
@@ -119,7 +119,8 @@ def train(args: SimpleNamespace, world: World) -> None:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
     kind = "-eval" if args.eval_only else "-scratch" if args.init else ""
-    args, saved = open_run(args, world, DEFAULTS, f"{Path(args.data or '').resolve().name}-{args.arch}-segment{kind}")
+    name = f"{Path(args.data or '').resolve().name}-{args.arch}-segment{kind}"
+    args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
     steps, best, result = run.steps, finetune.Best(miou=-1.0), {}
@@ -144,7 +145,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             return
         result.update(evaluate(args, world, run))
         world.say(f"epoch {done / steps.per_epoch:g}: mIoU {100 * result['miou']:.2f} %")
-        keep_best(journal, best, "miou", result["miou"], run.model.state_dict())
+        journal.keep_best(best, "miou", result["miou"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
@@ -156,6 +157,7 @@ def train(args: SimpleNamespace, world: World) -> None:
             record = train_step(step, batches, args, world, run)
             journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
+    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_miou=best["miou"], best_epoch=best.get("epoch"))
 
 
@@ -182,7 +184,8 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     val_loader = make_loader(val_samples, val_once, args.workers, world, stacked)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
-    encoder = build_encoder(args.arch, args.image_size, args.drop_path, args.patch_size, args.window)
+    encoder = build_encoder(args.arch, args.image_size, args.drop_path, args.patch_size, args.window,
+                            args.stem)
     if args.weights and not saved and not args.eval_only:
         world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
     model = Segmenter(encoder, args.head, args.width, len(source.classes), args.dropout, args.aux > 0)
@@ -317,7 +320,7 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
         content = {name: value if value == value else None for name, value in result.items()}
         content |= {**more, "weights": args.weights or args.init, "recipe": args.recipe}
         content["per_class"] = per_class
-        (Path(args.out) / "result.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_text_atomically(Path(args.out) / "result.json", json.dumps(content, indent=1) + "\n")
         save_confusion(Path(args.out) / "confusion.png", confusion / confusion.sum(1, keepdim=True).clamp(min=1),
                        run.classes)
 
@@ -375,7 +378,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         if not {"weights", "init"} & set(given):
             start |= dict(weights=str(DEMO)) if DEMO.exists() else dict(init="scratch")
     weights = given.get("weights", start.get("weights"))
-    names = ["arch", "patch_size", "window"]
+    names = ["arch", "patch_size", "window", "stem"]
     names += ["recipe", "head", "width", "aux", "image_size", "inference"] if "eval_only" in given else []
     start = {**start, **remembered(weights, parser, names), **given}
     if (weights is None) == ("init" not in start):
