@@ -86,9 +86,9 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
         draw.multiline_text((x, y), text, ink, ImageFont.load_default(size), "ma", 7, "center", stroke_width=bold)
     for move, title, below, names in (                       # names of pictures, with a word under each
             ("", "image", "the pale patches\nare hidden", {"image": ""}),
-            ("move 1", "what goes in", "hidden cells take the\nimage's mean colour", {"seen": ""}),
+            ("move 1", "what goes in", "hidden patches take the\nimage's mean colour", {"seen": ""}),
             ("move 2", "the token enters in the middle", f"between encoder stages {stage - 1} and {stage}:\n"
-             "+ token at hidden cells", {"before": "before", "after": "after"}),
+             "+ token at hidden patches", {"before": "before", "after": "after"}),
             ("", "what is painted", "by a decoder of\none linear layer", {"painted": ""}),
             ("move 3", "what the Fourier loss sees", "spectrum of the error:\nthe larger, the more it counts",
              {"amplitude": "log amplitude", "weight": "weight"})):
