@@ -112,8 +112,9 @@ def grid_of(args: SimpleNamespace) -> tuple[int, int]:
 def interactions(args: SimpleNamespace, world: World) -> Result:
     """J by order, on images that all weights but random ones classify correctly. Cells not seen are ImageNet's mean.
 
-    The order m of a share r of the other n - 2 cells is round((n - 2) r). The released code truncates, int((n - 2) r):
-    of 64 cells, three of the nine ORDERS (0.35, 0.8 and 0.95) have one cell less there."""
+    The order m of a share r of the other n - 2 cells is round((n - 2) r). The released code
+    truncates, int((n - 2) r): with n = 64, three of the nine ORDERS (0.35, 0.8 and 0.95) have one
+    cell less there."""
     size, grid = pair(args.image_size), grid_of(args)
     cells, data = math.prod(grid), inside.load_images(args, size, 10 * args.images)
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
@@ -191,7 +192,8 @@ def occlusion(args: SimpleNamespace, world: World) -> Result:
     counts, cuts = [k * cells // 10 for k in range(10)], [g for g in (1, 2, 4, 8) if not any(s % g for s in size)]
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
     if args.saliency_from not in (None, *nets):
-        raise ValueError(f"--saliency-from {printable(args.saliency_from)}: must be one of {', '.join(nets)}")
+        typed = printable(args.saliency_from)
+        raise ValueError(f"--saliency-from {typed}: must be one of {', '.join(nets)}")
     judge = args.saliency_from or (next(iter(nets)) if data.covered is None else None)
     black = normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), world.device)
     mine, rows = list(range(world.rank, len(data.images), world.size)), {name: [] for name in nets}
@@ -265,8 +267,8 @@ def mim(args: SimpleNamespace, world: World) -> Result:
         torch.manual_seed(seed_for(run.seed))                # `random`: what the run itself started from
         model, own = (build_model(run), run) if file == "random" else load_model(file)
         if pair(own.image_size) != pair(run.image_size):
-            raise ValueError(f"--weights: {printable(file)}: of {told_size(own.image_size)}, the last of "
-                             f"{told_size(run.image_size)}; give one size")
+            sizes = f"of {told_size(own.image_size)}, the last of {told_size(run.image_size)}"
+            raise ValueError(f"--weights: {printable(file)}: {sizes}; give one size")
         model, images = model.to(world.device).train(), normalise(data.images, world.device)
         generator = torch.Generator().manual_seed(args.seed)
         mask = random_mask(len(images), model.grid, own.mask_ratio, generator=generator).to(world.device)
@@ -310,15 +312,18 @@ def analyse(args: SimpleNamespace, world: World) -> None:
     if world.rank == 0:
         print("\n".join(lines))
         settings = {k: v for k, v in vars(args).items() if k not in ("settings", "quiet")}
+        results = json.dumps(dict(args=settings, found=found), indent=1)
         with writing(out / "table.md"):
             (out / "table.md").write_text("\n".join(lines) + "\n")
-            (out / "results.json").write_text(json.dumps(dict(args=settings, found=found), indent=1) + "\n")
+            (out / "results.json").write_text(results + "\n")
             charts(panels).save(out / "plot.png", optimize=True)
         world.say(f"written to {printable(str(out))}/: table.md, results.json, plot.png")
 
 
 def choose_folder(args: SimpleNamespace) -> str:
-    """--out, or runs/analyze-<what>, numbered if taken. Raises ValueError if nothing can be written there."""
+    """--out, or runs/analyze-<what>, numbered if taken.
+
+    Raises ValueError if nothing can be written there."""
     out = Path(args.out) if args.out else free_name(Path("runs") / f"analyze-{args.what}")
     check_folder(out)
     return str(out)
@@ -345,7 +350,8 @@ FLAGS = {
     "run": {
         "device": RUN_FLAGS["device"],
         "quick": (False, SWITCH, "an eighth of the images: shows that it works"),
-        "seed": (0, number(int, 0, 2**63 - 1), "fixes images, pairs, contexts, masks, random weights"),
+        "seed": (0, number(int, 0, 2**63 - 1),
+                 "fixes images, pairs, contexts, masks, random weights"),
         "out": (None, path("DIR"), "runs/analyze-<what>, numbered if taken")},
 }
 
@@ -360,10 +366,11 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     given = vars(parser.parse_args(argv))
     args = SimpleNamespace(**{**defaults(FLAGS), **given})
     split = [text.partition("=")[::2] for text in args.weights]
-    named = [(printable(name), file) for name, file in split]            # names are printed in every table
+    named = [(printable(name), file) for name, file in split]    # names stand in every table
     if not all(name and file for name, file in named) or len(dict(named)) < len(named):
         typed = printable(" ".join(args.weights))
-        raise ValueError(f"--weights {typed}: must be different names with a file each, as in a=FILE")
+        raise ValueError(f"--weights {typed}: must be different names with a file each, "
+                         "as in a=FILE")
     args.weights = dict(named)
     files, names = [f for f in args.weights.values() if f != "random"], ("arch", "patch_size", "window", "image_size")
     if args.what == "mim" and not files:
@@ -378,7 +385,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         if file != "random" and not Path(file).is_file():
             raise ValueError(f"--weights: {printable(file)}: no such file, or no regular file")
         if "arch" not in own and args.what != "mim":
-            raise ValueError(f"--arch is missing: no args.json beside {printable(file)} names it; try --arch resnet18")
+            raise ValueError(f"--arch is missing: no args.json beside {printable(file)} names it; "
+                             "try --arch resnet18")
     args.images = args.images or max(4, IMAGES[args.what] // (8 if args.quick else 1))
     return args
 

@@ -5,8 +5,8 @@
     python extras/bench.py --rows fourier attention     some rows only
 
 Two things take turns, A B A B ..., after a warm-up; a row says the median of the ratios of neighbours and their range,
-and whether that meets the target. Writes table.md, results.json and scaling.png into --out, by default runs/bench, or
-runs/bench-2 if there is one, and so on.
+and whether that meets the target. Writes table.md, results.json and scaling.png into --out.
+The default is runs/bench, or runs/bench-2 if that is taken, and so on.
 """
 
 import argparse
@@ -647,7 +647,8 @@ FLAGS = {
         "amp": ("off", tuple(AMP), "of both sides"),
         "rounds": (7, number(int, 1), "turns that count")},
     "where it goes": {
-        "out": (None, path("DIR"), "files in this folder are replaced (runs/bench, numbered if taken)")},
+        "out": (None, path("DIR"),
+                "files in this folder are replaced (runs/bench, numbered if taken)")},
 }
 
 
@@ -695,10 +696,16 @@ def bench(args: argparse.Namespace, world: World) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Raises ValueError for a value that is off."""
-    parser = Parser("bench.py", "%(prog)s [--data DIR] [--rows NAME ...] [options]", __doc__, FLAGS, {})
+    usage = "%(prog)s [--data DIR] [--rows NAME ...] [options]"
+    parser = Parser("bench.py", usage, __doc__, FLAGS, {})
     parser.epilog = None
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=f"some of {', '.join(ROWS)} (all)"
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="NAME",
+        help=f"some of {', '.join(ROWS)} (all)",
     )
     return argparse.Namespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
 

@@ -103,7 +103,7 @@ def slug(title: str) -> str:
 
 def plan_dense(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """As `plan`, for --task: pre-training on pictures of scenes, then segmentation or detection in scenes."""
-    out = shlex.quote(str(args.out))                         # run_cell splits the flags as a shell does
+    out = shlex.quote(str(args.out))                         # run_cell splits flags as a shell does
     both, chains = f"--arch {args.arch} --workers {args.workers} --log-every 50", []
     dense = f"{both} --data shapes" + " --epochs 0.08" * args.quick
     for seed in range(args.seeds):
@@ -132,10 +132,12 @@ def draw_scenes(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
-    data, out = shlex.quote(args.data), shlex.quote(str(args.out))       # run_cell splits the flags as a shell does
+    data = shlex.quote(args.data)                            # run_cell splits flags as a shell does
+    out = shlex.quote(str(args.out))
     named = printable(args.data)
     if args.data not in NAMED and not Path(args.data).is_dir():
-        raise ValueError(f"--data {named}: no such folder; give a folder of images or one of {', '.join(NAMED)}")
+        raise ValueError(f"--data {named}: no such folder; give a folder of images or one of "
+                         f"{', '.join(NAMED)}")
     if args.data not in NAMED and not split_folder(Path(args.data), "train"):
         raise ValueError(f"--data {named}: needs train/<class>/ and val/<class>/; pre-training must not see what "
                          "is tested on")
@@ -281,7 +283,8 @@ def summary(args: SimpleNamespace, out: Path) -> str:
         f"linear probe, {few}": ("linear", "top1"),
         "20-NN": ("knn", "top1"),
     }
-    about = f"{args.arch} on {printable(args.data)}, {told_size(args.image_size)}: pre-training {args.pretrain_images:,} images, "
+    about = f"{args.arch} on {printable(args.data)}, {told_size(args.image_size)}: "
+    about += f"pre-training {args.pretrain_images:,} images, "
     if args.task == "classify":
         about += f"fine-tuning {args.finetune_images:,}; top-1 {seeds}"
     else:
@@ -364,17 +367,21 @@ FLAGS = {
         "data": ("shapes", path("DIR"), f"a folder of class folders, or one of {', '.join(NAMED)}"),
         "task": ("classify", ("classify", *COLUMNS), "what comes after pre-training"),
         "image_size": (None, SIDES, "of pre-training, and of classes (64; --task: 96)"),
-        "few": (None, number(float, 1e-6, 1), "share of labels that is few (shapes 0.05, else 0.1)"),
+        "few": (None, number(float, 1e-6, 1),
+                "share of labels that is few (shapes 0.05, else 0.1)"),
         "seeds": (None, number(int, 1, 1000), "runs of each arm (5; --task: 3)")},
     "how long": {
-        "pretrain_images": (None, some, "images seen in pre-training (real 48,000; scenes 12,800; shapes: ViT 24,000, "
-                            "Swin 12,000, CNN 10,000)"),
-        "finetune_images": (None, some, "images seen in fine-tuning (real images 6,400; shapes: CNN 3,200, Transformer "
-                            "9,600)"),
-        "ablation_images": (None, some, "images seen in pre-training of an ablation (half of that)"),
+        "pretrain_images": (None, some, "images seen in pre-training (real 48,000; scenes 12,800; "
+                            "shapes: ViT 24,000, Swin 12,000, CNN 10,000)"),
+        "finetune_images": (None, some, "images seen in fine-tuning (real images 6,400; "
+                            "shapes: CNN 3,200, Transformer 9,600)"),
+        "ablation_images": (None, some,
+                            "images seen in pre-training of an ablation (half of that)"),
         "ablation_seeds": (None, number(int, 0, 1000), "0: none (shapes 1, else 0)"),
-        "tune_lr": (None, number(float, 1e-12, 1e6), "of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)"),
-        "quick": (False, SWITCH, "one seed, an eighth of the images: shows that it works, not what it is worth")},
+        "tune_lr": (None, number(float, 1e-12, 1e6),
+                    "of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)"),
+        "quick": (False, SWITCH, "one seed, an eighth of the images: shows that it works, "
+                  "not what it is worth")},
     "run": {
         "jobs": (None, number(int, 1, 1024), "cells at a time (a CPU core each; 1 on a GPU)"),
         "workers": (0, number(int, 0, 256), "loader processes of a cell"),
@@ -383,7 +390,9 @@ FLAGS = {
 
 
 def compare(args: SimpleNamespace, world: World) -> None:
-    """Runs all cells that are missing, and writes the tables. Raises ValueError for a mistake, Failed if a cell fails."""
+    """Runs all cells that are missing, and writes the tables.
+
+    Raises ValueError for a mistake, Failed if a cell fails."""
     out, dense = Path(args.out), args.task != "classify"
     check_folder(out)
     chains = plan_dense(args) if dense else plan(args)
@@ -391,9 +400,10 @@ def compare(args: SimpleNamespace, world: World) -> None:
     if dense:
         with writing(out / "scenes"):
             draw_scenes(out / "scenes", args.scenes, pair(args.image_size))
-    failed = 0
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool, tqdm(total=sum(map(len, chains)), unit="cell") as bar:
-        for count, complaint in pool.imap_unordered(run_chain, [(chain, out, jobs) for chain in chains]):
+    failed, work = 0, [(chain, out, jobs) for chain in chains]
+    bar = tqdm(total=sum(map(len, chains)), unit="cell")
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool, bar:
+        for count, complaint in pool.imap_unordered(run_chain, work):
             bar.update(count)
             if complaint:
                 failed += 1
@@ -401,19 +411,20 @@ def compare(args: SimpleNamespace, world: World) -> None:
     with writing(out / "table.md"):
         print(summary(args, out))
     if failed:
-        raise Failed(f"{failed} of {len(chains)} chains of runs failed, see above; the same command runs what is "
-                     "missing")
+        raise Failed(f"{failed} of {len(chains)} chains of runs failed, see above; the same "
+                     "command runs what is missing")
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags, and what follows from them. Raises ValueError for a value that is off."""
-    parser = Parser("compare.py", "%(prog)s [--arch NAME] [--data DIR | --task segment|detect] [--quick]", __doc__,
-                    FLAGS, {})
+    usage = "%(prog)s [--arch NAME] [--data DIR | --task segment|detect] [--quick]"
+    parser = Parser("compare.py", usage, __doc__, FLAGS, {})
     parser.epilog = None
     args = SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
     dense = args.task != "classify"
     if dense and args.data != "shapes":
-        raise ValueError(f"--data {printable(args.data)}: --task {args.task} has drawn scenes alone; leave --data away")
+        raise ValueError(f"--data {printable(args.data)}: --task {args.task} has drawn scenes "
+                         "alone; leave --data away")
     args.drawn = args.data == "shapes" and not dense
     budget = SCENES if dense else BUDGETS[family(args.arch).name] if args.drawn else REAL
     for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), budget):

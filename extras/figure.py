@@ -1,7 +1,7 @@
 """The method in one picture: its three moves from left to right, for one image, as a trained model makes them.
 
     python pretrain.py                       the demo, minutes on a CPU: leaves the checkpoint
-    python extras/figure.py                  writes method.png, or method-2.png if that name is taken, and so on
+    python extras/figure.py                  writes method.png, or method-2.png if that is taken
     python extras/figure.py --image FILE     a photograph, instead of a drawn image that the demo was not trained on
     python extras/figure.py --out assets/method.png      replaces the picture of the README
 """
@@ -113,12 +113,13 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
 ENDINGS = (*SUFFIXES, ".pdf")
 FLAGS = {
     "what is shown": {
-        "checkpoint": ("runs/shapes-resnet18/checkpoint.pt", path("FILE"), "of a CNN, made by pretrain.py"),
+        "checkpoint": ("runs/shapes-resnet18/checkpoint.pt", path("FILE"),
+                       "of a CNN, made by pretrain.py"),
         "image": (None, path("FILE"), "a photograph (a drawn image)"),
         "index": (4, number(int, 0, len(Shapes("val", (32, 32))) - 1), "which drawn image")},
     "where it goes": {
-        "out": (None, path("FILE"), f"ends in {', '.join(ENDINGS)}; a file of this name is replaced (method.png, "
-                "numbered if taken)")},
+        "out": (None, path("FILE"), f"ends in {', '.join(ENDINGS)}; a file of this name is "
+                "replaced (method.png, numbered if taken)")},
 }
 
 
@@ -131,9 +132,11 @@ def draw(args: SimpleNamespace, world: World) -> None:
         raise ValueError(f"{checkpoint}: no such checkpoint; run python pretrain.py first")
     model, run = load_model(args.checkpoint)
     if not family(run.arch).convolutional:
-        raise ValueError(f"{checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
+        raise ValueError(f"{checkpoint}: holds {run.arch}; the figure shows the feature maps "
+                         "of a CNN")
     if len({*model.image_size}) > 1:
-        raise ValueError(f"{checkpoint}: of {told_size(model.image_size)}; the figure has square pictures")
+        raise ValueError(f"{checkpoint}: of {told_size(model.image_size)}; the figure has square "
+                         "pictures")
 
     if args.image:
         image = eval_transform(model.image_size)(read_photo(args.image))

@@ -1,4 +1,4 @@
-"""Where a script writes. The place is checked before the work begins, so that no work is lost at its end.
+"""Where a script writes. The place is checked before the work begins: no work is lost at its end.
 
     check_folder   can files be written into this folder?
     check_file     can this file be written, and has it one of these endings?
@@ -25,8 +25,8 @@ def check_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise ValueError(f"--out {printable(str(out))}: cannot be written ({error.strerror}); choose another folder"
-                         ) from None
+        raise ValueError(f"--out {printable(str(out))}: cannot be written ({error.strerror}); "
+                         "choose another folder") from None
     finally:
         for folder in made:
             with contextlib.suppress(OSError):
@@ -34,9 +34,10 @@ def check_folder(out: Path) -> None:
 
 
 def check_file(out: Path, endings: Sequence[str]) -> None:
-    """Raises ValueError if `out` has another ending, is no regular file, or lies where nothing can be written."""
+    """Raises ValueError if `out` ends otherwise, is no regular file, or cannot be written."""
     if out.suffix.lower() not in endings:
-        raise ValueError(f"--out {printable(str(out))}: must be a file name that ends in {', '.join(endings)}")
+        raise ValueError(f"--out {printable(str(out))}: must be a file name that ends in "
+                         f"{', '.join(endings)}")
     check_folder(out.parent)
     if os.path.lexists(out) and not out.is_file():
         raise ValueError(f"--out {printable(str(out))}: is no regular file; choose another name")
@@ -50,7 +51,7 @@ def free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Around the lines that write `path`: an error of the disk is raised as Failed, which names the file."""
+    """Around the lines that write `path`: an error of the disk becomes Failed, with its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

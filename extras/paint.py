@@ -5,10 +5,10 @@
 
 Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in hidden cells, and a
 blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training, and
-both become multiples of what the model needs; the image need not be square. Each panel is then enlarged to the size of
-the photograph, at most to 512 pixels or a little more; the model's own pixels stay visible as squares.
+both become multiples of what the model needs; the image need not be square. Each panel is then
+enlarged by a whole number, until its longer side reaches the photograph's or 512 pixels.
 
-No file is overwritten: if the name is taken, the new picture is called painted-<name>-2.png, and so on.
+No file is overwritten: if the name is taken, the picture is called painted-<name>-2.png, and so on.
 """
 
 import math
@@ -37,11 +37,11 @@ from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
 
 TITLES = ("image", "encoder sees", "reconstruction", "hidden cells pasted", "a blur of what is seen")
-PANEL = 512                                                  # a panel's longer side is enlarged to the photograph's, or
-                                                             # to this, whichever is less
+PANEL = 512                                                  # pixels, the longer side of a panel
 MAX_RATIO = 10                                               # of a photograph's sides
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)   # read_image has a limit of its own
+# read_image has a limit of its own
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, SimpleNamespace]:
@@ -50,7 +50,8 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
     Raises ValueError if the file is no checkpoint of pre-training, or the size does not fit."""
     name = printable(str(path))
     if not os.path.isfile(path):                             # a pipe would be waited for
-        raise ValueError(f"{name}: no such file, or no regular file; give the checkpoint.pt of a run of pretrain.py")
+        raise ValueError(f"{name}: no such file, or no regular file; give the checkpoint.pt of a "
+                         "run of pretrain.py")
     try:
         state = load_checked(path)
         run, weights = SimpleNamespace(**state["args"]), state["model"]
@@ -61,7 +62,7 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
     try:
         model = build_model(run, size)
         model.load_state_dict(form, strict=False)
-    except (AttributeError, TypeError, RuntimeError):        # settings that are missing, or fit no weights
+    except (AttributeError, TypeError, RuntimeError):        # settings that fit no weights
         raise ValueError(f"{name}: not a checkpoint.pt of this version of pretrain.py") from None
     load_backbone(model.encoder, path, run.image_size)       # position tables take another size
     return model.eval(), run
@@ -76,12 +77,13 @@ def read_photo(file: str) -> Tensor:
         image = read_image(file)
     except MemoryError:
         raise
-    except Exception as error:                               # decoders have no one type for a broken file
-        raise ValueError(f"{name}: cannot be read as an image ({str(error).splitlines()[0]})") from None
+    except Exception as error:                               # of no one type for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
     h, w = image.shape[-2:]
     if max(h, w) > MAX_RATIO * min(h, w):
-        raise ValueError(f"{name}: {w} x {h} pixels are too narrow; crop the image, one side may be {MAX_RATIO} times "
-                         f"the other at most")
+        raise ValueError(f"{name}: {w} x {h} pixels are too narrow; crop the image, one side may "
+                         f"be {MAX_RATIO} times the other at most")
     return image
 
 
@@ -107,14 +109,18 @@ def drawn(text: str, grid: tuple[int, int]) -> Tensor:
     Raises ValueError if it is no drawing, or finer than the grid."""
     rows = text.strip("/").split("/")
     if {*text} - {*"#./"} or len({len(row) for row in rows}) != 1 or "#" not in text:
-        raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / between them, such as ..##/.##.")
+        raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / "
+                         "between them, such as ..##/.##.")
     if len(rows) > grid[0] or len(rows[0]) > grid[1]:
-        raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} cells of this image")
+        raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} cells "
+                         "of this image")
     return resize_mask(torch.tensor([[[c == "#" for c in row] for row in rows]]), grid)[:, 0]
 
 
 def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
-    """(1, 3, H, W) with every pixel repeated n x n times: n is the least that reaches the photograph's size, or PANEL."""
+    """(1, 3, H, W) -> (1, 3, n H, n W), every pixel repeated n x n times.
+
+    n is the least number that reaches the photograph's longer side, or PANEL if that is less."""
     wanted = min(max(photo.shape[-2:]), PANEL)
     n = math.ceil(wanted / max(panel.shape[-2:]))
     return panel.repeat_interleave(n, 2).repeat_interleave(n, 3)
@@ -160,13 +166,15 @@ FLAGS = {
         "mask": (None, path("TEXT"), "a mask drawn by hand: rows of . and #, # is hidden"),
         "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
     "where it goes": {
-        "out": (".", path("PATH"), "a folder, or a file such as painted.png; a name that is taken gets a number")},
+        "out": (".", path("PATH"),
+                "a folder, or a file such as painted.png; a name that is taken gets a number")},
 }
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
-    parser = Parser("paint.py", "%(prog)s CHECKPOINT IMAGE [IMAGE ...] [options]", __doc__, FLAGS, {})
+    usage = "%(prog)s CHECKPOINT IMAGE [IMAGE ...] [options]"
+    parser = Parser("paint.py", usage, __doc__, FLAGS, {})
     parser.epilog = None
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of pretrain.py")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG, WebP or BMP files")

@@ -1,7 +1,7 @@
 """Runs a notebook without Jupyter; its cells must be plain Python.
 
-    python extras/run_notebook.py extras/demo.ipynb                          runs it, and changes no file
-    python extras/run_notebook.py extras/demo.ipynb --out extras/demo.ipynb  stores the outputs in the notebook
+    python extras/run_notebook.py extras/demo.ipynb                     runs it, changes no file
+    python extras/run_notebook.py extras/demo.ipynb --out new.ipynb     stores it with its outputs
 
 Prints a line as each cell begins. Without --out the outputs are discarded.
 """
@@ -30,17 +30,20 @@ def read_notebook(file: Path) -> dict:
     """The notebook of a file. Raises ValueError if it is none, with the reason."""
     name = printable(str(file))
     if not file.is_file():                                   # a pipe would be waited for
-        raise ValueError(f"{name}: no such file, or no regular file; give a notebook such as extras/demo.ipynb")
+        raise ValueError(f"{name}: no such file, or no regular file; give a notebook such as "
+                         "extras/demo.ipynb")
     try:
         notebook = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(f"{name}: cannot be read as a notebook: it is not JSON") from None
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
-        raise ValueError(f"{name}: holds no list of cells; expected a notebook of format 4, such as extras/demo.ipynb")
+        raise ValueError(f"{name}: holds no list of cells; expected a notebook of format 4, "
+                         "such as extras/demo.ipynb")
     for place, cell in enumerate(cells, 1):
         if not is_cell(cell):
-            raise ValueError(f"{name}: item {place} of its cells has no cell_type, or a source that is not text")
+            raise ValueError(f"{name}: item {place} of its cells has no cell_type, or a source "
+                             "that is not text")
     return notebook
 
 
@@ -97,8 +100,10 @@ def run_cell(source: str, name: str, space: dict) -> tuple[str, object]:
 def told(error: BaseException, cell: str) -> str:
     """An error of a cell in one line: which cell, which line of it, what went wrong."""
     if isinstance(error, SyntaxError) and error.filename == cell:
-        return f"{cell}, line {error.lineno}: {error.msg}; a cell must be plain Python, without % and ! commands"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == cell]
+        where = f"{cell}, line {error.lineno}"
+        return f"{where}: {error.msg}; a cell must be plain Python, without % and ! commands"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == cell]
     text = (str(error).splitlines() or [""])[0]
     return f"{cell}, line {lines[-1] if lines else 1}: {type(error).__name__}: {printable(text)}"
 
@@ -106,7 +111,9 @@ def told(error: BaseException, cell: str) -> str:
 # ---- the command ----
 
 def run(args: SimpleNamespace, world: World) -> None:
-    """Runs the notebook; writes it if asked. Raises ValueError for a mistake, Failed if a cell fails."""
+    """Runs the notebook; writes it if asked.
+
+    Raises ValueError for a mistake, Failed if a cell fails."""
     notebook = read_notebook(Path(args.notebook))
     out = Path(args.out).absolute() if args.out else None    # a cell may change the current folder
     if out:
@@ -120,14 +127,17 @@ def run(args: SimpleNamespace, world: World) -> None:
 
     beside = out.with_name(out.name + ".tmp")
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    with writing(out):                                       # \udc80, which is no UTF-8, becomes JSON's escape for it
+    with writing(out):                                       # surrogates become JSON's \udc80
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, out)
     print(f"{printable(str(out))}: {out.stat().st_size / 1000:.0f} kB")
 
 
-FLAGS = {"run": {"out": (None, path("FILE"), "where the notebook with its outputs goes; a file of this name is "
-                         "replaced, also the notebook itself (nowhere)")}}
+FLAGS = {
+    "where it goes": {
+        "out": (None, path("FILE"), "the notebook with its outputs; a file of this name is "
+                "replaced, also the notebook itself (nothing is stored)")},
+}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:

@@ -348,7 +348,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_analysis(out, capsy
 
 def test_results_without_a_folder_are_numbered_and_names_that_are_not_text_are_told(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(analyze.ANALYSES, "fourier", lambda args, world: ([*args.weights], {}, [Panel("t", "", "", {})]))
+    found = {}, [Panel("t", "", "", {})]
+    monkeypatch.setitem(analyze.ANALYSES, "fourier", lambda args, world: ([*args.weights], *found))
     for _ in range(2):
         analyze.main(["fourier", "--weights", os.fsdecode(b"\xff=random")])
     assert capsys.readouterr().out == "\\xff\n" * 2

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import bench, clipart, compare, detect, figure, paint, run_notebook, segment
+from extras import bench, clipart, compare, detect, faults, figure, paint, run_notebook, segment
 from extras.dense import Scenes
 from extras.output import check_folder, free_name
 
@@ -171,8 +171,11 @@ def test_the_figure_says_which_patches_are_hidden_and_replaces_only_a_file_that_
     shown = figure.outline(Image.new("RGB", (64, 64)), mask)
     hidden, visible = (shown.getpixel((at, at))[0] for at in (figure.BIG // 4, 3 * figure.BIG // 4))
     words, write = [], ImageDraw.ImageDraw.multiline_text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text",
-                        lambda draw, at, text, *more, **named: words.append(text) or write(draw, at, text, *more, **named))
+    def listen(draw, at, text, *more, **named):
+        words.append(text)
+        write(draw, at, text, *more, **named)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", listen)
     monkeypatch.chdir(tmp_path)
     for more in ([], [], ["--out", "new/figure.pdf"], ["--out", "method.png", "--index", "5"]):
         old = Path("method.png").read_bytes() if Path("method.png").exists() else b""
@@ -235,7 +238,8 @@ def test_a_notebook_is_told_cell_by_cell_and_stored_only_where_asked(tmp_path, m
     assert [cell.get("execution_count") for cell in cells] == [None, 1, 2] and file.read_bytes() == before
     assert [o.get("text") or o["data"]["text/plain"] for o in cells[2]["outputs"]] == [["hello \udc80\n"], ["42"]]
     assert os.listdir(out.parent) == ["out.ipynb"]
-    for wrong, words in (("book.txt", "must be a file name that ends in .ipynb"), ("/proc/a.ipynb", "cannot be written")):
+    for wrong, words in (("book.txt", "must be a file name that ends in .ipynb"),
+                         ("/proc/a.ipynb", "cannot be written")):
         code, said = answer(run_notebook.main, capsys, str(file), "--out", wrong)
         assert code == 2 and words in said
 
@@ -263,7 +267,7 @@ def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
     assert names == ["new.png", "a.b-3.png", "folder-2"]
 
 
-# ---- compare.py and bench.py ----
+# ---- compare.py, bench.py and faults.py ----
 
 @pytest.mark.parametrize("main, flags, words", [
     (compare.main, "--data nowhere", "--data nowhere: no such folder"),
@@ -287,15 +291,18 @@ def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
     (bench.main, "--rows loader --data .", "--data .: no images below it"),
     (bench.main, "--rows sleep", "invalid choice: 'sleep'"),
     (bench.main, "--arch resnet19", "did you mean resnet18"),
-    (bench.main, "--out file", "--out file: cannot be written")])
-def test_a_comparison_and_a_benchmark_check_their_flags_before_they_begin(main, flags, words, tmp_path, monkeypatch,
-                                                                          capsys):
+    (bench.main, "--out file", "--out file: cannot be written"),
+    (faults.main, "--kills 0", "--kills: 0: must be an integer of at least 1"),
+    (faults.main, "--only sleep", "invalid choice: 'sleep'"),
+    (faults.main, "--out file", "--out file: cannot be written")])
+def test_a_long_program_checks_its_flags_before_it_begins(main, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     began = lambda *_: pytest.fail("the work began")
     monkeypatch.setattr(compare, "run_chain", began)
     monkeypatch.setattr(compare, "draw_scenes", began)
     monkeypatch.setattr(bench, "ROWS", dict.fromkeys(bench.ROWS, began))
+    monkeypatch.setattr(faults, "PARTS", dict.fromkeys(faults.PARTS, began))
     code, said = answer(main, capsys, *flags.split())
     assert code == 2 and words in said and os.listdir() == ["file"]
 
