@@ -6,6 +6,7 @@
 
 Two things take turns, A B A B ..., after a warm-up; a row says the median of the ratios of neighbours and their range,
 and whether that meets the target. Writes table.md, results.json and scaling.png into --out.
+The default is runs/bench, or runs/bench-2 if that is taken, and so on.
 """
 
 import argparse
@@ -41,10 +42,12 @@ import finetune
 import model
 import pretrain
 from data import MEAN, STD, CropAndFlip, Folder, Samples, Shapes, normalise, open_images
-from engine.command import World
+from engine.command import World, command_line
+from engine.flags import AMP, MAX_SIDE, Parser, checked, defaults, number, path
 from engine.images import make_loader
+from extras.output import check_folder, free_name, writing
 from loss import fourier_loss
-from masking import random_mask, resize_mask
+from masking import mask_grid, random_mask, resize_mask
 from model import ARCHS, Attention, build_encoder, family
 
 WORLD = World()
@@ -635,23 +638,27 @@ def plot(path: Path, found: list[tuple[str, str, float]]) -> None:
 ROWS = {f.__name__: f for f in (fourier, steps, memory, loader, attention, processes, tuning, modes, scaling)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--data DIR] [--rows NAME ...] [options]",
-    )
-    parser.add_argument("--data", metavar="DIR", help="a folder of JPEG files for the loader (drawn ones)")
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=f"some of {', '.join(ROWS)} (all)"
-    )
-    parser.add_argument("--arch", choices=ARCHS, default="resnet50", metavar="NAME", help="resnet50")
-    parser.add_argument("--batch-size", type=int, default=None, metavar="N", help="images per step (CPU 16, GPU 128)")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="224")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="of both sides (off)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns that count (7)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="runs/bench")
-    args = parser.parse_args()
+FLAGS = {
+    "what is measured": {
+        "data": (None, path("DIR"), "a folder of JPEG files for the loader (drawn ones)"),
+        "arch": ("resnet50", checked("NAME", family), "backbone"),
+        "batch_size": (None, number(int, 1), "images per step (CPU 16, GPU 128)"),
+        "image_size": (224, number(int, 32, MAX_SIDE), "side in pixels"),
+        "amp": ("off", tuple(AMP), "of both sides"),
+        "rounds": (7, number(int, 1), "turns that count")},
+    "where it goes": {
+        "out": (None, path("DIR"),
+                "files in this folder are replaced (runs/bench, numbered if taken)")},
+}
+
+
+def bench(args: argparse.Namespace, world: World) -> None:
+    """Measures, prints, writes. Raises ValueError for a mistake."""
+    out = Path(args.out) if args.out else free_name(Path("runs/bench"))
+    check_folder(out)
+    mask_grid((args.image_size, args.image_size), 32)        # the recipe's cell
+    if args.data and "loader" in args.rows:
+        Folder(Path(args.data), "train")
     args.batch_size = args.batch_size or (128 if WORLD.on_gpu else 16)
     WORLD.take_gpu()
     table, found, began = Table(), [], time.time()
@@ -677,12 +684,34 @@ def main() -> None:
             "|---|---|---|",
             *(f"| {grows} | {value} | {speed:.1f} |" for grows, value, speed in found),
         ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    if found:
-        plot(args.out / "scaling.png", found)
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    (args.out / "results.json").write_text(json.dumps(dict(rows=table.rows, scaling=found), indent=1) + "\n")
     print("\n".join(lines))
+    with writing(out / "table.md"):
+        if found:
+            plot(out / "scaling.png", found)
+        (out / "table.md").write_text("\n".join(lines) + "\n")
+        results = dict(rows=table.rows, scaling=found)
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {out}/")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for a value that is off."""
+    usage = "%(prog)s [--data DIR] [--rows NAME ...] [options]"
+    parser = Parser("bench.py", usage, __doc__, FLAGS, {})
+    parser.epilog = None
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="NAME",
+        help=f"some of {', '.join(ROWS)} (all)",
+    )
+    return argparse.Namespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("bench.py", parse, bench, argv)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ Writes table.md, results.json and plot.png into --out (with the name of a --task
 stage with its own folder; a second start runs only what is missing.
 """
 
-import argparse
 import contextlib
 import functools
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -35,10 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 import pretrain
 from data import NAMED, open_images
-from engine.flags import Sides, pair, told_size
+from engine.command import Failed, World, command_line
+from engine.files import printable
+from engine.flags import SIDES, SWITCH, Parser, checked, defaults, number, pair, path, told_size
 from engine.images import split_folder
 from extras import detect, segment
 from extras.dense import Scenes
+from extras.output import check_folder, writing
 from model import ARCHS, build_encoder, family
 
 # ---- what is run ----
@@ -100,15 +103,16 @@ def slug(title: str) -> str:
 
 def plan_dense(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """As `plan`, for --task: pre-training on pictures of scenes, then segmentation or detection in scenes."""
+    out = shlex.quote(str(args.out))                         # run_cell splits flags as a shell does
     both, chains = f"--arch {args.arch} --workers {args.workers} --log-every 50", []
     dense = f"{both} --data shapes" + " --epochs 0.08" * args.quick
     for seed in range(args.seeds):
         for name, flags in (("a2mim", ""), ("simmim", "--baseline simmim")):
             pre = (f"pretrained/{name}-{seed}", "pretrain",
-                   f"{both} --data {args.out}/scenes --image-size {' '.join(map(str, pair(args.image_size)))} "
+                   f"{both} --data {out}/scenes --image-size {' '.join(map(str, pair(args.image_size)))} "
                    f"--recipe small --batch-size 16 --sheets 2 --val 0 "
                    f"--epochs {args.pretrain_images / args.scenes:.4f} --seed {seed} {flags}")
-            start = f"--weights {args.out}/{pre[0]}/backbone.pt"
+            start = f"--weights {out}/{pre[0]}/backbone.pt"
             chains.append([pre, (f"{args.task}/{name}-{seed}", args.task, f"{dense} {start} --seed {seed}")])
         chains.append([(f"{args.task}/scratch-{seed}", args.task, f"{dense} --init scratch --seed {seed}")])
     return chains
@@ -128,15 +132,21 @@ def draw_scenes(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
+    data = shlex.quote(args.data)                            # run_cell splits flags as a shell does
+    out = shlex.quote(str(args.out))
+    named = printable(args.data)
+    if args.data not in NAMED and not Path(args.data).is_dir():
+        raise ValueError(f"--data {named}: no such folder; give a folder of images or one of "
+                         f"{', '.join(NAMED)}")
     if args.data not in NAMED and not split_folder(Path(args.data), "train"):
-        raise ValueError(f"--data {args.data}: needs train/<class>/ and val/<class>/; pre-training must not see what "
+        raise ValueError(f"--data {named}: needs train/<class>/ and val/<class>/; pre-training must not see what "
                          "is tested on")
     unlabelled, images = (len(open_images(args.data, "train", pair(args.image_size), labelled=labelled))
                           for labelled in (False, True))
     few = max(1, round(args.few * images)) / images
     kind = family(args.arch).name
     size = " ".join(str(side) for side in dict.fromkeys(pair(args.image_size)))          # '64', or '48 64'
-    both = f"--data {args.data} --image-size {size} --workers {args.workers} --log-every 50"
+    both = f"--data {data} --image-size {size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
     token = "--mask-stage 3" if kind in ("resnet", "convnext") and args.drawn else ""
 
@@ -164,7 +174,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
             ("simmim", pre("simmim", "--baseline simmim", seed, args.pretrain_images)),
             ("scratch", (f"pretrained/scratch-{seed}", "random", f"{args.arch} {size} {seed}")),
         ):
-            start = f"--weights {args.out}/pretrained/{name}-{seed}/backbone.pt {arch}"
+            start = f"--weights {out}/pretrained/{name}-{seed}/backbone.pt {arch}"
             probes = ((f"{probe}/{name}-{seed}", "finetune", f"{both} {start} {flags} --labels {few:.6f} --seed {seed}")
                       for probe, flags in (("linear", PROBE), ("knn", "--recipe knn")))
             tuned = (tune(labels, name, start, seed, args.finetune_images) for labels in ("few", "all"))
@@ -176,7 +186,7 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
         for title, flags in {BASE: "", **ABLATIONS}.items():
             if title not in OWN[kind]:
                 first = pre(slug(title), f"{token} {flags}", seed, args.ablation_images)
-                start = f"--weights {args.out}/{first[0]}/backbone.pt {arch}"
+                start = f"--weights {out}/{first[0]}/backbone.pt {arch}"
                 chains.append([first, tune("few", slug(title), start, seed, args.finetune_images)])
     return chains
 
@@ -186,7 +196,8 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
     name, program, flags = cell
     done, part = out / name, out / f"{name}.part"
     if done.exists():
-        if (done / "flags.txt").read_text() != flags:
+        before = done / "flags.txt"
+        if not before.is_file() or before.read_text() != flags:
             raise SystemExit(f"{done}: was run with other flags; remove it, or choose another --out")
         return
     if jobs > 1:
@@ -195,14 +206,14 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
     (part / "flags.txt").write_text(flags)
     with open(part / "said.txt", "a") as said, contextlib.redirect_stderr(said):
         if program == "random":                              # an untrained backbone, for the probes
-            arch, *size, seed = flags.split()
+            arch, *size, seed = shlex.split(flags)
             torch.manual_seed(int(seed))
             torch.save(build_encoder(arch, pair([*map(int, size)])).backbone.state_dict(), part / "backbone.pt")
         else:
             resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
             for left in ("result.json",) if resume else ("log.jsonl", "result.json"):
                 (part / left).unlink(missing_ok=True)
-            PROGRAMS[program].main([*flags.split(), "--out", str(part), *resume])
+            PROGRAMS[program].main([*shlex.split(flags), "--out", str(part), *resume])
     part.rename(done)
 
 
@@ -218,6 +229,8 @@ def run_chain(job: tuple) -> tuple[int, str | None]:
             said = out / f"{cell[0]}.part" / "said.txt"
             words = said.read_text().splitlines() if isinstance(exit.code, int) else [exit.code]
             return len(chain), f"{cell[0]}: {words[-1] if words else 'failed'}"
+        except OSError as error:                             # such as a full disk
+            return len(chain), f"{cell[0]}: {printable(str(error))}"
     return len(chain), None
 
 
@@ -270,7 +283,8 @@ def summary(args: SimpleNamespace, out: Path) -> str:
         f"linear probe, {few}": ("linear", "top1"),
         "20-NN": ("knn", "top1"),
     }
-    about = f"{args.arch} on {args.data}, {told_size(args.image_size)}: pre-training {args.pretrain_images:,} images, "
+    about = f"{args.arch} on {printable(args.data)}, {told_size(args.image_size)}: "
+    about += f"pre-training {args.pretrain_images:,} images, "
     if args.task == "classify":
         about += f"fine-tuning {args.finetune_images:,}; top-1 {seeds}"
     else:
@@ -338,66 +352,98 @@ def plot(path: Path, main: dict, ablations: dict, title: str) -> None:
     page.save(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [--arch NAME] [--data DIR | --task segment|detect] [--quick]")
-    flag = parser.add_argument
-    flag("--arch", choices=ARCHS, default="resnet18", metavar="NAME", help="resnet18")
-    flag("--data", default="shapes", metavar="DIR",
-         help=f"a folder of class folders, or one of {', '.join(NAMED)} (shapes)")
-    flag("--task", choices=("classify", *COLUMNS), default="classify", help="classify")
-    flag("--image-size", type=int, action=Sides, nargs="+", metavar=("H", "W"),
-         help="of pre-training, and of classes (64; --task: 96)")
-    flag("--few", type=float, metavar="R", help="share of labels that is few (shapes 0.05, else 0.1)")
-    flag("--seeds", type=int, metavar="N", help="5 (--task: 3)")
-    flag("--pretrain-images", type=int, metavar="N",
-         help="images seen in pre-training (real 48,000; scenes 12,800; shapes: ViT 24,000, Swin 12,000, CNN 10,000)")
-    flag("--finetune-images", type=int, metavar="N",
-         help="images seen in fine-tuning (real images 6,400; shapes: CNN 3,200, Transformer 9,600)")
-    flag("--ablation-images", type=int, metavar="N", help="images seen in pre-training of an ablation (half of that)")
-    flag("--ablation-seeds", type=int, metavar="N", help="0: none (shapes 1, else 0)")
-    flag("--tune-lr", type=float, metavar="LR", help="of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)")
-    flag("--jobs", type=int, metavar="N", help="cells at a time (a CPU core each; 1 on a GPU)")
-    flag("--workers", type=int, default=0, metavar="N", help="loader processes of a cell")
-    flag("--quick", action="store_true",
-         help="one seed, an eighth of the images: shows that it works, not what it is worth")
-    flag("--out", metavar="DIR", help="runs/compare-<data>-<arch>[-quick]")
-    args = parser.parse_args()
+# ---- the command ----
+
+def known_arch(text: str) -> None:
+    """Raises ValueError unless BUDGETS has the family of this backbone."""
+    if text not in ARCHS:
+        raise ValueError(f"{printable(text)}: must be one of {', '.join(ARCHS)}")
+
+
+some = number(int, 1, 10**9)
+FLAGS = {
+    "what is compared": {
+        "arch": ("resnet18", checked("NAME", known_arch), "backbone"),
+        "data": ("shapes", path("DIR"), f"a folder of class folders, or one of {', '.join(NAMED)}"),
+        "task": ("classify", ("classify", *COLUMNS), "what comes after pre-training"),
+        "image_size": (None, SIDES, "of pre-training, and of classes (64; --task: 96)"),
+        "few": (None, number(float, 1e-6, 1),
+                "share of labels that is few (shapes 0.05, else 0.1)"),
+        "seeds": (None, number(int, 1, 1000), "runs of each arm (5; --task: 3)")},
+    "how long": {
+        "pretrain_images": (None, some, "images seen in pre-training (real 48,000; scenes 12,800; "
+                            "shapes: ViT 24,000, Swin 12,000, CNN 10,000)"),
+        "finetune_images": (None, some, "images seen in fine-tuning (real images 6,400; "
+                            "shapes: CNN 3,200, Transformer 9,600)"),
+        "ablation_images": (None, some,
+                            "images seen in pre-training of an ablation (half of that)"),
+        "ablation_seeds": (None, number(int, 0, 1000), "0: none (shapes 1, else 0)"),
+        "tune_lr": (None, number(float, 1e-12, 1e6),
+                    "of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)"),
+        "quick": (False, SWITCH, "one seed, an eighth of the images: shows that it works, "
+                  "not what it is worth")},
+    "run": {
+        "jobs": (None, number(int, 1, 1024), "cells at a time (a CPU core each; 1 on a GPU)"),
+        "workers": (0, number(int, 0, 256), "loader processes of a cell"),
+        "out": (None, path("DIR"), "runs/compare-<data>-<arch>[-quick]")},
+}
+
+
+def compare(args: SimpleNamespace, world: World) -> None:
+    """Runs all cells that are missing, and writes the tables.
+
+    Raises ValueError for a mistake, Failed if a cell fails."""
+    out, dense = Path(args.out), args.task != "classify"
+    check_folder(out)
+    chains = plan_dense(args) if dense else plan(args)
+    jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
+    if dense:
+        with writing(out / "scenes"):
+            draw_scenes(out / "scenes", args.scenes, pair(args.image_size))
+    failed, work = 0, [(chain, out, jobs) for chain in chains]
+    bar = tqdm(total=sum(map(len, chains)), unit="cell")
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool, bar:
+        for count, complaint in pool.imap_unordered(run_chain, work):
+            bar.update(count)
+            if complaint:
+                failed += 1
+                bar.write(complaint, file=sys.stderr)
+    with writing(out / "table.md"):
+        print(summary(args, out))
+    if failed:
+        raise Failed(f"{failed} of {len(chains)} chains of runs failed, see above; the same "
+                     "command runs what is missing")
+
+
+def parse(argv: list[str] | None) -> SimpleNamespace:
+    """Flags, and what follows from them. Raises ValueError for a value that is off."""
+    usage = "%(prog)s [--arch NAME] [--data DIR | --task segment|detect] [--quick]"
+    parser = Parser("compare.py", usage, __doc__, FLAGS, {})
+    parser.epilog = None
+    args = SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
     dense = args.task != "classify"
     if dense and args.data != "shapes":
-        parser.error(f"--data {args.data}: --task {args.task} has drawn scenes alone; leave --data away")
+        raise ValueError(f"--data {printable(args.data)}: --task {args.task} has drawn scenes "
+                         "alone; leave --data away")
     args.drawn = args.data == "shapes" and not dense
     budget = SCENES if dense else BUDGETS[family(args.arch).name] if args.drawn else REAL
     for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), budget):
-        setattr(args, name, (getattr(args, name) or images) // (8 if args.quick else 1))
+        asked = getattr(args, name) or images
+        setattr(args, name, max(1, asked // 8) if args.quick else asked)
     args.seeds = 1 if args.quick else args.seeds or (3 if dense else 5)
     args.image_size = args.image_size or (96 if dense else 64)
     args.scenes = min(10_000, args.pretrain_images)          # different ones
     args.few = args.few or (0.05 if args.drawn else 0.1)
-    args.ablation_seeds = args.drawn if args.ablation_seeds is None else args.ablation_seeds
+    args.ablation_seeds = int(args.drawn) if args.ablation_seeds is None else args.ablation_seeds
     args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
     args.data = "scenes" if dense else args.data
-    args.out = args.out or f"runs/compare-{Path(args.data).name}-{args.arch}" + "-quick" * args.quick
-    jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
-    out = Path(args.out)
-    try:
-        chains = plan_dense(args) if dense else plan(args)
-    except ValueError as error:
-        sys.exit(f"compare.py: error: {error}")
-    if dense:
-        draw_scenes(out / "scenes", args.scenes, pair(args.image_size))
-    failed = False
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool, tqdm(total=sum(map(len, chains)), unit="cell") as bar:
-        try:
-            for count, complaint in pool.imap_unordered(run_chain, [(chain, out, jobs) for chain in chains]):
-                bar.update(count)
-                if complaint:
-                    failed = True
-                    bar.write(complaint, file=sys.stderr)
-        except KeyboardInterrupt:
-            sys.exit(130)
-    print(summary(args, out))
-    sys.exit(failed)
+    about = f"{Path(args.data).absolute().name}-{args.arch}" + "-quick" * args.quick
+    args.out = args.out or f"runs/compare-{about}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("compare.py", parse, compare, argv)
 
 
 if __name__ == "__main__":

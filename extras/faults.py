@@ -1,12 +1,12 @@
-"""The slow faults, for real: runs are killed, disks fill up, users mistype. Under 20 minutes on 2 CPU cores:
+"""The slow faults, for real: runs are killed, disks fill up, users mistype. In 15 to 25 minutes:
 
     python extras/faults.py
+    python extras/faults.py --only same_folder damaged       some parts only
 
 Prints, and writes to --out: kills survived, finals that are bit-identical to the uninterrupted run, and a table of bad
 input: what was given, what was printed, exit code. Exit code 1 if anything is not as it should be.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,16 +19,27 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.command import Failed, World, command_line
+from engine.flags import Parser, defaults, number, path
+from extras.output import check_folder, writing
+
 PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 6 --log-every 1 "
        "--sheets 0 --amp off --workers 2 --save-every 1 --val 0")
 TUNE = ("--data {classes} --init scratch --arch resnet18 --image-size 32 --batch-size 8 --epochs 6 --log-every 1 "
         "--amp off --workers 2 --save-every 1 --ema 0.9 --mixup 0.5")
+SMALL = ("--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --log-every 1 --amp off "
+         "--workers 0 --save-every 1")
+PRE_SMALL = f"--data {{images}} {SMALL} --sheets 0 --val 0"              # both: 5 steps an epoch
+TUNE_SMALL = f"--data {{classes}} --init scratch {SMALL}"
 
 
 def start(program: str, flags: str, world: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
@@ -45,24 +56,27 @@ def start(program: str, flags: str, world: int = 1, restarts: int = 0, **options
             f"--max-restarts={restarts}",
         ]
     )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
         [*launch, program, *flags.split()],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
+        **{**streams, **options},
     )
 
 
 def finish(run: subprocess.Popen, limit: float = 300) -> tuple[int, str]:
-    """(exit code, what it said, without the progress bar)."""
-    said, _ = run.communicate(timeout=limit)
+    """(exit code, what it said, without the progress bar). After `limit` seconds it is killed."""
+    try:
+        said, _ = run.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        kill(run)
+        return -signal.SIGKILL, f"did not end in {limit:g} s"
     return run.returncode, "\n".join(
         line
-        for part in said.split("\n")
+        for part in (said or "").split("\n")
         if (line := part.split("\r")[-1]) and "step/s" not in line and "s/step" not in line
     )
 
@@ -86,6 +100,32 @@ def weights_of(out: Path) -> dict:
     }
 
 
+def whole_run(work: Path, program: str, flags: str) -> Path:
+    """The folder of a run that nothing disturbs; it is made once."""
+    out = work / f"whole-{program}"
+    if not out.exists():
+        code, said = finish(start(program, f"{flags} --out {out}"))
+        assert code == 0, said
+    return out
+
+
+def one_line(said: str, program: str) -> bool:
+    """Is one line of all that was said the program's, and none a traceback's?"""
+    lines = [line for line in said.splitlines() if line.startswith(f"{program}: ")]
+    return len(lines) == 1 and "Traceback" not in said
+
+
+def usable(file: Path) -> bool:
+    """Is it a file that torch loads, and are all its weights finite?"""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:                                        # of no one type for a broken file
+        return False
+    weights = saved.get("model", saved)
+    tensors = [tensor for tensor in weights.values() if isinstance(tensor, torch.Tensor)]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def same(a: Path, b: Path) -> bool:
     """Bit by bit: every weight, and every line of the log."""
     first, second = weights_of(a), weights_of(b)
@@ -103,10 +143,7 @@ def kills(work: Path, rng: random.Random, count: int) -> tuple[int, int, int]:
     done, loadable, identical, runs = 0, 0, 0, 0
     while done < count:
         program, flags = (("pretrain.py", PRE), ("finetune.py", TUNE))[runs % 2]
-        whole, cut = work / f"whole-{program}", work / f"cut-{runs}"
-        if not whole.exists():
-            code, said = finish(start(program, f"{flags} --out {whole}"))
-            assert code == 0, said
+        whole, cut = whole_run(work, program, flags), work / f"cut-{runs}"
         while True:
             run = start(program, f"{flags} --out {cut} --resume")
             before = (cut / "log.jsonl").stat().st_mtime if (cut / "log.jsonl").exists() else 0.0
@@ -226,6 +263,160 @@ def memory(work: Path) -> tuple[str, bool]:
     )
 
 
+def full_terminal(work: Path) -> list[tuple[str, bool]]:
+    """What a run says cannot be written: from the start, or after its disk has filled up."""
+    whole, checks = work / "told", []
+    code, said = finish(start("pretrain.py", f"{PRE_SMALL} --epochs 4 --out {whole}"))
+    assert code == 0, said
+
+    limit = 64 * 2**20                                       # no file of the run is as large
+    log = work / "slurm.out"
+    log.touch()
+    os.truncate(log, limit - 2000)                           # room for 2,000 characters
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    cases = (("stderr is /dev/full", "/dev/full", None), ("stderr's disk fills up", log, limited))
+    for what, file, before in cases:
+        out = work / f"told-{Path(file).name}"
+        flags = f"{PRE_SMALL} --epochs 4 --out {out}"
+        with open(file, "ab") as stderr:
+            code, _ = finish(start("pretrain.py", flags, stderr=stderr, preexec_fn=before))
+        checks.append((f"{what}: exit {code}, final identical", code == 0 and same(whole, out)))
+    return checks
+
+
+# ---- a run is called done only if its files are there ----
+
+def false_done(work: Path) -> list[tuple[str, bool]]:
+    """Steps whose loss is not finite: all of them but the first, or the last one alone."""
+    checks = []
+    for program, flags in (("pretrain.py", PRE_SMALL), ("finetune.py", TUNE_SMALL)):
+        out = work / f"diverged-{program}"
+        code, said = finish(start(program, f"{flags} --epochs 1 --lr 1e308 --out {out}"))
+        what = f"{program} --lr 1e308: exit {code}, says why in one line, is not called done"
+        checks.append((what, code == 1 and "done:" not in said and one_line(said, program)))
+
+    out = work / "diverged-late"
+    code, said = finish(start("pretrain.py", f"{PRE_SMALL} --epochs 1 --out {out}"))
+    assert code == 0, said
+    flags = f"--out {out} --resume --epochs 1.4 --lr 1e308"  # 2 steps more
+    code, said = finish(start("pretrain.py", flags))
+    what = (f"the last step is not finite: exit {code}, says why in one line, is not called done, "
+            "the files stay usable")
+    told = "done:" not in said and one_line(said, "pretrain.py")
+    kept = usable(out / "checkpoint.pt") and usable(out / "backbone.pt")
+    checks.append((what, code == 1 and told and kept))
+    return checks
+
+
+def best_not_written(work: Path) -> list[tuple[str, bool]]:
+    """Something stands where best.pt is to be written. When it is gone, --resume writes best.pt."""
+    checks = []
+    for name in ("best.pt.tmp", "best.pt"):
+        out = work / f"blocked-{name}"
+        (out / name / "inside").mkdir(parents=True)          # not empty: no rename can replace it
+        flags = f"{TUNE_SMALL} --epochs 2 --out {out}"
+        first, said = finish(start("finetune.py", flags))
+        honest = usable(out / "best.pt") if first == 0 else one_line(said, "finetune.py")
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        second, said = finish(start("finetune.py", f"{flags} --resume"))
+        what = (f"a folder stands at {name}: exit {first}, done only with best.pt; when it is gone "
+                f"--resume: exit {second}, best.pt is there")
+        checks.append((what, honest and second == 0 and usable(out / "best.pt")))
+    return checks
+
+
+# ---- one folder, two runs ----
+
+def same_folder(work: Path) -> list[tuple[str, bool]]:
+    """A second run is started in the folder of a first: during it, and at the same time."""
+    alone, checks = work / "alone", []
+    flags = f"{PRE_SMALL} --epochs 4"
+    code, said = finish(start("pretrain.py", f"{flags} --out {alone}"))
+    assert code == 0, said
+
+    for more in ("", " --resume"):
+        out = work / f"shared{more.strip()}"
+        first = start("pretrain.py", f"{flags} --out {out}")
+        while first.poll() is None and not (out / "log.jsonl").exists():
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGSTOP)                 # so that it does not end too early
+        second, said = finish(start("pretrain.py", f"{flags} --out {out}{more}"), 120)
+        os.killpg(first.pid, signal.SIGCONT)
+        code, _ = finish(first)
+        what = (f"a second start{more} in the folder of a run: exit {second} in one line, "
+                f"the first: exit {code}, identical")
+        fine = second == 2 and one_line(said, "pretrain.py") and code == 0 and same(alone, out)
+        checks.append((what, fine))
+
+    out = work / "together"
+    runs = [start("pretrain.py", f"{flags} --out {out}") for _ in range(2)]
+    codes, said = zip(*map(finish, runs))
+    what = (f"two starts at once: exit {codes[0]} and {codes[1]}, one is refused in one line, "
+            "the other identical")
+    fine = sorted(codes) == [0, 2]
+    fine = fine and one_line(said[codes.index(2)], "pretrain.py") and same(alone, out)
+    checks.append((what, fine))
+    return checks
+
+
+# ---- checkpoints that are damaged, or no files ----
+
+# python -c KILLER n program flags: the program kills itself before its n-th change of a checkpoint
+KILLER = """
+import os, runpy, signal, sys
+left = int(sys.argv[1])
+def count(event, what):
+    global left
+    changes = event in ("os.rename", "os.link", "os.remove", "shutil.copyfile")
+    if changes and "checkpoint" in str(what):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def damaged(work: Path) -> list[tuple[str, bool]]:
+    """The whole one of two checkpoints is never lost: one is damaged, or a folder, or a pipe."""
+    good, checks = work / "two-saves", []
+    code, said = finish(start("pretrain.py", f"{PRE_SMALL} --epochs 1 --out {good}"))
+    assert code == 0, said
+
+    kills, goes_on = 0, 0
+    for moment in range(1, 7):                               # two saves, three changes each
+        out = work / f"damaged-{moment}"
+        shutil.copytree(good, out)
+        (out / "checkpoint.pt").write_bytes(b"junk")
+        flags = f"--out {out} --resume --epochs 2".split()
+        call = [sys.executable, "-c", KILLER, str(moment), "pretrain.py", *flags]
+        ended = subprocess.run(call, cwd=ROOT, capture_output=True, timeout=300)
+        if ended.returncode != -signal.SIGKILL:
+            break                                            # it has no such moment
+        kills += 1
+        code, said = finish(start("pretrain.py", " ".join(flags)))
+        goes_on += code == 0 and "going on from" in said and usable(out / "checkpoint.pt")
+    what = (f"checkpoint.pt is damaged, SIGKILL before each of {kills} changes of a checkpoint: "
+            f"{goes_on} go on")
+    checks.append((what, kills > 0 and goes_on == kills))
+
+    for kind, make in (("folder", os.mkdir), ("pipe", os.mkfifo)):
+        out = work / f"a-{kind}"
+        shutil.copytree(good, out)
+        (out / "checkpoint.pt").unlink()
+        make(out / "checkpoint.pt")
+        before = (out / "checkpoint-previous.pt").read_bytes()
+        code, said = finish(start("pretrain.py", f"--out {out} --resume --epochs 2"), 60)
+        previous = out / "checkpoint-previous.pt"
+        kept = previous.exists() and previous.read_bytes() == before
+        word = "kept" if kept else "LOST"
+        what = f"checkpoint.pt is a {kind}: exit {code} in one line, checkpoint-previous.pt {word}"
+        checks.append((what, code == 2 and one_line(said, "pretrain.py") and kept))
+    return checks
+
+
 # ---- bad input ----
 
 def paint(folder: Path, count: int, size: int = 48) -> None:
@@ -257,7 +448,7 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
     shutil.copytree(images, work / "half_bad")
     for i in range(20):
         (work / "half_bad" / f"bad{i}.jpg").write_text("no image")
-    good = work / "whole-pretrain.py"
+    good = whole_run(work, "pretrain.py", PRE)
     run = lambda name: shutil.copytree(good, work / name)
     (
         (run("corrupt") / "checkpoint.pt").write_bytes(b"junk"),
@@ -366,53 +557,98 @@ def answer(program: str, flags: str, words: str, work: Path, world: int = 1) -> 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="20")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/faults"), metavar="DIR", help="where faults.md goes (runs/faults)"
-    )
-    args = parser.parse_args()
-    began = time.time()
+# ---- the command ----
+
+def killed(work: Path, args: SimpleNamespace) -> list[tuple[str, bool]]:
+    done, loadable, missing = kills(work, random.Random(args.seed), args.kills)
+    what = (f"{done} kills by SIGKILL: {loadable} times a loadable checkpoint, "
+            "every final bit-identical")
+    return [(what, loadable == done and missing == 0)]
+
+
+def mistakes(work: Path) -> list[tuple[str, str, int, bool]]:
+    """A row for each bad input: given, printed, exit code, as it should be."""
+    inputs = bad_inputs(work, work / "images", work / "classes")
+    rows = [answer(program, flags, words, work) for program, flags, words in inputs]
+    given, *rest = answer(*inputs[10], work, world=2)
+    return [*rows, (f"torchrun, 2 processes: {given}", *rest)]
+
+
+PARTS = {  # name -> checks, each (what happened, as it should be)
+    "kills": killed,
+    "preemption": lambda work, args: preemption(work),
+    "full_disk": lambda work, args: [full_disk(work)],
+    "full_terminal": lambda work, args: full_terminal(work),
+    "false_done": lambda work, args: false_done(work),
+    "best_not_written": lambda work, args: best_not_written(work),
+    "same_folder": lambda work, args: same_folder(work),
+    "damaged": lambda work, args: damaged(work),
+    "memory": lambda work, args: [memory(work)],
+}
+MISTAKES = "mistakes"                                        # and one part that gives a table
+
+
+def faults(args: SimpleNamespace, world: World) -> None:
+    """Runs the parts, prints and writes what came out.
+
+    Raises Failed if anything is not as it should be."""
+    check_folder(Path(args.out))
+    began, checks, rows = time.time(), [], []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        global PRE, TUNE
+        global PRE, TUNE, PRE_SMALL, TUNE_SMALL
         paint(work / "images", 40), paint(work / "classes/a", 20), paint(work / "classes/b", 20)
-        PRE, TUNE = PRE.format(images=work / "images"), TUNE.format(classes=work / "classes")
-        done, loadable, missing = kills(work, random.Random(args.seed), args.kills)
-        checks = [
-            (
-                f"{done} kills by SIGKILL: {loadable} times a loadable checkpoint, every final bit-identical",
-                loadable == done and missing == 0,
-            )
-        ]
-        checks += preemption(work)
-        checks += [full_disk(work), memory(work)]
-        inputs = bad_inputs(work, work / "images", work / "classes")
-        rows = [answer(program, flags, words, work) for program, flags, words in inputs]
-        rows.append(answer(*inputs[10][:2], inputs[10][2], work, world=2))
-        rows[-1] = ("torchrun, 2 processes: " + rows[-1][0], *rows[-1][1:])
-    answered = sum(fine for *_, fine in rows)
-    text = "\n".join(
-        [
-            *(f"- {'ok' if fine else 'FAILED'}: {what}" for what, fine in checks),
-            f"- {'ok' if answered == len(rows) else 'FAILED'}: {answered} of {len(rows)} bad inputs answered in a line",
-            "",
-            "| given | printed | exit code |",
-            "|---|---|---|",
-            *(
-                f"| `{given}` | {printed} | {code}{'' if fine else ' **unexpected**'} |"
-                for given, printed, code, fine in rows
-            ),
-            "",
-            f"{(time.time() - began) / 60:.1f} minutes",
-        ]
-    )
+        places = dict(images=work / "images", classes=work / "classes")
+        PRE, PRE_SMALL = PRE.format(**places), PRE_SMALL.format(**places)
+        TUNE, TUNE_SMALL = TUNE.format(**places), TUNE_SMALL.format(**places)
+        for name, part in PARTS.items():
+            if name in args.only:
+                checks += part(work, args)
+                minutes = (time.time() - began) / 60
+                print(f"{name}: {minutes:.1f} minutes since the start", flush=True)
+        if MISTAKES in args.only:
+            rows = mistakes(work)
+
+    lines = [f"- {'ok' if fine else 'FAILED'}: {what}" for what, fine in checks]
+    if rows:
+        answered = sum(fine for *_, fine in rows)
+        word = "ok" if answered == len(rows) else "FAILED"
+        lines += [f"- {word}: {answered} of {len(rows)} bad inputs answered in a line", ""]
+        lines += ["| given | printed | exit code |", "|---|---|---|"]
+        for given, printed, code, fine in rows:
+            lines.append(f"| `{given}` | {printed} | {code}{'' if fine else ' **unexpected**'} |")
+    lines += ["", f"{(time.time() - began) / 60:.1f} minutes"]
+    text = "\n".join(lines)
     print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "faults.md").write_text(text + "\n")
-    sys.exit(0 if answered == len(rows) and all(fine for _, fine in checks) else 1)
+    file = Path(args.out) / "faults.md"
+    with writing(file):
+        file.write_text(text + "\n")
+    wrong = sum(not fine for *_, fine in (*checks, *rows))
+    if wrong:
+        raise Failed(f"{wrong} of {len(checks) + len(rows)} are not as they should be, see above")
+
+
+FLAGS = {
+    "what is done": {
+        "kills": (20, number(int, 1), "how many SIGKILLs at random moments"),
+        "seed": (0, number(int, 0), "of the moments")},
+    "where it goes": {
+        "out": ("runs/faults", path("DIR"), "faults.md in this folder is replaced")},
+}
+
+
+def parse(argv: list[str] | None) -> SimpleNamespace:
+    """Raises ValueError for a value that is off."""
+    parser = Parser("faults.py", "%(prog)s [--only PART ...] [options]", __doc__, FLAGS, {})
+    parser.epilog = None
+    parts = [*PARTS, MISTAKES]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART",
+                        help=f"some of {', '.join(parts)} (all)")
+    return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("faults.py", parse, faults, argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The method in one picture: its three moves from left to right, for one image, as a trained model makes them.
 
     python pretrain.py                       the demo, minutes on a CPU: leaves the checkpoint
-    python extras/figure.py                  writes assets/method.png, for the README
+    python extras/figure.py                  writes method.png, or method-2.png if that is taken
     python extras/figure.py --image FILE     a photograph, instead of a drawn image that the demo was not trained on
+    python extras/figure.py --out assets/method.png      replaces the picture of the README
 """
 
-import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,12 @@ from torchvision.transforms.v2 import functional as tvf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Shapes, denormalise, eval_transform, normalise
-from engine.flags import told_size
-from engine.images import read_image
-from extras.paint import load_model
+from engine.command import World, command_line
+from engine.files import printable
+from engine.flags import Parser, defaults, number, path, told_size
+from engine.images import SUFFIXES
+from extras.output import check_file, free_name, writing
+from extras.paint import load_model, read_photo
 from loss import residual
 from masking import fill_hidden, random_mask
 from model import A2MIM, family
@@ -82,10 +85,10 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
     def write(x: float, y: float, text: str, size: int, ink: str, bold: float = 0) -> None:
         draw.multiline_text((x, y), text, ink, ImageFont.load_default(size), "ma", 7, "center", stroke_width=bold)
     for move, title, below, names in (                       # names of pictures, with a word under each
-            ("", "image", "the outlined cells\nwill be hidden", {"image": ""}),
-            ("move 1", "what goes in", "hidden cells take the\nimage's mean colour", {"seen": ""}),
+            ("", "image", "the pale patches\nare hidden", {"image": ""}),
+            ("move 1", "what goes in", "hidden patches take the\nimage's mean colour", {"seen": ""}),
             ("move 2", "the token enters in the middle", f"between encoder stages {stage - 1} and {stage}:\n"
-             "+ token at hidden cells", {"before": "before", "after": "after"}),
+             "+ token at hidden patches", {"before": "before", "after": "after"}),
             ("", "what is painted", "by a decoder of\none linear layer", {"painted": ""}),
             ("move 3", "what the Fourier loss sees", "spectrum of the error:\nthe larger, the more it counts",
              {"amplitude": "log amplitude", "weight": "weight"})):
@@ -105,29 +108,56 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
     return page
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default="runs/shapes-resnet18/checkpoint.pt", help="of a CNN")
-    parser.add_argument("--image", help="a photograph; none: a drawn image")
-    parser.add_argument("--index", type=int, default=4, help="which drawn image")
-    parser.add_argument("--out", type=Path, default="assets/method.png")
-    args = parser.parse_args(argv)
-    try:
-        if not args.checkpoint.is_file():
-            raise ValueError(f"{args.checkpoint}: no such checkpoint; run python pretrain.py first")
-        model, run = load_model(str(args.checkpoint))
-        if not family(run.arch).convolutional:
-            raise ValueError(f"{args.checkpoint}: holds {run.arch}; the figure shows the feature maps of a CNN")
-        if len({*model.image_size}) > 1:
-            raise ValueError(f"{args.checkpoint}: of {told_size(model.image_size)}; the figure has square pictures")
-        fit, drawn = eval_transform(model.image_size), Shapes("val", model.image_size)
-        image = fit(read_image(args.image)) if args.image else drawn.read(args.index)
-    except (ValueError, OSError, RuntimeError, SyntaxError) as error:        # as torchvision and Pillow raise
-        file = "" if isinstance(error, ValueError) else f"{args.image}: cannot be read as an image: "
-        print(f"figure.py: error: {file}{str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+# ---- the command ----
+
+ENDINGS = (*SUFFIXES, ".pdf")
+FLAGS = {
+    "what is shown": {
+        "checkpoint": ("runs/shapes-resnet18/checkpoint.pt", path("FILE"),
+                       "of a CNN, made by pretrain.py"),
+        "image": (None, path("FILE"), "a photograph (a drawn image)"),
+        "index": (4, number(int, 0, len(Shapes("val", (32, 32))) - 1), "which drawn image")},
+    "where it goes": {
+        "out": (None, path("FILE"), f"ends in {', '.join(ENDINGS)}; a file of this name is "
+                "replaced (method.png, numbered if taken)")},
+}
+
+
+def draw(args: SimpleNamespace, world: World) -> None:
+    """Writes the picture. Raises ValueError for a mistake."""
+    out = Path(args.out) if args.out else free_name(Path("method.png"))
+    check_file(out, ENDINGS)
+    checkpoint = printable(args.checkpoint)
+    if not Path(args.checkpoint).exists():
+        raise ValueError(f"{checkpoint}: no such checkpoint; run python pretrain.py first")
+    model, run = load_model(args.checkpoint)
+    if not family(run.arch).convolutional:
+        raise ValueError(f"{checkpoint}: holds {run.arch}; the figure shows the feature maps "
+                         "of a CNN")
+    if len({*model.image_size}) > 1:
+        raise ValueError(f"{checkpoint}: of {told_size(model.image_size)}; the figure has square "
+                         "pictures")
+
+    if args.image:
+        image = eval_transform(model.image_size)(read_photo(args.image))
+    else:
+        image = Shapes("val", model.image_size).read(args.index)
     mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
-    draw_page(moves(model, run, normalise(image[None]), mask), model.mask_stage).save(args.out, optimize=True)
+    page = draw_page(moves(model, run, normalise(image[None]), mask), model.mask_stage)
+    with writing(out):
+        page.save(out, optimize=True)
+    print(f"{printable(str(out))}: {page.width} x {page.height} px")
+
+
+def parse(argv: list[str] | None) -> SimpleNamespace:
+    """Raises ValueError for a value that is off."""
+    parser = Parser("figure.py", "%(prog)s [--image FILE] [options]", __doc__, FLAGS, {})
+    parser.epilog = None
+    return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("figure.py", parse, draw, argv)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import Samples, Shapes, eval_transform, open_images, seed_for
 from engine.command import World
+from engine.files import printable
 from engine.weights import load_backbone, load_head, told
 from loss import fourier_loss, spatial_loss
 from model import A2MIM, Block, Classifier, Encoder, build_encoder, family
@@ -40,7 +41,7 @@ def load_images(args: SimpleNamespace, size: tuple[int, int], count: int, labell
     read = [samples[0, int(i)] for i in tqdm(order, "images", leave=False, disable=args.quiet)]
     read = [(image, used) for image, used, broken in read if broken < 0]
     if not read:
-        raise ValueError(f"--data {args.data}: none of {len(order)} images can be read")
+        raise ValueError(f"--data {printable(args.data)}: none of {len(order)} images can be read")
     images, used = zip(*read)
     covered = isinstance(source, Shapes) and [samples.transform(source.read(i, mask=True)) for i in used]
     return SimpleNamespace(images=torch.stack(images), labels=torch.from_numpy(source.labels).long()[list(used)],
@@ -55,7 +56,7 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: World, 
     model = Classifier(own["arch"], encoder, classes) if classes else encoder
     if file != "random":
         head = load_head(model, file) if classes else None
-        world.say(f"{file}: {told(load_backbone(encoder, file), head)}")
+        world.say(f"{printable(file)}: {told(load_backbone(encoder, file), head)}")
     else:                                                    # training starts ResNet's blocks at 0: shortcuts alone
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()):
             nn.init.ones_(norm.weight)

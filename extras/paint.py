@@ -5,50 +5,86 @@
 
 Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in hidden cells, and a
 blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training, and
-both become multiples of what the model needs; the image need not be square.
+both become multiples of what the model needs; the image need not be square. Each panel is then
+enlarged by a whole number, until its longer side reaches the photograph's or 512 pixels.
+
+No file is overwritten: if the name is taken, the picture is called painted-<name>-2.png, and so on.
 """
 
-import argparse
 import math
+import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import denormalise, normalise
-from engine.files import load_checked
-from engine.flags import pair
-from engine.images import read_image
+from engine.command import World, command_line
+from engine.files import load_checked, printable
+from engine.flags import Parser, defaults, number, pair, path
+from engine.images import SUFFIXES, read_image
 from engine.pictures import save_sheet
 from engine.weights import load_backbone
+from extras.output import check_file, check_folder, free_name, writing
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
 
 TITLES = ("image", "encoder sees", "reconstruction", "hidden cells pasted", "a blur of what is seen")
+PANEL = 512                                                  # pixels, the longer side of a panel
+MAX_RATIO = 10                                               # of a photograph's sides
+
+# read_image has a limit of its own
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, SimpleNamespace]:
     """The model of a checkpoint, and its settings; for images of `size` (H, W), or of its own size.
 
     Raises ValueError if the file is no checkpoint of pre-training, or the size does not fit."""
+    name = printable(str(path))
+    if not os.path.isfile(path):                             # a pipe would be waited for
+        raise ValueError(f"{name}: no such file, or no regular file; give the checkpoint.pt of a "
+                         "run of pretrain.py")
     try:
         state = load_checked(path)
         run, weights = SimpleNamespace(**state["args"]), state["model"]
-        form = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
+        form = {key: value for key, value in weights.items() if not key.startswith("encoder.")}
         assert "mask_token.token" in form
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except Exception:                                        # torch.load has no one type for a broken file
-        raise ValueError(f"{path}: not a checkpoint.pt of pretrain.py") from None
-    model = build_model(run, size)
+        raise ValueError(f"{name}: not a checkpoint.pt of pretrain.py") from None
+    try:
+        model = build_model(run, size)
+        model.load_state_dict(form, strict=False)
+    except (AttributeError, TypeError, RuntimeError):        # settings that fit no weights
+        raise ValueError(f"{name}: not a checkpoint.pt of this version of pretrain.py") from None
     load_backbone(model.encoder, path, run.image_size)       # position tables take another size
-    model.load_state_dict(form, strict=False)
     return model.eval(), run
+
+
+def read_photo(file: str) -> Tensor:
+    """The photograph of a file, (3, h, w) uint8. Raises ValueError, which names the file."""
+    name = printable(str(file))
+    if not os.path.exists(file):
+        raise ValueError(f"{name}: no such file")
+    try:
+        image = read_image(file)
+    except MemoryError:
+        raise
+    except Exception as error:                               # of no one type for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
+    h, w = image.shape[-2:]
+    if max(h, w) > MAX_RATIO * min(h, w):
+        raise ValueError(f"{name}: {w} x {h} pixels are too narrow; crop the image, one side may "
+                         f"be {MAX_RATIO} times the other at most")
+    return image
 
 
 def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None) -> A2MIM:
@@ -73,42 +109,80 @@ def drawn(text: str, grid: tuple[int, int]) -> Tensor:
     Raises ValueError if it is no drawing, or finer than the grid."""
     rows = text.strip("/").split("/")
     if {*text} - {*"#./"} or len({len(row) for row in rows}) != 1 or "#" not in text:
-        raise ValueError(f"--mask {text}: must be rows of . and # of one length with / between them, such as ..##/.##.")
+        raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / "
+                         "between them, such as ..##/.##.")
     if len(rows) > grid[0] or len(rows[0]) > grid[1]:
-        raise ValueError(f"--mask {text}: is finer than the {grid[0]} x {grid[1]} cells of this image")
+        raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} cells "
+                         "of this image")
     return resize_mask(torch.tensor([[[c == "#" for c in row] for row in rows]]), grid)[:, 0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint.pt of pretrain.py")
-    parser.add_argument("images", nargs="+", help="JPEG, PNG, WebP or BMP files")
-    parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of cells hidden (as in pre-training)")
-    parser.add_argument("--mask", metavar="TEXT", help="a mask drawn by hand: rows of . and #, # is hidden")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random mask (0)")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where the pictures go (here)")
-    args = parser.parse_args(argv)
-    try:
-        plain, run = load_model(args.checkpoint)
-        unit = math.lcm(run.mask_cell, plain.stride, 32)     # 32: what every backbone can take
-        for name in args.images:
-            try:
-                image = fitted(read_image(name), min(pair(run.image_size)), unit)
-            except (OSError, RuntimeError, SyntaxError) as error:
-                raise ValueError(f"{name}: cannot be read as an image ({str(error).splitlines()[0]})") from None
-            model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
+def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
+    """(1, 3, H, W) -> (1, 3, n H, n W), every pixel repeated n x n times.
+
+    n is the least number that reaches the photograph's longer side, or PANEL if that is less."""
+    wanted = min(max(photo.shape[-2:]), PANEL)
+    n = math.ceil(wanted / max(panel.shape[-2:]))
+    return panel.repeat_interleave(n, 2).repeat_interleave(n, 3)
+
+
+# ---- the command ----
+
+def paint(args: SimpleNamespace, world: World) -> None:
+    """Writes a picture for each image. Raises ValueError for a mistake."""
+    out = Path(args.out)
+    one_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
+    if one_file:
+        check_file(out, SUFFIXES)
+    else:
+        check_folder(out)
+    plain, run = load_model(args.checkpoint)
+    ratio = run.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    unit = math.lcm(run.mask_cell, plain.stride, 32)         # 32: what every backbone can take
+
+    for name in args.images:
+        photo = read_photo(name)
+        image = fitted(photo, min(pair(run.image_size)), unit)
+        model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
+        if args.mask:
+            mask = drawn(args.mask, model.grid)
+        else:
             generator = torch.Generator().manual_seed(args.seed)
-            ratio = run.mask_ratio if args.mask_ratio is None else args.mask_ratio
-            mask = drawn(args.mask, model.grid) if args.mask else random_mask(1, model.grid, ratio, generator=generator)
-            image = normalise(image[None])                   # (1, 3, H, W)
-            columns = (image, *model.reconstruct(image, mask), fill_hidden(image, mask, "blur"))
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            file = Path(args.out) / f"painted-{Path(name).stem}.png"
-            save_sheet(file, {title: denormalise(x) for title, x in zip(TITLES, columns)})
-            print(f"{file}: {int(mask.sum())} of {mask.numel()} cells hidden, {image.shape[-2]} x {image.shape[-1]} px")
-    except (ValueError, OSError) as error:
-        print(f"paint.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+            mask = random_mask(1, model.grid, ratio, generator=generator)
+        image = normalise(image[None])                       # (1, 3, H, W)
+        columns = (image, *model.reconstruct(image, mask), fill_hidden(image, mask, "blur"))
+        panels = {title: enlarged(denormalise(x), photo) for title, x in zip(TITLES, columns)}
+
+        file = free_name(out if one_file else out / f"painted-{Path(name).stem}.png")
+        with writing(file):
+            save_sheet(file, panels)
+        hidden = f"{int(mask.sum())} of {mask.numel()} cells hidden"
+        print(f"{printable(str(file))}: {hidden}, {image.shape[-2]} x {image.shape[-1]} px")
+
+
+FLAGS = {
+    "what is hidden": {
+        "mask_ratio": (None, number(float, 0, 1), "share of cells hidden (as in pre-training)"),
+        "mask": (None, path("TEXT"), "a mask drawn by hand: rows of . and #, # is hidden"),
+        "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
+    "where it goes": {
+        "out": (".", path("PATH"),
+                "a folder, or a file such as painted.png; a name that is taken gets a number")},
+}
+
+
+def parse(argv: list[str] | None) -> SimpleNamespace:
+    """Raises ValueError for a value that is off."""
+    usage = "%(prog)s CHECKPOINT IMAGE [IMAGE ...] [options]"
+    parser = Parser("paint.py", usage, __doc__, FLAGS, {})
+    parser.epilog = None
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of pretrain.py")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG, WebP or BMP files")
+    return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    command_line("paint.py", parse, paint, argv)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,28 @@
     pytest        from the root: these, and the tests of the method
 """
 
+import io
 import json
 import math
+import os
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import clipart, compare, detect, figure, paint, segment
+from extras import bench, clipart, compare, detect, faults, figure, paint, run_notebook, segment
 from extras.dense import Scenes
+from extras.output import check_folder, free_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -37,10 +42,301 @@ def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, cell, tmp_path, cap
     paint.main([*call, "--mask-ratio", "0.25"])
     assert "6 of 24 cells hidden" in capsys.readouterr().out
     for more, words in ((["--mask", "#x/.."], "must be rows of . and #"), (["--mask", "#" * 9], "finer than the 4 x 6"),
-                        (["--mask-ratio", "2"], "mask ratio 2.0: must lie between 0 and 1")):
+                        (["--mask-ratio", "2"], "--mask-ratio: 2: must be a number from 0 to 1"),
+                        (["--mask-ratio", "1"], "mask ratio 1.0: must lie between 0 and 1")):
         with pytest.raises(SystemExit) as exit:
             paint.main([*call, *more])
         assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+def answer(main, capsys, *argv: str) -> tuple[int, str]:
+    """The exit code of a program, and the one line that it said on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([*argv])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said, said
+    return exit.value.code, said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run of pretrain.py: two steps of a small CNN at 64 px."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --mask-cell 32 --batch-size 4 --workers 0"
+    pretrain.main([*flags.split(), "--epochs", "0.001", "--sheets", "0", "--val", "0", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """A folder of files that are no photographs, or of a shape that nobody can take."""
+    part = lambda kind, content: (struct.pack(">I", len(content)) + kind + content
+                                  + struct.pack(">I", zlib.crc32(kind + content)))
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)          # width, height, 8 bits, RGB
+    bomb = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"\0")) + part(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
+    Image.new("RGB", (80, 60)).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("no picture")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("{run} {odd}/bomb.png", "bomb.png: cannot be read as an image (Image size (2500000000 pixels)"),
+    ("{run} {odd}/thin.png", "thin.png: 1 x 60000 pixels are too narrow; crop the image"),
+    ("{run} {odd}/text.png", "text.png: cannot be read as an image"),
+    ("{run} {odd}/pipe", "pipe: cannot be read as an image (not a regular file)"),
+    ("{run} {odd}", "cannot be read as an image (not a regular file)"),
+    ("{run} {odd}/gone.png", "gone.png: no such file"),
+    ("{odd}/pipe {odd}/good.png", "pipe: no such file, or no regular file; give the checkpoint.pt"),
+    ("{odd}/gone.pt {odd}/good.png", "gone.pt: no such file, or no regular file"),
+    ("{odd}/text.png {odd}/good.png", "text.png: not a checkpoint.pt of pretrain.py"),
+    ("{odd}/args.pt {odd}/good.png", "args.pt: not a checkpoint.pt of this version of pretrain.py"),
+    ("{run} {odd}/good.png --out {empty}", "--out: is empty"),
+    ("{run} {odd}/good.png --mask {empty}", "--mask: is empty"),
+    ("{run} {odd}/good.png --out /proc", "--out /proc: cannot be written"),
+    ("{run} {odd}/good.png --out {odd}/text.png/x", "cannot be written"),
+    ("{run} {odd}/good.png --out {odd}/text.png/x.png", "cannot be written"),
+    ("{run} {odd}/good.png --seed 99999999999999999999999", "--seed: 99999999999999999999999: must be an integer"),
+    ("{run}", "the following arguments are required: IMAGE")])
+def test_paint_answers_a_mistake_in_one_line(flags, words, run, odd, capsys, monkeypatch):
+    monkeypatch.chdir(odd)
+    torch.save(dict(args={"arch": "resnet18"}, model={"mask_token.token": torch.zeros(1)}), odd / "args.pt")
+    places = dict(run=run / "checkpoint.pt", odd=odd, empty="")
+    before = {*odd.iterdir()}
+    code, said = answer(paint.main, capsys, *(word.format(**places) for word in flags.split()))
+    assert code == 2 and words in said and {*odd.iterdir()} == before
+
+
+def test_paint_overwrites_nothing_and_its_panels_are_as_large_as_the_photograph(run, tmp_path, monkeypatch, capsys):
+    for folder, size in (("a", (300, 200)), ("b", (1200, 600))):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", size, "green").save(tmp_path / folder / "photo.jpg")
+    photos = [str(tmp_path / folder / "photo.jpg") for folder in "ab"]
+    monkeypatch.chdir(tmp_path)
+    paint.main([str(run / "checkpoint.pt"), *photos])
+    first = Path("painted-photo.png").read_bytes()
+    paint.main([str(run / "checkpoint.pt"), photos[0]])
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["painted-photo.png", "painted-photo-2.png", "painted-photo-3.png"]
+    assert Path("painted-photo.png").read_bytes() == first
+
+    small, large = (Image.open(name).width / 5 for name in names[:2])        # five columns
+    assert 300 < small < 2 * 300 and 512 < large < 2 * 512   # at least the photograph's side, or the bound
+
+    paint.main([str(run / "checkpoint.pt"), photos[0], "--out", "new/one.png"])      # a file, if it ends like one
+    paint.main([str(run / "checkpoint.pt"), photos[0], "--out", "new/one.png"])
+    assert sorted(os.listdir("new")) == ["one-2.png", "one.png"]
+
+
+def test_a_name_that_is_not_text_is_painted_and_told(run, tmp_path, capsys):
+    file = os.path.join(os.fsencode(tmp_path), b"\xff.png")
+    Image.new("RGB", (64, 64)).save(io.FileIO(file, "w"), "PNG")
+    paint.main([str(run / "checkpoint.pt"), os.fsdecode(file), "--out", str(tmp_path)])
+    assert "painted-\\xff.png: " in capsys.readouterr().out
+    assert b"painted-\xff.png" in os.listdir(os.fsencode(tmp_path))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--out {odd}/a.abc", "a.abc: must be a file name that ends in"),
+    ("--out {empty}", "--out: is empty"),
+    ("--out {odd}", "must be a file name that ends in"),
+    ("--out /proc/a.png", "--out /proc: cannot be written"),
+    ("--out {odd}/text.png/a.png", "cannot be written"),
+    ("--out {odd}/folder.png", "folder.png: is no regular file"),
+    ("--index 2000", "--index: 2000: must be an integer from 0 to 1999"),
+    ("--index -1", "--index: -1: must be an integer from 0 to 1999"),
+    ("--image {odd}/bomb.png", "bomb.png: cannot be read as an image"),
+    ("--image {odd}/thin.png", "thin.png: 1 x 60000 pixels are too narrow"),
+    ("--image {odd}/gone.png", "gone.png: no such file"),
+    ("--image {odd}/pipe", "pipe: cannot be read as an image (not a regular file)"),
+    ("--checkpoint {odd}/pipe", "pipe: no such file, or no regular file"),
+    ("--checkpoint {odd}/gone.pt", "gone.pt: no such checkpoint; run python pretrain.py first"),
+    ("--checkpoint {odd}/text.png", "text.png: not a checkpoint.pt of pretrain.py")])
+def test_the_figure_checks_its_flags_and_files_first(flags, words, run, odd, capsys, monkeypatch):
+    monkeypatch.chdir(odd)
+    (odd / "folder.png").mkdir()
+    monkeypatch.setattr(figure, "moves", lambda *_: pytest.fail("the work began"))
+    before, places = {*odd.iterdir()}, dict(odd=odd, empty="")
+    argv = ["--checkpoint", str(run / "checkpoint.pt"), *(word.format(**places) for word in flags.split())]
+    code, said = answer(figure.main, capsys, *argv)
+    assert code == 2 and words in said and {*odd.iterdir()} == before
+
+
+def test_the_figure_says_which_patches_are_hidden_and_replaces_only_a_file_that_was_named(run, tmp_path, monkeypatch):
+    """The pale ones: a hidden pixel of a black image is lighter than a visible one. Only --out replaces a file."""
+    mask = torch.tensor([[[True, False], [False, False]]])
+    shown = figure.outline(Image.new("RGB", (64, 64)), mask)
+    hidden, visible = (shown.getpixel((at, at))[0] for at in (figure.BIG // 4, 3 * figure.BIG // 4))
+    words, write = [], ImageDraw.ImageDraw.multiline_text
+    def listen(draw, at, text, *more, **named):
+        words.append(text)
+        write(draw, at, text, *more, **named)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", listen)
+    monkeypatch.chdir(tmp_path)
+    for more in ([], [], ["--out", "new/figure.pdf"], ["--out", "method.png", "--index", "5"]):
+        old = Path("method.png").read_bytes() if Path("method.png").exists() else b""
+        figure.main(["--checkpoint", str(run / "checkpoint.pt"), *more])
+        assert not old or (Path("method.png").read_bytes() == old) == ("method.png" not in more)
+    assert hidden > visible == 0 and "the pale patches\nare hidden" in words
+    assert {str(f) for f in Path().rglob("*.p*")} == {"method.png", "method-2.png", "new/figure.pdf"}
+
+
+# ---- run_notebook.py ----
+
+def notebook(*sources: str) -> str:
+    """A notebook of one heading, then code cells."""
+    cells = [dict(cell_type="markdown", metadata={}, source=["# A heading"])]
+    cells += [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=[source])
+              for source in sources]
+    return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4))
+
+
+@pytest.mark.parametrize("content, code, words", [
+    (b"", 2, "cannot be read as a notebook: it is not JSON"),
+    (b"\xff\x00\x01", 2, "it is not JSON"),
+    (b"x = 1", 2, "it is not JSON"),
+    (b"[" * 100_000, 2, "it is not JSON"),
+    (b"[]", 2, "holds no list of cells"),
+    (b"{}", 2, "holds no list of cells"),
+    (b'{"cells": 5}', 2, "holds no list of cells"),
+    (b'{"cells": [5]}', 2, "item 1 of its cells has no cell_type"),
+    (b'{"cells": [{"cell_type": "code"}]}', 2, "or a source that is not text"),
+    (b'{"cells": [{"cell_type": "code", "source": [1]}]}', 2, "or a source that is not text"),
+    (notebook("1 +").encode(), 1, "cell 1, line 1: invalid syntax; a cell must be plain Python"),
+    (notebook("!ls").encode(), 1, "a cell must be plain Python, without % and ! commands"),
+    (notebook("x = 1", "y = 2\n\nx / 0\nz = 3").encode(), 1, "cell 2, line 3: ZeroDivisionError: division by zero"),
+    (notebook("def f():\n    raise OSError('a\\nb')", "f()").encode(), 1, "cell 2, line 1: OSError: a"),
+    (notebook("import sys; sys.exit(0)").encode(), 1, "cell 1, line 1: SystemExit: 0"),
+    (None, 2, "no such file, or no regular file; give a notebook")])
+def test_a_notebook_that_does_not_run_is_answered_in_one_line(content, code, words, tmp_path, capsys):
+    file = tmp_path / "book.ipynb"
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    found, said = answer(run_notebook.main, capsys, str(file), "--out", str(tmp_path / "new.ipynb"))
+    assert found == code and words in said and os.listdir(tmp_path) == ["book.ipynb"]
+
+
+def test_a_notebook_is_told_cell_by_cell_and_stored_only_where_asked(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "book.ipynb", tmp_path / "new" / "out.ipynb"
+    file.write_text(notebook("\n# a comment\nimport os", "os.chdir('/'); print('hello \\udc80'); 6 * 7"))
+    before = file.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    run_notebook.main(["book.ipynb"])
+    said = capsys.readouterr().out
+    assert said.startswith("cell 1 of 2: # a comment\ncell 2 of 2: os.chdir") and "the outputs are not stored" in said
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["book.ipynb"]
+
+    monkeypatch.chdir(tmp_path)
+    run_notebook.main(["book.ipynb", "--out", "new/out.ipynb"])
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell.get("execution_count") for cell in cells] == [None, 1, 2] and file.read_bytes() == before
+    assert [o.get("text") or o["data"]["text/plain"] for o in cells[2]["outputs"]] == [["hello \udc80\n"], ["42"]]
+    assert os.listdir(out.parent) == ["out.ipynb"]
+    for wrong, words in (("book.txt", "must be a file name that ends in .ipynb"),
+                         ("/proc/a.ipynb", "cannot be written")):
+        code, said = answer(run_notebook.main, capsys, str(file), "--out", wrong)
+        assert code == 2 and words in said
+
+
+# ---- where scripts write ----
+
+@pytest.mark.parametrize("out, good", [("new/deep", True), (".", True), ("file", False), ("file/x", False),
+                                       ("/proc/x", False), ("x" * 300, False), ("nowhere/../y", True)])
+def test_a_folder_is_tried_and_nothing_is_left(out, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    if good:
+        check_folder(Path(out))
+    else:
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_folder(Path(out))
+    assert os.listdir() == ["file"]
+
+
+def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
+    (tmp_path / "a.b.png").write_text("")
+    (tmp_path / "a.b-2.png").symlink_to("nowhere")           # taken too: it would be written through
+    (tmp_path / "folder").mkdir()
+    names = [free_name(tmp_path / name).name for name in ("new.png", "a.b.png", "folder")]
+    assert names == ["new.png", "a.b-3.png", "folder-2"]
+
+
+# ---- compare.py, bench.py and faults.py ----
+
+@pytest.mark.parametrize("main, flags, words", [
+    (compare.main, "--data nowhere", "--data nowhere: no such folder"),
+    (compare.main, "--data file", "--data file: no such folder"),
+    (compare.main, "--data .", "--data .: needs train/<class>/ and val/<class>/"),
+    (compare.main, "--jobs -1", "--jobs: -1: must be an integer from 1"),
+    (compare.main, "--jobs 0", "--jobs: 0: must be an integer from 1"),
+    (compare.main, "--seeds -1", "--seeds: -1: must be an integer from 1"),
+    (compare.main, "--few 0", "--few: 0: must be a number from"),
+    (compare.main, "--pretrain-images 0", "--pretrain-images: 0: must be an integer from 1"),
+    (compare.main, "--workers -1", "--workers: -1: must be an integer from 0"),
+    (compare.main, "--arch alexnet", "--arch: alexnet: must be one of resnet18"),
+    (compare.main, "--task segment --data file", "--task segment has drawn scenes alone"),
+    (compare.main, "--out file", "--out file: cannot be written"),
+    (compare.main, "--task detect --out file/x", "--out file/x: cannot be written"),
+    (bench.main, "--rounds 0", "--rounds: 0: must be an integer of at least 1"),
+    (bench.main, "--rounds x", "--rounds: x: must be an integer of at least 1"),
+    (bench.main, "--batch-size -1", "--batch-size: -1: must be an integer of at least 1"),
+    (bench.main, "--image-size 100", "not a multiple of the 32-pixel mask cell; use 96 or 128"),
+    (bench.main, "--rows loader --data nowhere", "--data nowhere: no such folder"),
+    (bench.main, "--rows loader --data .", "--data .: no images below it"),
+    (bench.main, "--rows sleep", "invalid choice: 'sleep'"),
+    (bench.main, "--arch resnet19", "did you mean resnet18"),
+    (bench.main, "--out file", "--out file: cannot be written"),
+    (faults.main, "--kills 0", "--kills: 0: must be an integer of at least 1"),
+    (faults.main, "--only sleep", "invalid choice: 'sleep'"),
+    (faults.main, "--out file", "--out file: cannot be written")])
+def test_a_long_program_checks_its_flags_before_it_begins(main, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    began = lambda *_: pytest.fail("the work began")
+    monkeypatch.setattr(compare, "run_chain", began)
+    monkeypatch.setattr(compare, "draw_scenes", began)
+    monkeypatch.setattr(bench, "ROWS", dict.fromkeys(bench.ROWS, began))
+    monkeypatch.setattr(faults, "PARTS", dict.fromkeys(faults.PARTS, began))
+    code, said = answer(main, capsys, *flags.split())
+    assert code == 2 and words in said and os.listdir() == ["file"]
+
+
+def test_a_comparison_runs_in_folders_whose_names_hold_spaces(tmp_path):
+    for i in range(60):
+        file = tmp_path / "my set" / ("val" if i % 3 == 0 else "train") / f"class {i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 80).convert("RGB").save(file)
+    out = tmp_path / "it's here"
+    flags = ["--data", str(tmp_path / "my set"), "--out", str(out), "--image-size", "32", "--quick"]
+    chains = compare.plan(args := compare.parse([*flags, "--pretrain-images", "64", "--finetune-images", "64"]))
+    random, *others = next(chain for chain in chains if chain[0][1] == "random")
+    knn = next(cell for cell in others if cell[0].startswith("knn"))
+    assert compare.run_chain(([random, knn], out, 1)) == (2, None)           # one makes weights, one reads them
+    assert json.loads((out / "knn" / "scratch-0" / "result.json").read_text())["images"] == 20
+    assert args.pretrain_images == 8 and chains[0][0][1] == "pretrain"
+    assert compare.run_chain((chains[0][:1], out, 1)) == (1, None)
+
+
+def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypatch, capsys):
+    class Pool:                                              # in this process
+        def __init__(self, jobs): pass
+        def __enter__(self): return self
+        def __exit__(self, *error): pass
+        def imap_unordered(self, run, jobs): return map(run, jobs)
+
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=Pool))
+    monkeypatch.setattr(compare, "run_cell", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit) as exit:
+        compare.main(["--quick", "--seeds", "1", "--ablation-seeds", "0", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and "No space left on device" in said and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("compare.py: 5 of 5 chains of runs failed")
 
 
 @pytest.mark.parametrize("size, typed", [(64, "64"), ([48, 64], "48 64")])
