@@ -239,7 +239,8 @@ def build_encoder(arch: str, image_size: int | tuple[int, int] = 224, drop_path:
     Raises ValueError for an unknown name, a net that cannot be cut, or an image that does not fit."""
     kind = family(arch)
     if stem == "small" and kind.name != "resnet":
-        raise ValueError(f"--stem small: {arch} has no such stem; it is one of ResNets ({', '.join(FAMILIES[0].archs)})")
+        raise ValueError(f"--stem small: {arch} has no such stem; it is one of ResNets "
+                         f"({', '.join(FAMILIES[0].archs)})")
     if kind.name == "torchvision":
         return Encoder(*cut(arch, pair(image_size), drop_path or 0.0))
     if kind.name == "resnet":                                 # last BatchNorm of each block starts at 0
@@ -382,8 +383,8 @@ def fit_cell(encoder: Encoder, image_size: tuple[int, int], unit: int = 8, cell:
         if not fits:
             mask_grid(image_size, 32)                        # raises, with sides that fit, if 32 px do not divide it
             raise ValueError(f"image size {H}x{W}: no mask cell of whole {unit}-pixel blocks divides it into at least "
-                             f"{FEW_UNITS}; use another --image-size, or give --mask-cell with --mask-stage (for a ViT: "
-                             f"--patch-size, for a ResNet: --stem small)")
+                             f"{FEW_UNITS}; use another --image-size, or give --mask-cell with --mask-stage (for a "
+                             f"ViT: --patch-size, for a ResNet: --stem small)")
         cell = min(fits, key=lambda n: abs(math.log(6 * n / min(H, W))))
     if encoder.layout != "nchw" or len(shapes[-1]) != 4:
         return cell, encoder.mask_stage

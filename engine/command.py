@@ -181,7 +181,7 @@ class Signals:
 
 
 class Unbreakable:
-    """A text stream whose write errors are dropped: a terminal that was closed, or a log on a full disk, ends no run."""
+    """A text stream whose write errors are dropped: a closed terminal, or a log on a full disk, ends no run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -221,8 +221,8 @@ def explain(error: BaseException, world: World) -> tuple[int, str] | None:
         return 1, ("no shared memory is left for the loader (/dev/shm); use --workers 0, or give a container more: "
                    "docker run --shm-size=32g, or --ipc=host")
     if isinstance(error, RuntimeError) and WORKER_KILLED in text and not in_worker:
-        return 1, ("a loader worker was killed (by the system, if memory ran out); use fewer --workers, --workers 0, or "
-                   "a smaller --batch-size")
+        return 1, ("a loader worker was killed (by the system, if memory ran out); use fewer --workers, --workers 0, "
+                   "or a smaller --batch-size")
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return 1, f"not enough memory ({last or 'no more is said'}); use a smaller --image-size or --batch-size"
     if in_worker and isinstance(error, (Failed, ValueError)):

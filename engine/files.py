@@ -151,8 +151,8 @@ def read_checkpoint(out: Path) -> dict | None:
             if is_checkpoint(state):
                 return dict(state, path=str(path))
     if paths:
-        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this program (damaged, of another "
-                         f"program, or with weights that are NaN); move it away to start from the beginning")
+        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this program (damaged, of "
+                         f"another program, or with weights that are NaN); move it away to start from the beginning")
     return None
 
 

@@ -64,7 +64,8 @@ def checked(metavar: str, check):
 def how_often(text: str) -> str:
     """A kind of flag: '200' is every 200 steps, '10m' every ten minutes."""
     if not text.removesuffix("m").isdecimal() or int(text.removesuffix("m")) == 0:
-        raise argparse.ArgumentTypeError(f"{printable(text)}: must be a number of steps such as 200, or of minutes such as 10m")
+        raise argparse.ArgumentTypeError(f"{printable(text)}: must be a number of steps such as 200, or of minutes "
+                                         f"such as 10m")
     return text
 
 

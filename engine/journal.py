@@ -45,8 +45,9 @@ def open_run(args: SimpleNamespace, world: World, own: dict, name: str, flags: d
             raise ValueError(f"{saved['path']}: of another model, made by {printable(made_by)}; choose another --out")
         for setting, value in saved["args"].items():
             if not accepts(flags, setting, value):
-                raise ValueError(f"{saved['path']}: its setting {printable(setting)} is {printable(repr(value))}, which "
-                                 f"no run of this program has saved; move the file away to start from the beginning")
+                raise ValueError(f"{saved['path']}: its setting {printable(setting)} is {printable(repr(value))}, "
+                                 f"which no run of this program has saved; move the file away to start from the "
+                                 f"beginning")
         more = dict(given=args.given, demo=False, out=args.out)
         args = SimpleNamespace(**{**own, **saved["args"], **args.given, **more})
         world.say(f"going on from {saved['path']}, step {step}")

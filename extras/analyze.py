@@ -34,7 +34,7 @@ from extras.output import check_folder, free_name, writing
 from extras.paint import build_model, load_model
 from loss import residual
 from masking import fill_hidden, mask_grid, random_mask, resize_mask
-from model import family
+from model import STEMS, family
 
 ORDERS = (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)       # of an interaction: cells seen, as a share of the others
 SEEDS = 3                                                    # of an occlusion
@@ -339,7 +339,8 @@ FLAGS = {
         "image_size": (None, SIDES, "side in pixels, or height and width (of the first weights, else 96)"),
         "arch": (None, checked("NAME", family), "backbone (from args.json beside the weights)"),
         "patch_size": (None, count, "ViT only (as trained)"),
-        "window": (None, count, "Swin only (as trained)")},
+        "window": (None, count, "Swin only (as trained)"),
+        "stem": (None, STEMS, "ResNet only (as trained)")},
     "interactions and occlusion": {
         "grid": (8, number(int, 2, 64), "cells along the shorter side"),
         "pairs": (6, count, "pairs of cells of an image"),
@@ -372,13 +373,14 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         raise ValueError(f"--weights {typed}: must be different names with a file each, "
                          "as in a=FILE")
     args.weights = dict(named)
-    files, names = [f for f in args.weights.values() if f != "random"], ("arch", "patch_size", "window", "image_size")
+    files = [f for f in args.weights.values() if f != "random"]
+    names = ("arch", "patch_size", "window", "stem", "image_size")
     if args.what == "mim" and not files:
         raise ValueError("--weights: mim needs a checkpoint.pt of pretrain.py; `random`, its start, comes by itself")
     typed = {name: given[name] for name in names if name in given}
     alone = Parser("analyze.py", "", "", FLAGS, {})          # it takes one flag, without what else must be there
-    args.settings = {f: dict(patch_size=16, window=7) | remembered(f, alone, names) | typed for f in files}
-    first = args.settings[files[0]] if files else dict(arch="resnet18", patch_size=16, window=7) | typed
+    args.settings = {f: dict(patch_size=16, window=7, stem=None) | remembered(f, alone, names) | typed for f in files}
+    first = args.settings[files[0]] if files else dict(arch="resnet18", patch_size=16, window=7, stem=None) | typed
     args.settings["random"] = first
     args.image_size = first.get("image_size", 96)
     for file, own in args.settings.items():

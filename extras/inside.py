@@ -52,7 +52,8 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: World, 
     """An Encoder, or a Classifier for so many classes, with the weights of a file, or random ones; in eval mode."""
     torch.manual_seed(seed_for(args.seed))
     own = args.settings[file]
-    encoder = build_encoder(own["arch"], size, 0.0, own["patch_size"], own["window"])
+    encoder = build_encoder(own["arch"], size, 0.0, own["patch_size"], own["window"],
+                            own["stem"])
     model = Classifier(own["arch"], encoder, classes) if classes else encoder
     if file != "random":
         head = load_head(model, file) if classes else None

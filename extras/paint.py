@@ -90,7 +90,8 @@ def read_photo(file: str) -> Tensor:
 def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None) -> A2MIM:
     """The model of a run's settings, with random weights: as the run itself makes it."""
     size = size or pair(run.image_size)
-    encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window)
+    encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window,
+                            getattr(run, "stem", None))         # older runs have no stem
     return A2MIM(encoder, image_size=size, mask_cell=run.mask_cell, mask_stage=run.mask_stage, token=run.token,
                  fill=run.fill)
 
