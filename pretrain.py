@@ -268,8 +268,9 @@ def train(args: SimpleNamespace, world: World) -> None:
             picture(step + 1)
             measure(step + 1)
     journal.finish()                                         # raises Failed if a file that was promised is not there
-    world.say(f"done: {args.out}/backbone.pt holds the encoder"
-              + (f", {args.out}/reconstruction-*.png show what it paints" if args.sheets else ""))
+    pictures = f", {args.out}/reconstruction-*.png show its reconstructions" if args.sheets else ""
+    after = "" if held else f"\n{next_step(True, args)}"     # else it was told with the held-out loss
+    world.say(f"done: {args.out}/backbone.pt holds the encoder{pictures}{after}")
 
 
 def choose_recipe(args: SimpleNamespace, images: int, steps: Steps, encoder: Encoder) -> None:

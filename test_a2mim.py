@@ -3578,6 +3578,28 @@ def test_a_process_whose_worker_raised_ends_after_its_line(tmp_path):
     assert done.returncode == 1 and "the label is odd" in done.stderr
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import pretrain
+right = pretrain.train_step
+def train_step(step, *rest):
+    if step == 1 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(step, *rest)
+pretrain.train_step = train_step
+pretrain.main()
+"""
+
+
+def test_the_others_say_so_if_rank_0_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
+    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 4 --workers 0 --amp off --val 0"
+    done = torchrun(tmp_path / "killed.py", *flags.split(), "--out", tmp_path / "run")
+    told = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: ")]
+    assert done.returncode == 1 and len(told) == 1 and told[0].startswith("pretrain.py: rank 1: lost another process")
+
+
 def test_a_mistake_found_by_a_worker_is_told_without_the_workers_name(few_images, capsys, tmp_path, monkeypatch):
     error = ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback:\n  x\nValueError: a: b is odd")
     assert command.explain(error, command.World()) == (2, "error: a: b is odd")
