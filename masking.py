@@ -1,11 +1,11 @@
-"""Masking: which pixels are hidden, what is painted over them, and where the mask token enters.
+"""Masking: which patches are hidden, what fills them, and the mask token that marks them.
 
-Two of A2MIM's three moves live here (Li et al., ICML 2023, arXiv 2205.13943, Fig. 3):
+Two of A2MIM's three ideas are here (Li et al., ICML 2023, arXiv 2205.13943, Fig. 3):
 
-    fill_hidden   move 1: hidden pixels take the image's own mean colour
-    MaskToken     move 2: a learnable token joins the feature map in the middle of the network
+    fill_hidden   1. hidden pixels take the image's own mean colour
+    MaskToken     2. a learned token joins the feature map in the middle of the network
 
-A mask is boolean everywhere, (B, gh, gw), one entry per square cell of the image, True = hidden.
+A mask is boolean, (B, gh, gw), with one entry per square mask unit of the image. True = hidden.
 """
 
 import math
@@ -19,136 +19,164 @@ FILLS = ("mean", "zero", "random", "blur")
 TOKENS = ("gamma", "add", "replace")
 
 
-# ---- which cells are hidden ----
+# ---- which patches are hidden ----
 
-def mask_grid(image_size: tuple[int, int], cell: int) -> tuple[int, int]:
-    """(H, W) in pixels -> (gh, gw), the number of `cell` x `cell` pixel cells down and across.
+def mask_grid(image_size: tuple[int, int], mask_size: int) -> tuple[int, int]:
+    """(H, W) in pixels -> (gh, gw), the number of mask units down and across.
 
-    Raises ValueError if a side is not a multiple of the cell."""
+    mask_size: side of a mask unit in pixels. Raises ValueError if it does not divide a side."""
     for side in image_size:
-        if cell < 1 or side < cell or side % cell:
-            near = [n * cell for n in (side // cell, side // cell + 1) if n] if cell > 0 else []
-            fix = f"; use {' or '.join(map(str, near))}" if near else ""
-            raise ValueError(f"image side {side}: not a multiple of the {cell}-pixel mask cell{fix}")
-    return image_size[0] // cell, image_size[1] // cell
+        if mask_size < 1 or side < mask_size or side % mask_size:
+            close = []
+            if mask_size > 0:
+                below = side // mask_size * mask_size
+                close = [str(n) for n in (below, below + mask_size) if n]
+            fix = f"; use {' or '.join(close)}" if close else ""
+            raise ValueError(f"image side {side}: not a multiple of the {mask_size}-pixel mask "
+                             f"unit{fix}")
+    return image_size[0] // mask_size, image_size[1] // mask_size
 
 
-def hidden_count(cells: int, ratio: float) -> int:
-    """ceil(ratio * cells), how many cells of each image are hidden: 30 of 49 at the default 0.6.
+def hidden_count(units: int, ratio: float) -> int:
+    """ceil(ratio * units), how many units of each image are hidden: 30 of 49 at the default 0.6.
 
-    Raises ValueError unless 0 < ratio < 1, or if no cell would stay visible."""
+    Raises ValueError unless 0 < ratio < 1, or if no unit would stay visible."""
     if not 0 < ratio < 1:
-        raise ValueError(f"mask ratio {ratio}: must lie between 0 and 1, both excluded; the paper uses 0.6")
-    hidden = math.ceil(round(ratio * cells, 6))              # rounded: 0.55 * 100 is 55.000000000000007 in floats
-    if hidden >= cells:
-        raise ValueError(f"mask ratio {ratio}: hides all of {cells} mask cells; use a smaller --mask-cell, a larger "
-                         f"--image-size or a smaller --mask-ratio")
+        raise ValueError(f"mask ratio {ratio}: must lie between 0 and 1, both excluded; the paper "
+                         f"uses 0.6")
+    hidden = math.ceil(round(ratio * units, 6))              # 0.55 * 100 is 55.000000000000007
+    if hidden >= units:
+        raise ValueError(f"mask ratio {ratio}: hides all of {units} mask units; use a smaller "
+                         f"--mask-size, a larger --image-size or a smaller --mask-ratio")
     return hidden
 
 
-def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6, device: torch.device | str = "cpu",
+def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6,
+                device: torch.device | str = "cpu",
                 generator: torch.Generator | None = None) -> Tensor:
-    """Masks for a whole batch, (B, gh, gw): exactly `hidden_count` cells of each image, uniformly at random.
+    """Masks (B, gh, gw): exactly `hidden_count` units of each image, uniformly at random.
 
-    `generator` must live on `device`. Raises ValueError as `hidden_count` does."""
-    cells = grid[0] * grid[1]
-    hidden = hidden_count(cells, ratio)
-    noise = torch.rand(batch, cells, device=device, generator=generator)
-    chosen = noise.topk(hidden, dim=1).indices               # (B, hidden)  the largest of iid noise: a uniform subset
-    mask = torch.zeros(batch, cells, dtype=torch.bool, device=device).scatter_(1, chosen, True)
-    return mask.view(batch, *grid)
+    `generator` must be on `device`. Raises ValueError as `hidden_count` does."""
+    units = grid[0] * grid[1]
+    hidden = hidden_count(units, ratio)
+    noise = torch.rand(batch, units, device=device, generator=generator)
+    chosen = noise.topk(hidden, dim=1).indices               # (B, hidden), a uniform subset
+    mask = torch.zeros(batch, units, dtype=torch.bool, device=device)
+    return mask.scatter_(1, chosen, True).view(batch, *grid)
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, gh, gw) -> (B, 1, h, w) by nearest neighbour: to the pixels, or to any feature grid.
+    """(B, gh, gw) -> (B, 1, h, w) by nearest neighbour: to the pixels, or to a feature map.
 
-    Raises ValueError if the target is coarser than the mask: one feature would be hidden and visible at once."""
+    Raises ValueError if the target is coarser than the mask, because a feature would then be
+    hidden and visible at once."""
     gh, gw = mask.shape[-2:]
     h, w = size
     if h < gh or w < gw:
-        raise ValueError(f"mask of {gh}x{gw} cells on a {h}x{w} feature grid: the mask cell is smaller than the stride "
-                         f"at the injection point; use a larger --mask-cell or an earlier --mask-stage")
+        raise ValueError(f"mask of {gh}x{gw} units on {h}x{w} features: a mask unit is smaller "
+                         f"than the stride where the token enters; use a larger --mask-size or "
+                         f"an earlier --token-stage")
     mask = mask.bool()
-    if h % gh == 0 and w % gw == 0:                          # the usual case: every cell is a whole block of features
-        return mask.repeat_interleave(h // gh, 1).repeat_interleave(w // gw, 2).unsqueeze(1)
+    if h % gh == 0 and w % gw == 0:                          # each unit is a whole block
+        rows = mask.repeat_interleave(h // gh, 1)
+        return rows.repeat_interleave(w // gw, 2).unsqueeze(1)
     return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").bool()
 
 
-# ---- move 1: hidden pixels take the mean colour ----
+# ---- 1. hidden pixels take the mean colour ----
 
-def fill_hidden(images: Tensor, mask: Tensor, fill: str = "mean", generator: torch.Generator | None = None) -> Tensor:
-    """Paints over the hidden cells of normalised images (B, C, H, W); visible pixels stay bit-equal.
+def fill_hidden(images: Tensor, mask: Tensor, fill: str = "mean",
+                generator: torch.Generator | None = None) -> Tensor:
+    """Fills the hidden patches of normalised images (B, C, H, W). Visible pixels stay bit-equal.
 
-    fill: 'mean' (the method): each image's per-channel mean over all its pixels, hidden ones included; 'zero', that of
-          ImageNet; 'random', one colour per image; 'blur' of the visible pixels, sigma 3/4 of a cell: interpolation.
-    The last three are not the method. `generator` feeds 'random', on the images' device. Raises ValueError for another
-    fill. Source: paper, Fig. 3; `mask_color` of the released configs."""
+    fill  'mean': each image's mean per channel over all its pixels, hidden ones included (the
+          method). 'zero': ImageNet's mean colour, which is 0 after normalisation. 'random': one
+          random colour per image. 'blur': a blur of the visible pixels, sigma 3/4 of a mask unit
+
+    `generator` feeds 'random' and is on the images' device. Raises ValueError for another fill.
+    Source: paper, Fig. 3; `mask_color` of the released configs. Only 'mean' is the method."""
+    hidden = resize_mask(mask, images.shape[-2:])            # (B, 1, H, W)
     if fill == "mean":
         colour = images.mean((2, 3), keepdim=True)           # (B, C, 1, 1)
     elif fill == "zero":
         colour = images.new_zeros(1, 1, 1, 1)
     elif fill == "random":
-        colour = torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator).to(images.dtype)
+        colour = torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator)
+        colour = colour.to(images.dtype)
     elif fill == "blur":
-        seen = (~resize_mask(mask, images.shape[-2:])).to(images.dtype)      # (B, 1, H, W)
-        sigma = 0.75 * images.shape[-1] / mask.shape[-1]
-        size = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[:-3:-1]]    # across, down
-        blurred, weight = (gaussian_blur(x, size, [sigma, sigma]) for x in (images * seen, seen))
-        colour = torch.where(weight > 1e-4, blurred / weight.clamp(min=1e-4), images.mean((2, 3), keepdim=True))
+        colour = blur_of_visible(images, hidden, sigma=0.75 * images.shape[-1] / mask.shape[-1])
     else:
         raise ValueError(f"fill {fill!r}: must be one of {', '.join(FILLS)}")
-    return torch.where(resize_mask(mask, images.shape[-2:]), colour, images)
+    return torch.where(hidden, colour, images)
 
 
-# ---- move 2: the mask token, in the middle of the network ----
+def blur_of_visible(images: Tensor, hidden: Tensor, sigma: float) -> Tensor:
+    """The Gaussian mean of the visible pixels around each pixel, (B, C, H, W); sigma in pixels."""
+    visible = (~hidden).to(images.dtype)                     # (B, 1, H, W)
+    H, W = images.shape[-2:]
+    size = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in (W, H)]
+    weight = gaussian_blur(visible, size, [sigma, sigma])
+    blurred = gaussian_blur(images * visible, size, [sigma, sigma])
+    mean = images.mean((2, 3), keepdim=True)                 # where no visible pixel is near
+    return torch.where(weight > 1e-4, blurred / weight.clamp(min=1e-4), mean)
 
-def spread_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
+
+# ---- 2. the mask token, in the middle of the network ----
+
+def expand_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
     """Brings a mask (B, gh, gw) to the shape of `features`, with one channel.
 
-    layout 'nchw': (B, C, h, w) -> (B, 1, h, w);  'nhwc' (Swin): (B, h, w, C) -> (B, h, w, 1);
-    a sequence (B, N, C) -> (B, N, 1), with s x s patches per mask cell: N = cells s^2, or one more if a class token
-    stands first (it is never hidden). Whether it is there follows from N.
+    layout 'nchw': (B, C, h, w) -> (B, 1, h, w)
+    layout 'nhwc': (B, h, w, C) -> (B, h, w, 1), Swin
+    a sequence:    (B, N, C) -> (B, N, 1). N is a whole number of patches per mask unit, or one
+                   more: then a class token stands first, which is never hidden
+
     Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:
         h, w = features.shape[1:3] if layout == "nhwc" else features.shape[2:]
-        spread = resize_mask(mask, (h, w))                   # (B, 1, h, w)
-        return spread.permute(0, 2, 3, 1) if layout == "nhwc" else spread
-    n, (gh, gw) = features.shape[1], mask.shape[-2:]
-    for first in (0, 1):                                     # without a class token, with one
-        side = math.isqrt((n - first) // (gh * gw))
-        if side and side * side * gh * gw == n - first:
-            patches = resize_mask(mask, (side * gh, side * gw)).flatten(1)      # (B, N)
-            return F.pad(patches, (first, 0), value=False).unsqueeze(-1)        # (B, first + N, 1)
-    raise ValueError(f"a sequence of {n} tokens does not fit a mask of {gh}x{gw} cells: "
-                     f"the mask cell must be a whole number of patches")
+        hidden = resize_mask(mask, (h, w))                   # (B, 1, h, w)
+        return hidden.permute(0, 2, 3, 1) if layout == "nhwc" else hidden
+    n = features.shape[1]
+    gh, gw = mask.shape[-2:]
+    for class_tokens in (0, 1):
+        s = math.isqrt((n - class_tokens) // (gh * gw))      # patches across a mask unit
+        if s and s * s * gh * gw == n - class_tokens:
+            hidden = resize_mask(mask, (s * gh, s * gw)).flatten(1)          # (B, N)
+            return F.pad(hidden, (class_tokens, 0), value=False).unsqueeze(-1)
+    raise ValueError(f"a sequence of {n} tokens does not fit a mask of {gh}x{gw} units: a mask "
+                     f"unit must be a whole number of patches")
 
 
 class MaskToken(nn.Module):
-    """The learnable token (C,), mixed into the features at hidden positions m (paper, Fig. 3):
+    """A learned token (C,) that joins the features z at hidden positions m (paper, Fig. 3):
 
-    'gamma'    z(1-m) + gamma z m + token m   the released CNN configs; gamma (C,) starts at 1e-6, so a hidden
-                                              feature starts as the token alone, and training decides how much
-                                              of the blurred feature comes through
-    'add'      z + token m                    the paper's formula, and the released ViT and Swin configs
-    'replace'  z(1-m) + token m               SimMIM
-    The token starts truncated normal, std 0.02 (so too for ConvNeXt, where the released code leaves it at 0).
+    'gamma'    z (1 - m) + gamma z m + token m   the released CNN configs. gamma (C,) is learned
+                                                 and starts at 1e-6: a hidden feature starts as
+                                                 the token alone, and training decides how much
+                                                 of the feature comes through
+    'add'      z + token m                       the paper's formula; released ViT and Swin configs
+    'replace'  z (1 - m) + token m               SimMIM
+
+    The token starts truncated normal with std 0.02. (In the released code ConvNeXt's starts at 0.)
     Raises ValueError for another form."""
 
     def __init__(self, channels: int, form: str = "gamma", layout: str = "nchw"):
         super().__init__()
         if form not in TOKENS:
             raise ValueError(f"mask token {form!r}: must be one of {', '.join(TOKENS)}")
-        self.form, self.layout = form, layout
+        self.form = form
+        self.layout = layout
         self.token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02))
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6)) if form == "gamma" else None
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        """z (B, C, h, w), (B, h, w, C) or (B, N, C); mask (B, gh, gw), True = hidden. Visible features stay."""
-        m = spread_mask(mask, z, self.layout)
-        shape = (1, -1, 1, 1) if z.dim() == 4 and self.layout == "nchw" else (-1,)
-        token = self.token.view(shape).to(z.dtype)           # under autocast the features may be bf16
+        """z (B, C, h, w), (B, h, w, C) or (B, N, C); mask (B, gh, gw). Visible features stay."""
+        m = expand_mask(mask, z, self.layout)
+        is_map = z.dim() == 4 and self.layout == "nchw"
+        shape = (1, -1, 1, 1) if is_map else (-1,)
+        at_hidden = self.token.view(shape).to(z.dtype)       # under autocast z may be bf16
         if self.form == "gamma":
-            token = torch.addcmul(token, self.gamma.view(shape).to(z.dtype), z)
+            at_hidden = torch.addcmul(at_hidden, self.gamma.view(shape).to(z.dtype), z)
         elif self.form == "add":
-            token = z + token
-        return torch.where(m, token, z)
+            at_hidden = z + at_hidden
+        return torch.where(m, at_hidden, z)

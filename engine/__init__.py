@@ -2,7 +2,7 @@
 
     flags     one table says all about a flag
     command   processes, signals, and errors of one line
-    journal   the course of a run: steps, exact resume
+    checkpointer   the course of a run: steps, exact resume
     progress  means between two log lines, and how far a run is
     files     the output folder, checkpoints, log lines
     results   accuracies, confusion, features

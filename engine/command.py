@@ -1,8 +1,8 @@
 """From torchrun's processes to the exit code, with errors of one line.
 
-A mistake of the user (ValueError) ends a run with exit code 2, a failed run (Failed, no memory) with 1, a signal with
-128 + its number. Each is told in one line: what was given, what is allowed, how to fix it.
-"""
+A mistake of the user (ValueError) ends a run with exit code 2, a failed run (Failed, no memory)
+with 1, a signal with 128 + its number. Each is told in one line: what was given, what is allowed,
+how to fix it. """
 
 import contextlib
 import gc
@@ -21,23 +21,26 @@ from tqdm import tqdm
 
 from .files import printable, release_locks
 
-warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")   # a 1x1 convolution: both
+# a 1x1 convolution: both
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 # ---- processes: one, or as many as torchrun started ----
 
 @dataclass
-class World:
-    """Who we are among the processes of torchrun: `rank` of `size`, on `device`. Without torchrun: rank 0 of 1.
+class Distributed:
+    """Who we are among the processes of torchrun: `rank` of `size`, on `device`. Without torchrun:
+    rank 0 of 1.
 
-    The device is the accelerator that torch sees, else the CPU. Nobody has run this on Apple's mps or Intel's xpu yet,
-    so what they may lack is left out there. on_mps: no fused AdamW (it makes the step that GradScaler skips), no
-    channels_last, one process. Not on_cuda: no pinned memory, no copy that does not wait (on mps it comes out wrong),
-    no SyncBatchNorm, no mixed precision unless asked for. float64 stays on the CPU."""
+    The device is the accelerator that torch sees, else the CPU. Nobody has run this on Apple's mps
+    or Intel's xpu yet, so what they may lack is left out there. on_mps: no fused AdamW (it makes
+    the step that GradScaler skips), no channels_last, one process. Not on_cuda: no pinned memory,
+    no copy that does not wait (on mps it comes out wrong), no SyncBatchNorm, no mixed precision
+    unless asked for. float64 stays on the CPU."""
     size: int = int(os.environ.get("WORLD_SIZE", 1))
     rank: int = int(os.environ.get("RANK", 0))
     local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
     local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    store = None                                             # where the processes meet, once they do
+    store = None  # where the processes meet, once they do
 
     def __post_init__(self):
         self.use(torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
@@ -48,9 +51,10 @@ class World:
         # gloo, too: what CPUs agree on does not wait for the GPU
         self.backend = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}.get(kind, "gloo")
 
-    def take_gpu(self, asked: str | None = None) -> None:
-        """This process's own GPU becomes the current one, or the CPU if `asked`. Raises ValueError if the device asked
-        for is not there, there are more processes than GPUs, or torch is too old for it."""
+    def set_device(self, asked: str | None = None) -> None:
+        """This process's own GPU becomes the current one, or the CPU if `asked`. Raises ValueError
+        if the device asked for is not there, there are more processes than GPUs, or torch is too
+        old for it."""
         here = self.device.type
         if asked not in (None, here, "cpu"):
             has = "no accelerator" if here == "cpu" else here
@@ -58,7 +62,8 @@ class World:
         self.use(asked or here)
         if self.on_mps and self.size > 1:
             raise ValueError(f"{self.size} processes on mps: one only; start it without torchrun, or use --device cpu")
-        if self.on_mps and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):       # no GradScaler before
+        # no GradScaler before
+        if self.on_mps and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
             raise ValueError(f"--device mps: needs torch 2.8, this is {torch.__version__}; update it, or use "
                              f"--device cpu")
         if self.on_gpu and not self.on_mps:
@@ -68,27 +73,30 @@ class World:
             getattr(torch, self.device.type).set_device(self.device)
             torch.set_float32_matmul_precision("high")
 
-    def meeting_place(self):
-        """The store where the processes meet. A restart by torchrun has its own, without the addresses of the dead."""
+    def rendezvous_store(self):
+        """The store where the processes meet. A restart by torchrun has its own, without the
+        addresses of the dead."""
         store, *_ = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.store = dist.PrefixStore(f"attempt-{attempt}", store) if self.local_size == self.size else store
         return self.store
 
     def tells_the_end(self) -> None:
-        """Notes, for `end_was_told` of the other processes, that this one is about to say why the run ends."""
-        with contextlib.suppress(Exception):                 # the store may be gone with the process that kept it
+        """Notes, for `end_was_told` of the other processes, that this one is about to say why the
+        run ends."""
+        with contextlib.suppress(Exception):  # the store may be gone with the process that kept it
             if self.store:
                 self.store.set("told", "1")
 
     def end_was_told(self) -> bool:
         try:
             return self.store is not None and self.store.check(["told"])
-        except Exception:                                    # the store is gone: nobody can have told it there
+        except Exception:  # the store is gone: nobody can have told it there
             return False
 
     def default_amp(self) -> str:
-        """bf16 if the device computes in it natively; else fp16 on an NVIDIA GPU, off on what is left."""
+        """bf16 if the device computes in it natively; else fp16 on an NVIDIA GPU, off on what is
+        left."""
         if self.on_gpu and not self.on_cuda:
             return "off"
         if self.on_cuda:
@@ -96,11 +104,11 @@ class World:
         has = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "off"
 
-    def say(self, text: str) -> None:
+    def print0(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
 
-    def agree(self, decide):
+    def broadcast_from_rank0(self, decide):
         """Rank 0 decides; every rank gets its answer, or its ValueError."""
         answer = [None, None]
         if self.rank == 0:
@@ -114,13 +122,13 @@ class World:
             raise ValueError(answer[1])
         return answer[0]
 
-    def mean(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """Average over the processes; all take part."""
         if self.size > 1:
             dist.all_reduce(values)
         return values / self.size
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each number over the processes."""
         if self.size == 1:
             return list(numbers)
@@ -128,14 +136,16 @@ class World:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Every process takes rank 0's BatchNorm statistics, which are saved: without SyncBN each has its own."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Every process takes rank 0's BatchNorm statistics, which are saved: without SyncBN each
+        has its own."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """The rows of all processes, in the order of their ranks, on every one; each may have its own number."""
+    def all_gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """The rows of all processes, in the order of their ranks, on every one; each may have its
+        own number."""
         if self.size == 1:
             return rows
         parts = [None] * self.size
@@ -158,7 +168,8 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and SIGHUP (a closed terminal), so that the step can be finished and saved.
+    """Notes Ctrl-C, SIGTERM and SIGHUP (a closed terminal), so that the step can be finished and
+    saved.
 
     A second Ctrl-C ends the run at once. SIGHUP stays ignored under nohup."""
     number = 0                                               # of the last one, 0 = none yet
@@ -181,7 +192,8 @@ class Signals:
 
 
 class Unbreakable:
-    """A text stream whose write errors are dropped: a closed terminal, or a log on a full disk, ends no run."""
+    """A text stream whose write errors are dropped: a closed terminal, or a log on a full disk,
+    ends no run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -207,12 +219,12 @@ NO_SHARED_MEMORY = ("shared memory", "Bus error")
 NO_MEMORY = ("can't allocate memory", "Unable to allocate", "MPS backend out of memory")
 
 
-def explain(error: BaseException, world: World) -> tuple[int, str] | None:
+def explain(error: BaseException, world: Distributed) -> tuple[int, str] | None:
     """An exception as (exit code, one line); None for a bug, which needs its traceback."""
     text = str(error)
     lines = text.splitlines() or [""]
     first, last = lines[0].strip(), lines[-1].strip()
-    in_worker = text.startswith("Caught ")                   # a loader worker sends its whole traceback
+    in_worker = text.startswith("Caught ")  # a loader worker sends its whole traceback
     if isinstance(error, Stopped):
         return error.code, text
     if isinstance(error, KeyboardInterrupt):
@@ -234,7 +246,8 @@ def explain(error: BaseException, world: World) -> tuple[int, str] | None:
                    f"checkpoint")
     if isinstance(error, (Failed, OSError, torch.OutOfMemoryError)):
         return 1, printable(text if isinstance(error, Failed) else first, None)
-    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):        # such as no C++ compiler
+    # such as no C++ compiler
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return 1, f"--compile: {first}; repair that, or run without it"
     return None
 
@@ -242,15 +255,17 @@ def explain(error: BaseException, world: World) -> tuple[int, str] | None:
 def clear_frames(error: BaseException | None) -> None:
     """Empties the frames of an exception and of those that led to it.
 
-    One of them may hold the loader, whose workers ignore SIGTERM: Python would wait for them at its end."""
+    One of them may hold the loader, whose workers ignore SIGTERM: Python would wait for them at its
+    end."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def command_line(program: str, parse, train, argv: list[str] | None) -> None:
-    """Runs train(parse(argv), world), and turns what went wrong into one line on stderr and an exit code."""
-    world, code, message = World(), 0, ""
+    """Runs train(parse(argv), world), and turns what went wrong into one line on stderr and an exit
+    code."""
+    world, code, message = Distributed(), 0, ""
     stderr, sys.stderr = sys.stderr, Unbreakable(sys.stderr)
     try:
         train(parse(argv), world)
@@ -272,17 +287,18 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         print(f"{program}: {message}", file=sys.stderr, flush=True)
     sys.stderr = stderr
     if failed and world.size > 1:
-        os._exit(code)                                       # the others may be waiting for us; the launcher ends them
+        os._exit(code)  # the others may be waiting for us; the launcher ends them
     if dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()                                         # DDP keeps the group; its threads must end before Python
+        gc.collect()  # DDP keeps the group; its threads must end before Python
     if code:
         sys.exit(code)
 
 
-def wait_for_rank_0(world: World) -> None:
-    """Rank 0 tells what went wrong, for all. If it was killed it cannot: torchrun then ends the others by SIGTERM, and
-    this process speaks; so it does if nobody has ended it after 10 seconds."""
+def wait_for_rank_0(world: Distributed) -> None:
+    """Rank 0 tells what went wrong, for all. If it was killed it cannot: torchrun then ends the
+    others by SIGTERM, and this process speaks; so it does if nobody has ended it after 10
+    seconds."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
     if ended.wait(10) and world.end_was_told():

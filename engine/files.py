@@ -28,7 +28,7 @@ import torch
 
 WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt", "checkpoint-previous.pt",
            "confusion.png", "features.npz", ".lock", "log.jsonl", "loss.png", "result.json")
-locks = {}                                                   # folder -> the open lock file of this process
+locks = {}  # folder -> the open lock file of this process
 
 
 def make_and_lock(out: Path) -> None:
@@ -37,10 +37,11 @@ def make_and_lock(out: Path) -> None:
 
 
 def lock_folder(out: Path) -> None:
-    """Takes the folder for this process until `release_locks` or its end. Raises ValueError if another has it.
+    """Takes the folder for this process until `release_locks` or its end. Raises ValueError if
+    another has it.
 
-    The kernel releases the lock when the process dies, however it dies. A lock of `lockf` is not inherited by loader
-    workers, so they cannot hold it after their parent was killed."""
+    The kernel releases the lock when the process dies, however it dies. A lock of `lockf` is not
+    inherited by loader workers, so they cannot hold it after their parent was killed."""
     key = os.path.realpath(out)
     if fcntl is None or key in locks:
         return
@@ -83,8 +84,8 @@ def settings(args: SimpleNamespace) -> dict:
 def load_checked(path: str | Path):
     """torch.load of plain values: nothing in the file is executed.
 
-    Raises OSError if it is no regular file (a pipe would be waited for), or if a byte of it has flipped: a `.pt` is a
-    zip file with checksums, and torch.load does not look at them."""
+    Raises OSError if it is no regular file (a pipe would be waited for), or if a byte of it has
+    flipped: a `.pt` is a zip file with checksums, and torch.load does not look at them."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path}: is not a regular file")
     if zipfile.is_zipfile(path):
@@ -95,16 +96,18 @@ def load_checked(path: str | Path):
 
 
 def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> None:
-    """Write beside, flush to the disk, rename: a kill at any moment, or a full disk, leaves the old or the new file.
+    """Write beside, flush to the disk, rename: a kill at any moment, or a full disk, leaves the old
+    or the new file.
 
-    With `keep_previous` the old one stays as <stem>-previous.pt. Raises OSError if the file cannot be written."""
+    With `keep_previous` the old one stays as <stem>-previous.pt. Raises OSError if the file cannot
+    be written."""
     beside, previous = path.with_name(path.name + ".tmp"), path.with_stem(path.stem + "-previous")
     try:
         with open(beside, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():                  # a second name for the old file: one is always there
+        if keep_previous and path.exists():  # a second name for the old file: one is always there
             previous.unlink(missing_ok=True)
             try:
                 os.link(path, previous)
@@ -130,7 +133,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def disk_error(error: Exception, folder: Path) -> str:
-    """The reason why a file could not be written, in words of a user: torch says "unexpected pos" for a full disk."""
+    """The reason why a file could not be written, in words of a user: torch says "unexpected pos"
+    for a full disk."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     with contextlib.suppress(OSError):
@@ -143,22 +147,40 @@ def disk_error(error: Exception, folder: Path) -> str:
 def read_checkpoint(out: Path) -> dict | None:
     """checkpoint.pt of a run, or the one before it if that is broken; None if there is none yet.
 
-    `path` is added to the state: the file that it came from. Raises ValueError if no file can be read."""
+    `path` is added to the state: the file that it came from. Raises ValueError if no file can be
+    read."""
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
     for path in paths:
-        with contextlib.suppress(Exception):                 # torch.load has no one type for a broken file
+        try:
             state = load_checked(path)
-            if is_checkpoint(state):
-                return dict(state, path=str(path))
+            is_whole = is_checkpoint(state)
+        except Exception:  # torch.load has no one type for a broken file
+            is_whole = False
+        if is_whole:
+            return dict(state, args=with_new_names(state["args"]), path=str(path))
     if paths:
         raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this program (damaged, of "
                          f"another program, or with weights that are NaN); move it away to start from the beginning")
     return None
 
 
+RENAMED = {"mask_cell": "mask_size", "mask_stage": "token_stage"}  # settings of older runs
+REMOVED = {"alpha": 1.0, "log_weight": True}                 # and those that every run has now
+
+
+def with_new_names(args: dict) -> dict:
+    """The settings of a run, as an older version may have saved them, under the names of now.
+
+    Raises ValueError for a value that is no longer supported."""
+    for name, value in REMOVED.items():
+        if args.get(name, value) != value:
+            raise ValueError(f"this run has --{name.replace('_', '-')} {args[name]}, which is no longer supported")
+    return {RENAMED.get(name, name): value for name, value in args.items() if name not in REMOVED}
+
+
 def is_checkpoint(state: dict) -> bool:
     """Are the values there that every run saves, of their types, and all weights finite?"""
-    counters = {"step": 0, "per_epoch": 1, "world": 1, "skipped": 0}         # name -> smallest value
+    counters = {"step": 0, "per_epoch": 1, "world": 1, "skipped": 0}  # name -> smallest value
     if not all(type(state[name]) is int and state[name] >= least for name, least in counters.items()):
         return False
     args = state["args"]
@@ -183,7 +205,8 @@ def append_line(log: Path, line: dict) -> None:
 
 
 def read_lines(log: Path) -> list[dict]:
-    """The lines of log.jsonl that are whole, and of this program: what else is in the file is passed over."""
+    """The lines of log.jsonl that are whole, and of this program: what else is in the file is
+    passed over."""
     lines = []
     for text in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):
@@ -204,7 +227,7 @@ UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f"                                   # controls: ESC, line breaks, tabs, NUL
     "\u2028\u2029"                                          # line and paragraph separators
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"         # marks that turn the direction of text
-    "\ud800-\udfff]"                                        # half characters, and bytes that are no UTF-8
+    "\ud800-\udfff]"  # half characters, and bytes that are no UTF-8
 )
 
 
@@ -223,7 +246,8 @@ def printable(text: str, longest: int | None = 200) -> str:
 
 
 def escape(match: re.Match) -> str:
-    """One character as a backslash escape. Python keeps a byte that is no UTF-8 as U+DC80 to U+DCFF."""
+    """One character as a backslash escape. Python keeps a byte that is no UTF-8 as U+DC80 to
+    U+DCFF."""
     number = ord(match[0])
     if 0xDC80 <= number <= 0xDCFF:
         number -= 0xDC00

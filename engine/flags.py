@@ -17,9 +17,10 @@ import torch
 
 from .files import printable
 
+OLD_NAMES = {"mask_size": ["--mask-cell"], "token_stage": ["--mask-stage"]}  # of flags
 MAX_SIDE, MAX_EPOCHS = 8192, 100_000                         # more is a slip of the keyboard
 SWITCH = object()                                            # a kind of flag: one without a value
-SIDES = object()                                             # and one of one or two: 224, or 192 256 (height, width)
+SIDES = object()  # and one of one or two: 224, or 192 256 (height, width)
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,13 +83,13 @@ class Sides(argparse.Action):
         setattr(args, self.dest, values[0] if len(values) == 1 else values)
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     """(H, W) of an image size; one number is a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
-def told_size(size: int | Sequence[int]) -> str:
-    H, W = pair(size)
+def format_size(size: int | Sequence[int]) -> str:
+    H, W = height_width(size)
     return f"{H} px" if H == W else f"{H} x {W} px"
 
 
@@ -138,10 +139,11 @@ class Parser(argparse.ArgumentParser):
                     more["choices"] = kind
                 else:
                     more |= dict(type=kind, metavar=kind.metavar)
-                g.add_argument("--" + name.replace("_", "-"), **more)
+                names = ["--" + name.replace("_", "-"), *OLD_NAMES.get(name, [])]
+                g.add_argument(*names, dest=name, **more)
 
     def error(self, message: str):
-        most = 1000                                          # a value of any length may be quoted in it
+        most = 1000  # a value of any length may be quoted in it
         told = message if len(message) <= most else message[:most] + "..."
         raise ValueError(f"{told}; see --help")
 
@@ -153,7 +155,8 @@ def defaults(flags: dict) -> dict:
 def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> dict:
     """Flags of the run that left `weights`, from args.json beside them; {} if there is none.
 
-    Raises ValueError if that file is no such record, or holds a value that the flag of that name would refuse."""
+    Raises ValueError if that file is no such record, or holds a value that the flag of that name
+    would refuse."""
     beside = Path(weights or "").parent / "args.json"
     if not weights or not beside.is_file():
         return {}

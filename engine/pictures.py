@@ -26,7 +26,7 @@ def sheet(columns: dict[str, Tensor], note: str = "") -> Image.Image:
     """A page with one row per image and one titled column per entry, each (N, 3, H, W) in [0, 1].
 
     note: a line of small text below the images."""
-    images = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()      # (N * columns, 3, H, W)
+    images = torch.stack(list(columns.values()), 1).flatten(0, 1).cpu()  # (N * columns, 3, H, W)
     grid = tvf.to_pil_image(make_grid(images, nrow=len(columns), padding=2, pad_value=1))
     zoom = max(1, round(160 * len(columns) / grid.width))
     grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST)
@@ -45,7 +45,7 @@ def sheet(columns: dict[str, Tensor], note: str = "") -> Image.Image:
 # ---- curves ----
 
 PANEL = (720, 270)                                           # pixels: width and height
-FINE = 2                                                     # drawn twice as large, then reduced: smooth lines
+FINE = 2  # drawn twice as large, then reduced: smooth lines
 COLOURS = {
     "each log line": "#b8bcc4",
     "smoothed": "#1f5fbf",
@@ -172,7 +172,8 @@ def free_place(y: float, taken: list[float], apart: float) -> float:
 # ---- tables ----
 
 def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
-    """shares (C, C), rows sum to 1: of each true class (row) the share taken for each class (column), darker = more."""
+    """shares (C, C), rows sum to 1: of each true class (row) the share taken for each class
+    (column), darker = more."""
     C = len(shares)
     cell = max(1, min(28, 560 // C))
     left, top = (90, 24) if C <= 20 else (10, 24)

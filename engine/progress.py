@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .command import World
+from .command import Distributed
 
 PAUSE = 600                                                  # seconds without a plain line
 
@@ -23,7 +23,7 @@ class RunningMeans:
     The sums stay on the device, so that no step waits for a GPU. A checkpoint holds the sums: a
     run that is resumed between two log lines logs the same means as a run that never stopped."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: Distributed):
         self.world = world
         self.names = []
         self.sums = torch.zeros(0, device=world.device)      # of each part, and the number of steps
@@ -34,9 +34,9 @@ class RunningMeans:
         A step is left out if its loss is not finite on some process."""
         self.names = list(record)
         parts = torch.stack([value.detach().float() for value in record.values()])
-        values = self.world.mean(parts)
+        values = self.world.all_reduce_mean(parts)
         step = torch.cat([values, torch.ones_like(values[:1])])
-        if len(self.sums) != len(step):                      # the first step, or resumed with other parts
+        if len(self.sums) != len(step):  # the first step, or resumed with other parts
             self.sums = torch.zeros_like(step)
         finite = torch.isfinite(values[self.names.index("loss")])
         self.sums = self.sums + torch.where(finite, step, 0)
@@ -63,8 +63,8 @@ class Progress:
     A terminal shows a bar. A log file gets a plain line after every epoch, at the end of the run,
     and after ten minutes without a line."""
 
-    def __init__(self, world: World, plan, done: int):
-        """plan: the run's journal.Steps. done: steps that were made before this start."""
+    def __init__(self, world: Distributed, plan, done: int):
+        """plan: the run's checkpointer.StepPlan. done: steps that were made before this start."""
         self.world, self.plan, self.done = world, plan, done
         terminal = sys.stderr.isatty()
         hidden = world.rank != 0 or not terminal
@@ -110,7 +110,7 @@ class Progress:
             step, held_out = self.held_out
             parts.append(f"held-out {held_out:.4f} (step {step})")
         parts += [f"{speed:.0f} images/s", f"{tqdm.format_interval(left)} left"]
-        self.world.say("  ".join(parts))
+        self.world.print0("  ".join(parts))
         self.shown, self.shown_at, self.losses = self.done, now, []
 
     def close(self) -> None:

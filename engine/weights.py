@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import load_checked, printable
-from .flags import pair
+from .flags import height_width
 
 # where other programs keep the weights in a checkpoint; SparK: module, DINO and iBOT: teacher
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher")
 BLOCK = {"depthwise_conv": 0, "norm": 2, "pointwise_conv1": 3, "pointwise_conv2": 5}
-RENAMES = [  # the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); their ResNet has torchvision's already
+# the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); their ResNet has torchvision's
+# already
+RENAMES = [
     (r"^downsample_layers\.(\d)\.", lambda m: f"features.{2 * int(m[1])}."),
     (r"^stages\.(\d)\.(\d+)\.gamma$", lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.layer_scale"),
     (r"^stages\.(\d)\.(\d+)\.(depthwise_conv|norm|pointwise_conv1|pointwise_conv2)\.",
@@ -35,7 +37,7 @@ RENAMES = [  # the authors' names -> torchvision's (ConvNeXt) and BEiT's (ViT); 
     (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
     (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
     (r"^layers\.(\d+)\.", r"blocks.\1."),
-    (r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2."),             # torchvision's own files of DenseNet
+    (r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2."),  # torchvision's own files of DenseNet
 ]
 
 
@@ -52,8 +54,8 @@ def read_weights(path: str | Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
 class Stored(NamedTuple):
     """The weights of a file, and how they lay in it."""
     state: dict[str, Tensor]                                 # by plain backbone name
-    names: dict[str, str]                                    # plain backbone name -> name in the file
-    prefix: str                                              # before the backbone's names in the file
+    names: dict[str, str]  # plain backbone name -> name in the file
+    prefix: str  # before the backbone's names in the file
     keys: list[str]                                          # that led to the state dict
 
 
@@ -69,7 +71,8 @@ def read_stored(path: str | Path, own: dict[str, Tensor]) -> Stored:
 
 
 def open_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A file of weights -> (its state dict, the keys that led to it). Raises ValueError: see read_weights."""
+    """A file of weights -> (its state dict, the keys that led to it). Raises ValueError: see
+    read_weights."""
     shown = printable(str(path), None)
     try:
         state = load_checked(path)
@@ -77,7 +80,8 @@ def open_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"{shown}: no such file") from None
     except Exception as error:                               # torch.load has no one type for damage
         said = "not a file of weights (truncated, damaged, another format, or holding code to run)"
-        if isinstance(error, OSError) and error.filename:    # it cannot be opened: a folder, no permission
+        # it cannot be opened: a folder, no permission
+        if isinstance(error, OSError) and error.filename:
             said = error.strerror
         elif str(error).startswith(f"{path}: "):             # load_checked's own words
             said = printable(str(error).removeprefix(f"{path}: "))
@@ -129,7 +133,8 @@ def check_numbers(path: str | Path, name: str, tensor: Tensor) -> None:
 
 
 def check_kind(path: str | Path, name: str, tensor: Tensor, own: Tensor) -> None:
-    """Raises ValueError for integers in place of weights: a quantized net has their scale elsewhere."""
+    """Raises ValueError for integers in place of weights: a quantized net has their scale
+    elsewhere."""
     if own.is_floating_point() and not tensor.is_floating_point():
         shown = printable(str(path), None)
         raise ValueError(f"{shown}: {name} is {tensor.dtype}, expected real numbers; save it as float32")
@@ -138,8 +143,8 @@ def check_kind(path: str | Path, name: str, tensor: Tensor, own: Tensor) -> None
 def common_prefix(names: Iterable[str], own: Container[str]) -> str:
     """What stands before the names of a net in a file, such as 'module.encoder_q.', or ''.
 
-    With it the most names of the net are found. Of several such prefixes the shortest is taken, then
-    the first in the file."""
+    With it the most names of the net are found. Of several such prefixes the shortest is taken,
+    then the first in the file."""
     counts = Counter()
     for name in names:
         parts = name.split(".")
@@ -150,8 +155,8 @@ def common_prefix(names: Iterable[str], own: Container[str]) -> str:
 
 
 def plain_names(names: Iterable[str], own: Container[str], prefix: str) -> dict[str, str]:
-    """{plain backbone name: name in the file}. Names outside the backbone lose the parts of the prefix
-    that they have, and keep the rest: module.neck.x becomes neck.x."""
+    """{plain backbone name: name in the file}. Names outside the backbone lose the parts of the
+    prefix that they have, and keep the rest: module.neck.x becomes neck.x."""
     inside, outside = {}, {}
     for name in names:
         plain = name
@@ -179,13 +184,15 @@ def some_names(names: Iterable[str], most: int = 4) -> str:
 
 def load_backbone(encoder: nn.Module, path: str | Path, made_at: int | Sequence[int] | None = None
                   ) -> dict[str, list[str]]:
-    """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'resized', 'skipped', 'missing'}.
+    """Loads what fits from `path` into encoder.backbone; returns names: {'used', 'resized',
+    'skipped', 'missing'}.
 
-    taken_off: what stood around the names in the file: ["under 'teacher'", "prefix 'backbone.' taken off"].
-    resized: position tables of another image size (bicubic), used too; skipped: in the file, not in the backbone
-    (heads, decoder, token) or of another shape; missing: in the backbone, not in the file. made_at: the image size of
-    these tables, by default as in args.json beside the file, else a square. Raises ValueError as `read_weights` does,
-    or if less than nine tenths of the backbone's parameters are found."""
+    taken_off: what stood around the names in the file: ["under 'teacher'", "prefix 'backbone.'
+    taken off"]. resized: position tables of another image size (bicubic), used too; skipped: in the
+    file, not in the backbone (heads, decoder, token) or of another shape; missing: in the backbone,
+    not in the file. made_at: the image size of these tables, by default as in args.json beside the
+    file, else a square. Raises ValueError as `read_weights` does, or if less than nine tenths of
+    the backbone's parameters are found."""
     full, head = encoder.backbone.state_dict(), (f"{encoder.head_name}.",) if encoder.head_name else ()
     own = {name: tensor for name, tensor in full.items() if not name.startswith(head)}
     stored = read_stored(path, own)
@@ -199,7 +206,8 @@ def load_backbone(encoder: nn.Module, path: str | Path, made_at: int | Sequence[
             if table is not tensor:
                 tensor, resized = table, [*resized, name]
         if tensor is not None and tensor.squeeze().shape == own[name].squeeze().shape:
-            used[name] = tensor.reshape(own[name].shape)     # (C) for (C, 1, 1), 1x1 convolution for linear
+            # (C) for (C, 1, 1), 1x1 convolution for linear
+            used[name] = tensor.reshape(own[name].shape)
     parameters = [name for name, _ in encoder.backbone.named_parameters() if name in own]
     found = sum(name in used for name in parameters)
     if found < 0.9 * len(parameters):
@@ -209,7 +217,7 @@ def load_backbone(encoder: nn.Module, path: str | Path, made_at: int | Sequence[
     taken_off = [f"under {key!r}" for key in stored.keys[-1:]]
     if stored.prefix:
         taken_off.append(f"prefix {printable(stored.prefix)!r} taken off")
-    full.update(used)                                        # keeps the version notes that MNASNet asks for
+    full.update(used)  # keeps the version notes that MNASNet asks for
     encoder.backbone.load_state_dict(full)
     return {"used": sorted(used), "resized": [n for n in resized if n in used],
             "skipped": sorted(set(state) - set(used)), "missing": sorted(set(own) - set(used)),
@@ -236,17 +244,18 @@ def beside(path: str | Path) -> int | list[int] | None:
 
 def resize_positions(name: str, table: Tensor, backbone: nn.Module, made_at: int | Sequence[int] | None
                      ) -> Tensor | None:
-    """A position table of one image size, bicubically resized to the backbone's; the same object if that is its own
-    size; None if the old grid is not known: it does not follow from made_at, and is not square.
+    """A position table of one image size, bicubically resized to the backbone's; the same object if
+    that is its own size; None if the old grid is not known: it does not follow from made_at, and is
+    not square.
 
-    pos_embed (1, 1 + hw, C), class token first; ViT's bias table ((2h-1)(2w-1) + 3, heads), class pairs last; Swin's
-    has no extras."""
+    pos_embed (1, 1 + hw, C), class token first; ViT's bias table ((2h-1)(2w-1) + 3, heads), class
+    pairs last; Swin's has no extras."""
     whole = table
     if not hasattr(backbone, "grid"):                       # Swin: one table per window
         new, first, last, old = (math.isqrt(len(backbone.state_dict()[name])),) * 2, 0, 0, None
     else:
         patch = backbone.patch_embed.proj.stride[0]
-        new, old = backbone.grid, [side // patch for side in pair(made_at)] if made_at else None
+        new, old = backbone.grid, [side // patch for side in height_width(made_at)] if made_at else None
         if name.endswith("pos_embed"):
             table, first, last = table[0], 1, 0
         else:
@@ -264,9 +273,9 @@ def resize_positions(name: str, table: Tensor, backbone: nn.Module, made_at: int
     return table[None] if name.endswith("pos_embed") else table
 
 
-def told(found: dict[str, list[str]], head: set[str] | None = None) -> str:
-    """What load_backbone found in a file, in one line. head: the names of the head's weights that were taken, {} if a
-    fresh one is made; None if none is wanted."""
+def summary_of(found: dict[str, list[str]], head: set[str] | None = None) -> str:
+    """What load_backbone found in a file, in one line. head: the names of the head's weights that
+    were taken, {} if a fresh one is made; None if none is wanted."""
     new = ["head"] * (head is not None and not head) + found["missing"]
     unused = [name for name in found["skipped"] if name not in (head or ())]
     odd = [name for name in unused if not name.startswith(("decoder.", "mask_token.", "neck."))]
@@ -278,7 +287,8 @@ def told(found: dict[str, list[str]], head: set[str] | None = None) -> str:
 
 
 def load_head(model: nn.Module, path: str | Path) -> set[str]:
-    """The head of a Classifier (ViT: and its norm) from best.pt, torchvision's or a released file; its names there.
+    """The head of a Classifier (ViT: and its norm) from best.pt, torchvision's or a released file;
+    its names there.
 
     Raises ValueError if the file holds no head, or one for another number of classes."""
     shown = printable(str(path), None)

@@ -25,16 +25,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import NAMED, normalise, seed_for
-from engine.command import Failed, World, command_line
+from engine.command import Failed, Distributed, command_line
 from engine.files import printable
-from engine.flags import RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number, pair, path, remembered, told_size
+from engine.flags import RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number, height_width, path, remembered, format_size
 from extras import inside
 from extras.chart import Panel, charts
 from extras.output import check_folder, free_name, writing
 from extras.paint import build_model, load_model
 from loss import residual
 from masking import fill_hidden, mask_grid, random_mask, resize_mask
-from model import STEMS, family
+from model import STEMS, get_family
 
 ORDERS = (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)       # of an interaction: cells seen, as a share of the others
 SEEDS = 3                                                    # of an occlusion
@@ -47,9 +47,9 @@ Result = tuple[list[str], dict, list[Panel]]                 # of an analysis: l
 # ---- fourier ----
 
 @torch.no_grad()
-def fourier(args: SimpleNamespace, world: World) -> Result:
+def fourier(args: SimpleNamespace, world: Distributed) -> Result:
     """Log amplitude along the diagonal, and variance over positions, at every depth of the encoder."""
-    size = pair(args.image_size)
+    size = height_width(args.image_size)
     if size[0] != size[1]:
         raise ValueError(f"--image-size {size[0]} {size[1]}: the diagonal is that of square maps; give one number")
     data, found = inside.load_images(args, size, args.images, labelled=False), {}
@@ -99,23 +99,23 @@ def fourier(args: SimpleNamespace, world: World) -> Result:
 
 def grid_of(args: SimpleNamespace) -> tuple[int, int]:
     """--grid square cells along the shorter side. Raises ValueError if they do not divide the image."""
-    low, high = sorted(pair(args.image_size))
+    low, high = sorted(height_width(args.image_size))
     fit = [g for g in range(2, low + 1) if low % g == 0 and high % (low // g) == 0]
     if args.grid not in fit:
         fit = ", ".join(str(g) for g in fit if g < 17)
-        raise ValueError(f"--grid {args.grid}: does not divide a side of {told_size(args.image_size)}; use one of "
+        raise ValueError(f"--grid {args.grid}: does not divide a side of {format_size(args.image_size)}; use one of "
                          f"{fit}")
-    return mask_grid(pair(args.image_size), low // args.grid)
+    return mask_grid(height_width(args.image_size), low // args.grid)
 
 
 @torch.no_grad()
-def interactions(args: SimpleNamespace, world: World) -> Result:
+def interactions(args: SimpleNamespace, world: Distributed) -> Result:
     """J by order, on images that all weights but random ones classify correctly. Cells not seen are ImageNet's mean.
 
     The order m of a share r of the other n - 2 cells is round((n - 2) r). The released code
     truncates, int((n - 2) r): with n = 64, three of the nine ORDERS (0.35, 0.8 and 0.95) have one
     cell less there."""
-    size, grid = pair(args.image_size), grid_of(args)
+    size, grid = height_width(args.image_size), grid_of(args)
     cells, data = math.prod(grid), inside.load_images(args, size, 10 * args.images)
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
     right = torch.ones(len(data.labels), dtype=torch.bool)
@@ -185,9 +185,9 @@ def compared(rows: dict[str, Tensor], shares: list[float], about: str, seed: int
 
 # ---- occlusion ----
 
-def occlusion(args: SimpleNamespace, world: World) -> Result:
+def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
     """Top-1 with a share of the cells filled: at random, the object's first, or last; and with pieces shuffled."""
-    size, grid = pair(args.image_size), grid_of(args)
+    size, grid = height_width(args.image_size), grid_of(args)
     cells, data = math.prod(grid), inside.load_images(args, size, args.images)
     counts, cuts = [k * cells // 10 for k in range(10)], [g for g in (1, 2, 4, 8) if not any(s % g for s in size)]
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
@@ -254,11 +254,11 @@ def occlusion(args: SimpleNamespace, world: World) -> Result:
 
 # ---- mim ----
 
-def mim(args: SimpleNamespace, world: World) -> Result:
+def mim(args: SimpleNamespace, world: Distributed) -> Result:
     """The spectrum of the residual, and how hard the terms of the loss pull: by frequency, and on the decoder."""
     runs = {"start": "random"} | {name: file for name, file in args.weights.items() if file != "random"}
     run = load_model(list(runs.values())[-1])[1]             # every process does the same
-    data, found, panels = inside.load_images(args, pair(run.image_size), args.images, labelled=False), {}, []
+    data, found, panels = inside.load_images(args, height_width(run.image_size), args.images, labelled=False), {}, []
     batches = [b for b in (4, 16, 64, 256) if b <= len(data.images)] or [len(data.images)]
     terms = ("pixels", "Fourier, per image", "Fourier, of the batch")
     lines = ["| weights | images in a batch | power of their mean residual, over that of each | "
@@ -266,14 +266,15 @@ def mim(args: SimpleNamespace, world: World) -> Result:
     for name, file in tqdm(runs.items(), "mim", disable=args.quiet):
         torch.manual_seed(seed_for(run.seed))                # `random`: what the run itself started from
         model, own = (build_model(run), run) if file == "random" else load_model(file)
-        if pair(own.image_size) != pair(run.image_size):
-            sizes = f"of {told_size(own.image_size)}, the last of {told_size(run.image_size)}"
+        if height_width(own.image_size) != height_width(run.image_size):
+            sizes = f"of {format_size(own.image_size)}, the last of {format_size(run.image_size)}"
             raise ValueError(f"--weights: {printable(file)}: {sizes}; give one size")
         model, images = model.to(world.device).train(), normalise(data.images, world.device)
         generator = torch.Generator().manual_seed(args.seed)
         mask = random_mask(len(images), model.grid, own.mask_ratio, generator=generator).to(world.device)
         with torch.no_grad():                                # (N, 3, H, W)
-            r = residual(model(images, mask), images, mask, own.stand_in, own.visible_weight)
+            hidden = resize_mask(mask, images.shape[-2:])    # (N, 1, H, W)
+            r = residual(model(images, mask), images, hidden, own.stand_in, own.visible_weight)
         frequency, each, total = inside.bands(inside.spectrum(r))
         log = lambda values: list(zip(frequency, values.clamp(min=1e-20).log10().tolist()))
         power, norms = {"each image": log(each)}, []
@@ -301,13 +302,13 @@ def mim(args: SimpleNamespace, world: World) -> Result:
 
 # ---- the command ----
 
-def analyse(args: SimpleNamespace, world: World) -> None:
+def analyse(args: SimpleNamespace, world: Distributed) -> None:
     """Runs one analysis; rank 0 writes. Raises ValueError for a mistake."""
-    world.take_gpu(args.device)
+    world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     args.quiet = world.rank > 0
-    out = Path(world.agree(lambda: choose_folder(args)))
+    out = Path(world.broadcast_from_rank0(lambda: choose_folder(args)))
     lines, found, panels = ANALYSES[args.what](args, world)
     if world.rank == 0:
         print("\n".join(lines))
@@ -317,7 +318,7 @@ def analyse(args: SimpleNamespace, world: World) -> None:
             (out / "table.md").write_text("\n".join(lines) + "\n")
             (out / "results.json").write_text(results + "\n")
             charts(panels).save(out / "plot.png", optimize=True)
-        world.say(f"written to {printable(str(out))}/: table.md, results.json, plot.png")
+        world.print0(f"written to {printable(str(out))}/: table.md, results.json, plot.png")
 
 
 def choose_folder(args: SimpleNamespace) -> str:
@@ -337,7 +338,7 @@ FLAGS = {
         "data_root": ("datasets", path("DIR"), "where torchvision's datasets are kept"),
         "images": (None, number(int, 2), "how many: " + ", ".join(f"{name} {n}" for name, n in IMAGES.items())),
         "image_size": (None, SIDES, "side in pixels, or height and width (of the first weights, else 96)"),
-        "arch": (None, checked("NAME", family), "backbone (from args.json beside the weights)"),
+        "arch": (None, checked("NAME", get_family), "backbone (from args.json beside the weights)"),
         "patch_size": (None, count, "ViT only (as trained)"),
         "window": (None, count, "Swin only (as trained)"),
         "stem": (None, STEMS, "ResNet only (as trained)")},

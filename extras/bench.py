@@ -41,16 +41,16 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import model
 import pretrain
-from data import MEAN, STD, CropAndFlip, Folder, Samples, Shapes, normalise, open_images
-from engine.command import World, command_line
+from data import (MEAN, STD, CropAndFlip, Folder, ImageDataset, Shapes, make_loader,
+                  normalise, open_images)
+from engine.command import Distributed, command_line
 from engine.flags import AMP, MAX_SIDE, Parser, checked, defaults, number, path
-from engine.images import make_loader
 from extras.output import check_folder, free_name, writing
 from loss import fourier_loss
 from masking import mask_grid, random_mask, resize_mask
-from model import ARCHS, Attention, build_encoder, family
+from model import ARCHS, Attention, build_encoder, get_family
 
-WORLD = World()
+WORLD = Distributed()
 
 
 # ---- two things in turns ----
@@ -128,9 +128,9 @@ def over(a: list[float], b: list[float]) -> list[float]:
 
 # ---- the loss ----
 
-def textbook_fourier(pred, image, mask, spectrum: str, u: float = 1e-3):
+def textbook_fourier(pred, image, hidden, spectrum: str, u: float = 1e-3):
     """The Fourier loss as the papers write it: the complex spectrum of every image; if asked, the batch average."""
-    w = resize_mask(mask, image.shape[-2:]).float()
+    w = hidden.float()
     w = w + (1 - w) * u
     p = pred * w + (0.5 * pred.detach() + 0.5 * image) * (1 - w)
     P, X = torch.fft.fft2(p, norm="ortho"), torch.fft.fft2(image, norm="ortho")
@@ -144,16 +144,16 @@ def textbook_fourier(pred, image, mask, spectrum: str, u: float = 1e-3):
 def fourier(table: Table, args) -> None:
     image, pred = torch.randn(2, 64, 3, 224, 224, device=WORLD.device).unbind()
     pred.requires_grad_()
-    mask = random_mask(64, (7, 7), device=WORLD.device)
-    for spectrum, target in (("batch", 4.0), ("image", 1.7)):
+    hidden = resize_mask(random_mask(64, (7, 7), device=WORLD.device), (224, 224))
+    for spectrum, target in (("batch", 3.0), ("image", 0.9)):
         def ours():
             pred.grad = None
-            ours.value = fourier_loss(pred, image, mask, spectrum=spectrum)
+            ours.value = fourier_loss(pred, image, hidden, spectrum=spectrum)
             ours.value.backward()
 
         def theirs():
             pred.grad = None
-            theirs.value = textbook_fourier(pred, image, mask, spectrum)
+            theirs.value = textbook_fourier(pred, image, hidden, spectrum)
             theirs.value.backward()
         b, a = in_turns(theirs, ours, args.rounds)
         apart = abs(ours.value.item() / theirs.value.item() - 1)
@@ -209,7 +209,7 @@ def a2mim_step(args, arch: str, batch: int, *more: str):
 def bare_step(args, arch: str, batch: int):
     """What a supervised step of the same backbone costs: its features, pooled, a linear head, cross-entropy, AdamW."""
     net = finetune.Classifier(arch, build_encoder(arch, args.image_size), 1000).to(WORLD.device)
-    channels_last = family(arch).convolutional and not WORLD.on_mps
+    channels_last = get_family(arch).convolutional and not WORLD.on_mps
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(memory_format=layout).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=not WORLD.on_mps)
@@ -492,7 +492,7 @@ def loader(table: Table, args) -> None:
             order = Forever(list(range(len(files))))
             return DataLoader(dataset, batch_sampler=order, num_workers=1, prefetch_factor=4)
 
-        samples, keys = Samples(source, CropAndFlip((224, 224), 0.8), 0), [(0, i) for i in range(len(files))]
+        samples, keys = ImageDataset(source, CropAndFlip((224, 224), 0.8), 0), [(0, i) for i in range(len(files))]
         ours = drain(make_loader(samples, Forever(keys), 1, WORLD))
         peers, bare = drain(usual(Peers(files))), drain(usual(Decoded(files)))
         times = [(next(ours), next(peers), next(bare)) for _ in range(args.rounds + 1)][1:]
@@ -525,7 +525,7 @@ def large_photographs(table: Table, args) -> None:
         megabytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 12e6
         crop = CropAndFlip((224, 224), 0.8)
         whole, part = (
-            Samples(open_images(folder, "train", (224, 224), crop_min=least), crop, 0) for least in (None, 0.8)
+            ImageDataset(open_images(folder, "train", (224, 224), crop_min=least), crop, 0) for least in (None, 0.8)
         )
         b, a = in_turns(*(lambda s=s: [s[0, i] for i in range(12)] for s in (whole, part)), args.rounds, warm=1)
     table.add(
@@ -641,7 +641,7 @@ ROWS = {f.__name__: f for f in (fourier, steps, memory, loader, attention, proce
 FLAGS = {
     "what is measured": {
         "data": (None, path("DIR"), "a folder of JPEG files for the loader (drawn ones)"),
-        "arch": ("resnet50", checked("NAME", family), "backbone"),
+        "arch": ("resnet50", checked("NAME", get_family), "backbone"),
         "batch_size": (None, number(int, 1), "images per step (CPU 16, GPU 128)"),
         "image_size": (224, number(int, 32, MAX_SIDE), "side in pixels"),
         "amp": ("off", tuple(AMP), "of both sides"),
@@ -652,7 +652,7 @@ FLAGS = {
 }
 
 
-def bench(args: argparse.Namespace, world: World) -> None:
+def bench(args: argparse.Namespace, world: Distributed) -> None:
     """Measures, prints, writes. Raises ValueError for a mistake."""
     out = Path(args.out) if args.out else free_name(Path("runs/bench"))
     check_folder(out)
@@ -660,7 +660,7 @@ def bench(args: argparse.Namespace, world: World) -> None:
     if args.data and "loader" in args.rows:
         Folder(Path(args.data), "train")
     args.batch_size = args.batch_size or (128 if WORLD.on_gpu else 16)
-    WORLD.take_gpu()
+    WORLD.set_device()
     table, found, began = Table(), [], time.time()
     for name in args.rows:
         found = ROWS[name](table, args) or found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from engine.files import printable
-from engine.images import read_image
+from data import read_image
 from extras.dense import name_and_reason
 
 # ---- masks: True inside, (h, w) ----

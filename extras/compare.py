@@ -34,24 +34,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 import pretrain
-from data import NAMED, open_images
-from engine.command import Failed, World, command_line
+from data import NAMED, open_images, split_folder
+from engine.command import Failed, Distributed, command_line
 from engine.files import printable
-from engine.flags import SIDES, SWITCH, Parser, checked, defaults, number, pair, path, told_size
-from engine.images import split_folder
+from engine.flags import SIDES, SWITCH, Parser, checked, defaults, number, height_width, path, format_size
 from extras import detect, segment
 from extras.dense import Scenes
 from extras.output import check_folder, writing
-from model import ARCHS, build_encoder, family
+from model import ARCHS, build_encoder, get_family
 
 # ---- what is run ----
 
 PRETRAIN = {  # on shapes, the same for A2MIM and SimMIM; lr per 512 images
-    "resnet": "--recipe imagenet --mask-cell 8 --spectrum image --lr 0.032 --token-lr 1",
-    "convnext": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.032 --token-lr 1",
-    "vit": "--recipe imagenet --patch-size 16 --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine "
+    "resnet": "--recipe imagenet --mask-size 8 --spectrum image --lr 0.032 --token-lr 1",
+    "convnext": "--recipe imagenet --mask-size 16 --spectrum image --lr 0.032 --token-lr 1",
+    "vit": "--recipe imagenet --patch-size 16 --mask-size 16 --spectrum image --lr 0.016 --schedule cosine "
            "--drop-path 0",
-    "swin": "--recipe imagenet --mask-cell 16 --spectrum image --lr 0.016 --schedule cosine",
+    "swin": "--recipe imagenet --mask-size 16 --spectrum image --lr 0.016 --schedule cosine",
 }
 SMALL = "--recipe small --crop-min 0.35"                     # and on real images: any backbone
 TUNE = "--crop-min 0.8 --batch-size 16 --lr-batch 16 --layer-decay 1 --eval-every 1000000"  # the same for every arm
@@ -69,10 +68,10 @@ REAL = (48_000, 24_000, 6_400)
 SCENES = (12_800, 0, 0)                                      # then the demo of extras/segment.py or extras/detect.py
 BASE = "none"
 ABLATIONS = {  # title -> flags over the A2MIM of the first rows
-    "token at stage 1": "--mask-stage 1",
-    "token at stage 2": "--mask-stage 2",
-    "token at stage 3": "--mask-stage 3",
-    "token at stage 4, 32 px cells": "--mask-stage 4 --mask-cell 32",
+    "token at stage 1": "--token-stage 1",
+    "token at stage 2": "--token-stage 2",
+    "token at stage 3": "--token-stage 3",
+    "token at stage 4, 32 px cells": "--token-stage 4 --mask-size 32",
     "fill zero": "--fill zero",
     "fill random": "--fill random",
     "no Fourier term": "--fourier-weight 0",
@@ -109,7 +108,7 @@ def plan_dense(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     for seed in range(args.seeds):
         for name, flags in (("a2mim", ""), ("simmim", "--baseline simmim")):
             pre = (f"pretrained/{name}-{seed}", "pretrain",
-                   f"{both} --data {out}/scenes --image-size {' '.join(map(str, pair(args.image_size)))} "
+                   f"{both} --data {out}/scenes --image-size {' '.join(map(str, height_width(args.image_size)))} "
                    f"--recipe small --batch-size 16 --sheets 2 --val 0 "
                    f"--epochs {args.pretrain_images / args.scenes:.4f} --seed {seed} {flags}")
             start = f"--weights {out}/{pre[0]}/backbone.pt"
@@ -141,14 +140,14 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     if args.data not in NAMED and not split_folder(Path(args.data), "train"):
         raise ValueError(f"--data {named}: needs train/<class>/ and val/<class>/; pre-training must not see what "
                          "is tested on")
-    unlabelled, images = (len(open_images(args.data, "train", pair(args.image_size), labelled=labelled))
+    unlabelled, images = (len(open_images(args.data, "train", height_width(args.image_size), labelled=labelled))
                           for labelled in (False, True))
     few = max(1, round(args.few * images)) / images
-    kind = family(args.arch).name
-    size = " ".join(str(side) for side in dict.fromkeys(pair(args.image_size)))          # '64', or '48 64'
+    kind = get_family(args.arch).name
+    size = " ".join(str(side) for side in dict.fromkeys(height_width(args.image_size)))          # '64', or '48 64'
     both = f"--data {data} --image-size {size} --workers {args.workers} --log-every 50"
     arch = f"--arch {args.arch}" + (" --patch-size 16" if kind == "vit" else "")
-    token = "--mask-stage 3" if kind in ("resnet", "convnext") and args.drawn else ""
+    token = "--token-stage 3" if kind in ("resnet", "convnext") and args.drawn else ""
 
     def pre(name: str, flags: str, seed: int, count: int) -> tuple:
         return (
@@ -208,7 +207,7 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
         if program == "random":                              # an untrained backbone, for the probes
             arch, *size, seed = shlex.split(flags)
             torch.manual_seed(int(seed))
-            torch.save(build_encoder(arch, pair([*map(int, size)])).backbone.state_dict(), part / "backbone.pt")
+            torch.save(build_encoder(arch, height_width([*map(int, size)])).backbone.state_dict(), part / "backbone.pt")
         else:
             resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
             for left in ("result.json",) if resume else ("log.jsonl", "result.json"):
@@ -283,7 +282,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
         f"linear probe, {few}": ("linear", "top1"),
         "20-NN": ("knn", "top1"),
     }
-    about = f"{args.arch} on {printable(args.data)}, {told_size(args.image_size)}: "
+    about = f"{args.arch} on {printable(args.data)}, {format_size(args.image_size)}: "
     about += f"pre-training {args.pretrain_images:,} images, "
     if args.task == "classify":
         about += f"fine-tuning {args.finetune_images:,}; top-1 {seeds}"
@@ -309,7 +308,7 @@ def summary(args: SimpleNamespace, out: Path) -> str:
             "| change | top-1 | against none |",
             "|---|---|---|",
         ]
-        here = f"{BASE} ({', '.join(OWN[family(args.arch).name])}, fill mean, Fourier mixed with the image spectrum)"
+        here = f"{BASE} ({', '.join(OWN[get_family(args.arch).name])}, fill mean, Fourier mixed with the image spectrum)"
         lines += [
             f"| {here if title == BASE else title} | {say(values)} | "
             + ("" if title == BASE else f"{statistics.mean(values) - statistics.mean(found[BASE]):+.1f}")
@@ -389,7 +388,7 @@ FLAGS = {
 }
 
 
-def compare(args: SimpleNamespace, world: World) -> None:
+def compare(args: SimpleNamespace, world: Distributed) -> None:
     """Runs all cells that are missing, and writes the tables.
 
     Raises ValueError for a mistake, Failed if a cell fails."""
@@ -399,7 +398,7 @@ def compare(args: SimpleNamespace, world: World) -> None:
     jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
     if dense:
         with writing(out / "scenes"):
-            draw_scenes(out / "scenes", args.scenes, pair(args.image_size))
+            draw_scenes(out / "scenes", args.scenes, height_width(args.image_size))
     failed, work = 0, [(chain, out, jobs) for chain in chains]
     bar = tqdm(total=sum(map(len, chains)), unit="cell")
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, bar:
@@ -426,7 +425,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         raise ValueError(f"--data {printable(args.data)}: --task {args.task} has drawn scenes "
                          "alone; leave --data away")
     args.drawn = args.data == "shapes" and not dense
-    budget = SCENES if dense else BUDGETS[family(args.arch).name] if args.drawn else REAL
+    budget = SCENES if dense else BUDGETS[get_family(args.arch).name] if args.drawn else REAL
     for name, images in zip(("pretrain_images", "ablation_images", "finetune_images"), budget):
         asked = getattr(args, name) or images
         setattr(args, name, max(1, asked // 8) if args.quick else asked)
@@ -435,7 +434,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     args.scenes = min(10_000, args.pretrain_images)          # different ones
     args.few = args.few or (0.05 if args.drawn else 0.1)
     args.ablation_seeds = int(args.drawn) if args.ablation_seeds is None else args.ablation_seeds
-    args.tune_lr = args.tune_lr or (5e-4 if family(args.arch).name in ("vit", "swin") else 1e-3)
+    args.tune_lr = args.tune_lr or (5e-4 if get_family(args.arch).name in ("vit", "swin") else 1e-3)
     args.data = "scenes" if dense else args.data
     about = f"{Path(args.data).absolute().name}-{args.arch}" + "-quick" * args.quick
     args.out = args.out or f"runs/compare-{about}"

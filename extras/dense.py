@@ -24,13 +24,13 @@ from torchvision.ops import masks_to_boxes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import SHAPES, draw_shape, texture
-from engine.command import World
+from engine.shapes import SHAPES, draw_shape, texture
+from engine.command import Distributed
 from engine.files import printable
 from engine.flags import MAX_EPOCHS, number
-from engine.journal import Steps
+from engine.checkpointer import StepPlan
 from engine.optim import layer_groups, lr_at
-from model import Encoder, family
+from model import Encoder, get_family
 
 # ---- four maps of any encoder ----
 
@@ -191,7 +191,7 @@ def name_and_reason(source, index: int, file: str) -> str:
 UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def some_usable(source, what: str, args: SimpleNamespace, world: World) -> None:
+def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) -> None:
     """Reads images until one can be used. Raises ValueError if the first hundred cannot.
 
     what: the set in words, such as "images for training".
@@ -205,21 +205,21 @@ def some_usable(source, what: str, args: SimpleNamespace, world: World) -> None:
                 continue
         return source.name(0)
 
-    if reason := world.agree(first_reason):
+    if reason := world.broadcast_from_rank0(first_reason):
         first = "first hundred " if len(source) > 100 else ""
         raise ValueError(f"--data {args.data}: none of the {first}{what} can be used: {reason}"
                          + " and the others" * (len(source) > 1))
 
 
-def left_out(source, indices: list[int], world: World) -> None:
+def left_out(source, indices: list[int], world: Distributed) -> None:
     """Says which images an evaluation left out, and why. All processes take part.
 
     indices: of the images that this process left out."""
     mine = torch.tensor(indices, dtype=torch.long)
-    if missing := sorted(world.gather(mine).tolist()):
+    if missing := sorted(world.all_gather(mine).tolist()):
         names = ", ".join(source.name(index) for index in missing[:3])
         names += ", ..." * (len(missing) > 3)
-        world.say(f"{len(missing)} images cannot be read and are left out of the count: {names}")
+        world.print0(f"{len(missing)} images cannot be read and are left out of the count: {names}")
 
 
 # ---- a run counted in iterations ----
@@ -245,18 +245,18 @@ OPTIM_FLAGS = {
 }
 
 
-def plan(args: SimpleNamespace, world: World, images: int, saved: dict | None) -> Steps:
+def plan(args: SimpleNamespace, world: Distributed, images: int, saved: dict | None) -> StepPlan:
     """Steps.plan for a run that may be given in iterations, and with a warm-up in iterations."""
     if "epochs" in args.given and "iterations" not in args.given:
         args.iterations = None
     if args.iterations:
-        args.epochs = args.iterations / Steps.plan(args, world, images, None).per_epoch
-    steps = Steps.plan(args, world, images, saved)
+        args.epochs = args.iterations / StepPlan.plan(args, world, images, None).per_epoch
+    steps = StepPlan.plan(args, world, images, saved)
     steps.warmup = min(args.warmup, steps.total // 10)
     return steps
 
 
-def rate(step: int, steps: Steps, base: float, args: SimpleNamespace) -> float:
+def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> float:
     """lr of one parameter group at a step, as released (mmcv); t = step, T = all, W = those of the warm-up:
 
     poly     floor + (base - floor) (1 - t/T)^power
@@ -275,12 +275,12 @@ def rate(step: int, steps: Steps, base: float, args: SimpleNamespace) -> float:
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
 
 
-def memory_format(args: SimpleNamespace, world: World) -> torch.memory_format:
-    channels_last = args.channels_last and family(args.arch).convolutional and not world.on_mps  # faster on a CNN
+def memory_format(args: SimpleNamespace, world: Distributed) -> torch.memory_format:
+    channels_last = args.channels_last and get_family(args.arch).convolutional and not world.on_mps  # faster on a CNN
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def wrapped(model: nn.Module, args: SimpleNamespace, world: World) -> tuple[nn.Module, nn.Module]:
+def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tuple[nn.Module, nn.Module]:
     """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP over processes."""
     model = net = model.to(world.device).to(memory_format=memory_format(args, world))
     if world.size > 1 and world.on_cuda:

@@ -29,20 +29,20 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from data import NAMED, Batches, Samples, seed_for
-from engine.command import Failed, World, command_line
+from data import (every_image_once, ImageDataset, make_loader, NAMED, ResumableBatchSampler, seed_for)
+from engine.command import Failed, Distributed, command_line
 from engine.files import load_checked, printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults,
                           number, path, remembered)
-from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, make_folder, open_run
+from engine.images import UnreadableImages
+from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.pictures import save_sheet
-from engine.weights import load_backbone, told
+from engine.weights import load_backbone, summary_of
 from extras.coco import Coco, judge, summarise
 from extras.dense import (OPTIM_FLAGS, Scenes, left_out, listed, optimizer_for, plan,
                           rate, some_usable, wrapped)
 from extras.mask_rcnn import detector
-from model import build_encoder, family
+from model import build_encoder, get_family
 
 # ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images of a step ----
 
@@ -65,7 +65,7 @@ DEMO_WEIGHTS = "runs/shapes-resnet18/backbone.pt"            # of the demo of pr
 @dataclass
 class Run:
     """What a step and an evaluation work on."""
-    steps: Steps | None                                      # None: evaluation only
+    steps: StepPlan | None                                      # None: evaluation only
     classes: list[str]                                       # without the ground
     loader: DataLoader | None
     val_loader: DataLoader
@@ -73,10 +73,10 @@ class Run:
     net: nn.Module                                           # what a step calls: the model, wrapped by DDP if need be
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    broken: Broken
+    broken: UnreadableImages
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run) -> dict[str, Tensor]:
+def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
     """One optimiser step; returns this process's mean losses, on the device. Randomness comes from (seed, step)."""
     torch.manual_seed(seed_for(args.seed, step, world.rank))     # stochastic depth, sizes, samples of anchors, regions
     record = {}
@@ -101,27 +101,27 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
     return record
 
 
-def as_float(image: Tensor, world: World) -> Tensor:
+def as_float(image: Tensor, world: Distributed) -> Tensor:
     """uint8 (3, H, W) -> float32 in [0, 1] on the device; the detector normalises by itself."""
     return image.as_subclass(Tensor).to(world.device, non_blocking=world.on_cuda).float().div_(255)
 
 
 # ---- the run ----
 
-def train(args: SimpleNamespace, world: World) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu(args.device)
+def train(args: SimpleNamespace, world: Distributed) -> None:
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
-        world.say(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
+        world.print0(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
     run = prepare(args, world, saved)
-    world.say(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
+    world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
               f"{len(run.val_loader.dataset)} images for validation\n"
               f"{'evaluation only' if args.eval_only else f'recipe {args.recipe}'}; {world.size} x "
               f"{world.device.type}, amp {args.amp}; writing {args.out}/")
@@ -129,10 +129,10 @@ def train(args: SimpleNamespace, world: World) -> None:
         make_folder(args, world, 0)
         return report(evaluate(run.model, args, world, run), args, world, run)
 
-    steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, finetune.Best(AP=-2.0), {}
+    steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, finetune.BestEpoch(AP=-2.0), {}
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
-    journal = Journal(args, world, steps, keep, saved)
-    world.say(f"{len(run.loader.dataset)} images, global batch {steps.global_batch}, peak lr {peak:.2e}, "
+    checkpointer = Checkpointer(args, world, steps, keep, saved)
+    world.print0(f"{len(run.loader.dataset)} images, global batch {steps.global_batch}, peak lr {peak:.2e}, "
               f"{args.epochs:g} x {steps.per_epoch} steps")
 
     def evaluate_after(done: int) -> None:
@@ -141,21 +141,21 @@ def train(args: SimpleNamespace, world: World) -> None:
         if done == 0 or done < steps.total and (inside or epoch % args.eval_every):
             return
         result.update(evaluate(run.model, args, world, run))
-        world.say(f"epoch {done / steps.per_epoch:g}: box {percent(result['box'], 'AP')}, "
+        world.print0(f"epoch {done / steps.per_epoch:g}: box {percent(result['box'], 'AP')}, "
                   f"mask {percent(result['mask'], 'AP')}")
-        journal.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
+        checkpointer.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
-    with journal:
+    with checkpointer:
         evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
-        for step in journal.steps():
+        for step in checkpointer.steps():
             for group in run.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak * group["scale"], args)
             record = train_step(step, batches, args, world, run)
-            journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
+            checkpointer.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
-    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
+    checkpointer.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
@@ -166,11 +166,11 @@ def open_scenes(args: SimpleNamespace, split: str):
     if args.data in NAMED or not Path(args.data).is_dir():
         what = "has no boxes" if args.data in NAMED else "no such folder"
         raise ValueError(f"--data {args.data}: {what}; give a folder in COCO's format, or shapes")
-    longest = args.image_size if family(args.arch).name == "vit" else args.longest
+    longest = args.image_size if get_family(args.arch).name == "vit" else args.longest
     return Coco(Path(args.data), split, longest)
 
 
-def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
+def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size = args.image_size                                   # as released: 640 to 800, at most 1333
     args.smallest = min(args.smallest or round(size * 0.8), size)
@@ -185,18 +185,18 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     classes, batches = val.classes[args.data == "shapes":], []           # scenes count the ground among them
     steps = None if args.eval_only else plan(args, world, len(source), saved)
     if steps:
-        batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
+        batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
                           steps.total)
     flip = v2.RandomHorizontalFlip(0.5)                      # image, boxes and masks together
-    loader = make_loader(Samples(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
+    loader = make_loader(ImageDataset(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
     val_once = every_image_once(len(val), 8 if size < 256 else 1, world)
-    val_loader = make_loader(Samples(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
+    val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same heads
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
                             args.stem)
     if args.weights and not saved and not args.eval_only:
-        world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
+        world.print0(f"{args.weights}: " + summary_of(load_backbone(encoder, args.weights)))
     model = detector(encoder, len(classes) + 1, args, world)
     if args.eval_only:
         load_detector(model, args.weights)
@@ -204,7 +204,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
-    broken = Broken(source, args.max_bad, args.out)
+    broken = UnreadableImages(source, args.max_bad, args.out)
     return Run(steps, classes, loader, val_loader, model, net, optimizer, scaler, broken)
 
 
@@ -229,11 +229,11 @@ def truth_of(target: dict[str, Tensor]) -> dict:
 
 
 @torch.no_grad()
-def evaluate(model: MaskRCNN, args: SimpleNamespace, world: World, run: Run) -> dict:
+def evaluate(model: MaskRCNN, args: SimpleNamespace, world: Distributed, run: Run) -> dict:
     """Exact AP over the whole validation set, on any number of processes: see `summarise`; and the number of images."""
     training, records, missing = model.training, {}, []
     model.eval()
-    world.share_buffers(model)
+    world.broadcast_buffers(model)
     for images, targets, index, broken in run.val_loader:
         missing += broken[broken >= 0].tolist()
         good = [i for i in range(len(images)) if broken[i] < 0]
@@ -259,10 +259,10 @@ def percent(ap: dict, *names: str) -> str:
     return ", ".join(f"{name} {value}" for name, value in told.items())
 
 
-def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
+def report(result: dict, args: SimpleNamespace, world: Distributed, run: Run, **more) -> None:
     """Says the result, writes result.json and detections.png."""
     for kind in ("box", "mask"):
-        world.say(f"{kind}: " + percent(result[kind], "AP", "AP50", "AP75", "S", "M", "L", "any class"))
+        world.print0(f"{kind}: " + percent(result[kind], "AP", "AP50", "AP75", "S", "M", "L", "any class"))
     if world.rank == 0:
         more |= {"weights": args.weights or args.init}
         write_text_atomically(Path(args.out) / "result.json", json.dumps({**result, **more}, indent=1) + "\n")
@@ -270,7 +270,7 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
 
 
 @torch.no_grad()
-def save_detections(file: Path, args: SimpleNamespace, world: World, run: Run, side: int = 256) -> None:
+def save_detections(file: Path, args: SimpleNamespace, world: Distributed, run: Run, side: int = 256) -> None:
     """The first six images for validation: image | truth | prediction, of scores above a half."""
     samples, model, columns = run.val_loader.dataset, run.model.eval(), {"image": [], "truth": [], "prediction": []}
     for k in range(min(6, len(samples))):
@@ -346,7 +346,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     names = ["arch", "patch_size", "window", "stem"]                 # as pre-trained; to evaluate, the whole detector
     names += DETECTOR if "eval_only" in given else []
     known = {**demo, **remembered(given.get("weights", demo.get("weights")), parser, names), **given}
-    kind = "vit" if known.get("arch") and family(known["arch"]).name == "vit" else "1x"
+    kind = "vit" if known.get("arch") and get_family(known["arch"]).name == "vit" else "1x"
     recipe = known.get("recipe") or ("shapes" if known.get("data") == "shapes" else kind)
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, program="detect.py", given=given, demo=bool(demo))

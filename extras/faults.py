@@ -28,11 +28,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.command import Failed, World, command_line
+from engine.command import Failed, Distributed, command_line
 from engine.flags import Parser, defaults, number, path
 from extras.output import check_folder, writing
 
-PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 8 --epochs 6 --log-every 1 "
+PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 --epochs 6 --log-every 1 "
        "--sheets 0 --amp off --workers 2 --save-every 1 --val 0")
 TUNE = ("--data {classes} --init scratch --arch resnet18 --image-size 32 --batch-size 8 --epochs 6 --log-every 1 "
         "--amp off --workers 2 --save-every 1 --ema 0.9 --mixup 0.5")
@@ -478,11 +478,11 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
         ("pretrain.py", "--batch-size 1.5", "--batch-size"),
         ("pretrain.py", "--mask-ratio 0", "mask ratio"),
         ("pretrain.py", "--mask-ratio 1", "mask ratio"),
-        ("pretrain.py", "--mask-cell 0", "--mask-cell"),
+        ("pretrain.py", "--mask-size 0", "--mask-size"),
         ("pretrain.py", "--image-size 100", "not a multiple of the 32-pixel mask cell"),
         ("pretrain.py", "--arch deit_tiny --image-size 96 --patch-size 20", "patch"),
-        ("pretrain.py", "--image-size 64 --mask-cell 8 --mask-stage 4", "mask cell is smaller than the stride"),
-        ("pretrain.py", "--mask-stage 7 --image-size 64", "mask stage 7"),
+        ("pretrain.py", "--image-size 64 --mask-size 8 --token-stage 4", "mask cell is smaller than the stride"),
+        ("pretrain.py", "--token-stage 7 --image-size 64", "mask stage 7"),
         ("pretrain.py", "--token glue", "--token"),
         ("pretrain.py", "--fill red", "--fill"),
         ("pretrain.py", "--spectrum all", "--spectrum"),
@@ -588,7 +588,7 @@ PARTS = {  # name -> checks, each (what happened, as it should be)
 MISTAKES = "mistakes"                                        # and one part that gives a table
 
 
-def faults(args: SimpleNamespace, world: World) -> None:
+def faults(args: SimpleNamespace, world: Distributed) -> None:
     """Runs the parts, prints and writes what came out.
 
     Raises Failed if anything is not as it should be."""

@@ -18,16 +18,15 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Shapes, denormalise, eval_transform, normalise
-from engine.command import World, command_line
+from data import SUFFIXES, Shapes, denormalise, eval_transform, normalise
+from engine.command import Distributed, command_line
 from engine.files import printable
-from engine.flags import Parser, defaults, number, path, told_size
-from engine.images import SUFFIXES
+from engine.flags import Parser, defaults, number, path, format_size
 from extras.output import check_file, free_name, writing
 from extras.paint import load_model, read_photo
 from loss import residual
-from masking import fill_hidden, random_mask
-from model import A2MIM, family
+from masking import fill_hidden, random_mask, resize_mask
+from model import A2MIM, get_family
 
 WIDTH, HEIGHT, MARGIN, GAP, MIDDLE = 1200, 376, 18, 30, 180  # the page, and the height of the arrows on it
 BIG, SMALL = 168, 120                                        # sides of pictures
@@ -39,7 +38,7 @@ PALETTE = np.array([(20, 20, 60), (48, 70, 140), (33, 144, 141), (122, 205, 90),
 def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> dict[str, Image.Image]:
     """The seven pictures. image (1, 3, H, W), normalised; mask (1, gh, gw), True = hidden."""
     seen = z = fill_hidden(image, mask, model.fill)          # move 1
-    for stage in range(model.mask_stage):
+    for stage in range(model.token_stage):
         z = model.encoder.run_stage(stage, z)
     before, after = z[0], model.mask_token(z, mask)[0]       # move 2: (C, h, w), on both sides of the token
     painted = model(image, mask)
@@ -49,8 +48,10 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> di
     maps = torch.einsum("c,nchw->nhw", axis, torch.stack([before, after]) - middle)
     maps = maps * (-1 if maps[1].mean() > maps[0].mean() else 1)
     # move 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
-    D = torch.fft.fft2(residual(painted, image, mask, run.stand_in, run.visible_weight)[0], norm="ortho").abs()
-    weight = torch.log1p(D**run.alpha) if run.log_weight else D**run.alpha
+    hidden = resize_mask(mask, image.shape[-2:])             # (1, 1, H, W)
+    r = residual(painted, image, hidden, run.stand_in, run.visible_weight)
+    D = torch.fft.fft2(r[0], norm="ortho").abs()
+    weight = torch.log1p(D)
     weight = weight / weight.amax((1, 2), keepdim=True)
     half = [side // 2 for side in model.image_size]
     amplitude, weight = (tvf.center_crop(torch.fft.fftshift(x.mean(0)), half) for x in (torch.log(D + 1e-6), weight))
@@ -123,7 +124,7 @@ FLAGS = {
 }
 
 
-def draw(args: SimpleNamespace, world: World) -> None:
+def draw(args: SimpleNamespace, world: Distributed) -> None:
     """Writes the picture. Raises ValueError for a mistake."""
     out = Path(args.out) if args.out else free_name(Path("method.png"))
     check_file(out, ENDINGS)
@@ -131,11 +132,11 @@ def draw(args: SimpleNamespace, world: World) -> None:
     if not Path(args.checkpoint).exists():
         raise ValueError(f"{checkpoint}: no such checkpoint; run python pretrain.py first")
     model, run = load_model(args.checkpoint)
-    if not family(run.arch).convolutional:
+    if not get_family(run.arch).convolutional:
         raise ValueError(f"{checkpoint}: holds {run.arch}; the figure shows the feature maps "
                          "of a CNN")
     if len({*model.image_size}) > 1:
-        raise ValueError(f"{checkpoint}: of {told_size(model.image_size)}; the figure has square "
+        raise ValueError(f"{checkpoint}: of {format_size(model.image_size)}; the figure has square "
                          "pictures")
 
     if args.image:
@@ -143,7 +144,7 @@ def draw(args: SimpleNamespace, world: World) -> None:
     else:
         image = Shapes("val", model.image_size).read(args.index)
     mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
-    page = draw_page(moves(model, run, normalise(image[None]), mask), model.mask_stage)
+    page = draw_page(moves(model, run, normalise(image[None]), mask), model.token_stage)
     with writing(out):
         page.save(out, optimize=True)
     print(f"{printable(str(out))}: {page.width} x {page.height} px")

@@ -23,12 +23,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models import convnext, resnet, swin_transformer as swin
 from tqdm import tqdm
 
-from data import Samples, Shapes, eval_transform, open_images, seed_for
-from engine.command import World
+from data import ImageDataset, Shapes, eval_transform, open_images, seed_for
+from engine.command import Distributed
 from engine.files import printable
-from engine.weights import load_backbone, load_head, told
+from engine.weights import load_backbone, load_head, summary_of
 from loss import fourier_loss, spatial_loss
-from model import A2MIM, Block, Classifier, Encoder, build_encoder, family
+from masking import resize_mask
+from model import A2MIM, Block, Classifier, Encoder, build_encoder, get_family
 
 # ---- what is looked at: images and models ----
 
@@ -37,7 +38,7 @@ def load_images(args: SimpleNamespace, size: tuple[int, int], count: int, labell
     and covered (N, 1, H, W) uint8: where the object of a drawn image is; None for other images."""
     source = open_images(args.data, "val", size, args.data_root, labelled=labelled)
     order = np.random.default_rng(args.seed).permutation(len(source))[:count]
-    samples = Samples(source, eval_transform(size), args.seed)
+    samples = ImageDataset(source, eval_transform(size), args.seed)
     read = [samples[0, int(i)] for i in tqdm(order, "images", leave=False, disable=args.quiet)]
     read = [(image, used) for image, used, broken in read if broken < 0]
     if not read:
@@ -48,7 +49,7 @@ def load_images(args: SimpleNamespace, size: tuple[int, int], count: int, labell
                            indices=used, classes=len(source.classes), covered=torch.stack(covered) if covered else None)
 
 
-def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: World, classes: int = 0) -> nn.Module:
+def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distributed, classes: int = 0) -> nn.Module:
     """An Encoder, or a Classifier for so many classes, with the weights of a file, or random ones; in eval mode."""
     torch.manual_seed(seed_for(args.seed))
     own = args.settings[file]
@@ -57,17 +58,17 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: World, 
     model = Classifier(own["arch"], encoder, classes) if classes else encoder
     if file != "random":
         head = load_head(model, file) if classes else None
-        world.say(f"{printable(file)}: {told(load_backbone(encoder, file), head)}")
+        world.print0(f"{printable(file)}: {summary_of(load_backbone(encoder, file), head)}")
     else:                                                    # training starts ResNet's blocks at 0: shortcuts alone
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()):
             nn.init.ones_(norm.weight)
-    layout = torch.channels_last if family(own["arch"]).convolutional else torch.contiguous_format
+    layout = torch.channels_last if get_family(own["arch"]).convolutional else torch.contiguous_format
     return model.eval().requires_grad_(False).to(world.device).to(memory_format=layout)
 
 
-def gather(rows: list[Tensor], count: int, world: World) -> Tensor:
+def gather(rows: list[Tensor], count: int, world: Distributed) -> Tensor:
     """A row for every image of this process, rank, rank + world, ... -> of all `count` images, in their order."""
-    joined = world.gather(torch.stack(rows) if rows else torch.empty(0)).cpu().double()
+    joined = world.all_gather(torch.stack(rows) if rows else torch.empty(0)).cpu().double()
     return joined[torch.cat([torch.arange(rank, count, world.size) for rank in range(world.size)]).argsort()]
 
 
@@ -236,11 +237,12 @@ def pulls(model: A2MIM, run: SimpleNamespace, images: Tensor, mask: Tensor) -> l
     images (B, 3, H, W). The terms: pixels; Fourier with one spectrum per image; Fourier with that of the batch, both
     weighted as in the run (0.5 if it has none)."""
     painted, weight = model(images, mask), run.fourier_weight or 0.5
-    losses = [spatial_loss(painted, images, mask, run.focal_pixels)]
+    hidden = resize_mask(mask, images.shape[-2:])            # (B, 1, H, W)
+    losses = [spatial_loss(painted, images, hidden, run.focal_pixels)]
     for kind in ("image", "batch"):
-        losses.append(weight * fourier_loss(
-            painted, images, mask, stand_in=run.stand_in, visible_weight=run.visible_weight, spectrum=kind,
-            focal=run.fourier_focal, alpha=run.alpha, log_weight=run.log_weight))
+        fourier = fourier_loss(painted, images, hidden, stand_in=run.stand_in, spectrum=kind,
+                               visible_weight=run.visible_weight, focal=run.fourier_focal)
+        losses.append(weight * fourier)
     found = []
     for loss in losses:
         on_painted, *on_decoder = torch.autograd.grad(loss, (painted, *model.decoder.parameters()), retain_graph=True)

@@ -25,11 +25,10 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import denormalise, normalise
-from engine.command import World, command_line
-from engine.files import load_checked, printable
-from engine.flags import Parser, defaults, number, pair, path
-from engine.images import SUFFIXES, read_image
+from data import SUFFIXES, denormalise, normalise, read_image
+from engine.command import Distributed, command_line
+from engine.files import load_checked, with_new_names, printable
+from engine.flags import Parser, defaults, number, height_width, path
 from engine.pictures import save_sheet
 from engine.weights import load_backbone
 from extras.output import check_file, check_folder, free_name, writing
@@ -54,7 +53,7 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
                          "run of pretrain.py")
     try:
         state = load_checked(path)
-        run, weights = SimpleNamespace(**state["args"]), state["model"]
+        run, weights = SimpleNamespace(**with_new_names(state["args"])), state["model"]
         form = {key: value for key, value in weights.items() if not key.startswith("encoder.")}
         assert "mask_token.token" in form
     except Exception:                                        # torch.load has no one type for a broken file
@@ -89,10 +88,10 @@ def read_photo(file: str) -> Tensor:
 
 def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None) -> A2MIM:
     """The model of a run's settings, with random weights: as the run itself makes it."""
-    size = size or pair(run.image_size)
+    size = size or height_width(run.image_size)
     encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window,
                             getattr(run, "stem", None))         # older runs have no stem
-    return A2MIM(encoder, image_size=size, mask_cell=run.mask_cell, mask_stage=run.mask_stage, token=run.token,
+    return A2MIM(encoder, image_size=size, mask_size=run.mask_size, token_stage=run.token_stage, token=run.token,
                  fill=run.fill)
 
 
@@ -129,7 +128,7 @@ def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
 
 # ---- the command ----
 
-def paint(args: SimpleNamespace, world: World) -> None:
+def paint(args: SimpleNamespace, world: Distributed) -> None:
     """Writes a picture for each image. Raises ValueError for a mistake."""
     out = Path(args.out)
     one_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
@@ -139,11 +138,11 @@ def paint(args: SimpleNamespace, world: World) -> None:
         check_folder(out)
     plain, run = load_model(args.checkpoint)
     ratio = run.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    unit = math.lcm(run.mask_cell, plain.stride, 32)         # 32: what every backbone can take
+    unit = math.lcm(run.mask_size, plain.stride, 32)         # 32: what every backbone can take
 
     for name in args.images:
         photo = read_photo(name)
-        image = fitted(photo, min(pair(run.image_size)), unit)
+        image = fitted(photo, min(height_width(run.image_size)), unit)
         model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
         if args.mask:
             mask = drawn(args.mask, model.grid)

@@ -25,9 +25,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.command import World
+from engine.command import Distributed
 from engine.files import printable
-from engine.images import MAX_PIXELS, list_images, read_image
+from data import MAX_PIXELS, list_images, read_image
 from extras.dense import Maps, Semantic, name_and_reason
 from model import Encoder
 
@@ -186,7 +186,7 @@ def gray_step(file: str) -> int:
     return {2: 85, 4: 17}.get(head[24], 1)
 
 
-def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[str] | None = None):
+def open_pairs(args: SimpleNamespace, split: str, world: Distributed, classes: list[str] | None = None):
     """`--data` -> scenes, VOC, or a folder's Pairs. split: 'train' or 'val'. Raises ValueError if it is not there."""
     if args.data == "shapes":
         return Semantic(split, (args.image_size, args.image_size))
@@ -214,10 +214,10 @@ def open_pairs(args: SimpleNamespace, split: str, world: World, classes: list[st
     if args.zero_is_other is None:
         args.zero_is_other = (root / "objectInfo150.txt").exists() or root.name.startswith("ADEChallenge")
     if not classes:
-        classes, absent = world.agree(lambda: classes_of(root, files, args))
+        classes, absent = world.broadcast_from_rank0(lambda: classes_of(root, files, args))
         if absent:
             told = told_classes(absent, classes, args.zero_is_other)
-            world.say(f"no label picture in {printable(str(labels))} holds class {told}")
+            world.print0(f"no label picture in {printable(str(labels))} holds class {told}")
     return Pairs([images / name for name in names], files, classes, args.zero_is_other)
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.command import Failed, World, command_line
+from engine.command import Failed, Distributed, command_line
 from engine.files import printable
 from engine.flags import Parser, defaults, path
 from extras.output import check_file, writing
@@ -70,7 +70,7 @@ def execute(notebook: dict) -> dict:
         try:
             printed, value = run_cell(source, f"cell {number}", space)
         except (Exception, SystemExit) as error:
-            raise Failed(told(error, f"cell {number}")) from None
+            raise Failed(summary_of(error, f"cell {number}")) from None
 
         cell["execution_count"], cell["outputs"] = number, []
         if printed:
@@ -97,7 +97,7 @@ def run_cell(source: str, name: str, space: dict) -> tuple[str, object]:
     return printed.getvalue(), value
 
 
-def told(error: BaseException, cell: str) -> str:
+def summary_of(error: BaseException, cell: str) -> str:
     """An error of a cell in one line: which cell, which line of it, what went wrong."""
     if isinstance(error, SyntaxError) and error.filename == cell:
         where = f"{cell}, line {error.lineno}"
@@ -110,7 +110,7 @@ def told(error: BaseException, cell: str) -> str:
 
 # ---- the command ----
 
-def run(args: SimpleNamespace, world: World) -> None:
+def run(args: SimpleNamespace, world: Distributed) -> None:
     """Runs the notebook; writes it if asked.
 
     Raises ValueError for a mistake, Failed if a cell fails."""

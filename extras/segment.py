@@ -25,19 +25,19 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from data import Batches, Samples, normalise, seed_for
-from engine.command import Failed, World, command_line
+from data import (every_image_once, ImageDataset, make_loader, normalise, ResumableBatchSampler, seed_for)
+from engine.command import Failed, Distributed, command_line
 from engine.files import printable, write_text_atomically
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser,
                           defaults, number, path, remembered)
-from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, make_folder, open_run
+from engine.images import UnreadableImages
+from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.pictures import save_confusion, save_sheet
-from engine.weights import load_backbone, read_weights, told
+from engine.weights import load_backbone, read_weights, summary_of
 from extras.dense import (OPTIM_FLAGS, left_out, memory_format, optimizer_for, plan,
                           rate, some_usable, stacked, wrapped)
 from extras.pixels import IGNORED, ScaleCropFlip, Segmenter, open_pairs, resize, whole
-from model import build_encoder, family
+from model import build_encoder, get_family
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global batch ----
 
@@ -63,7 +63,7 @@ DEMO = Path("runs/shapes-resnet18/backbone.pt")              # what `python pret
 @dataclass
 class Run:
     """What a step and an evaluation work on."""
-    steps: Steps
+    steps: StepPlan
     classes: list[str]
     loader: DataLoader
     val_loader: DataLoader
@@ -71,7 +71,7 @@ class Run:
     net: nn.Module                                           # what a step calls: the model, wrapped by DDP if need be
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    broken: Broken
+    broken: UnreadableImages
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run) -> dict[str, Tensor]:
+def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
     """One optimiser step; returns this process's mean loss, still on the device. Randomness comes from (seed, step)."""
     torch.manual_seed(seed_for(args.seed, step, world.rank))                 # stochastic depth, dropout
     record = 0.0
@@ -113,30 +113,30 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
 
 # ---- the run ----
 
-def train(args: SimpleNamespace, world: World) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
-    world.take_gpu(args.device)
+def train(args: SimpleNamespace, world: Distributed) -> None:
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     kind = "-eval" if args.eval_only else "-scratch" if args.init else ""
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-segment{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     run = prepare(args, world, saved)
-    steps, best, result = run.steps, finetune.Best(miou=-1.0), {}
+    steps, best, result = run.steps, finetune.BestEpoch(miou=-1.0), {}
     peak = args.lr * steps.global_batch / args.lr_batch
-    world.say(f"{args.arch}, {args.init or args.weights}; {args.data}: {len(run.broken.source)} images for training, "
+    world.print0(f"{args.arch}, {args.init or args.weights}; {args.data}: {len(run.broken.source)} images for training, "
               f"{len(run.classes)} classes, {len(run.val_loader.dataset)} images for validation\n"
               f"{'evaluation only' if args.eval_only else f'recipe {args.recipe}'}, {args.head}, {args.image_size} px; "
               f"{world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
     if args.demo and not args.weights:
-        world.say(f"no {DEMO} (python pretrain.py makes it): from random weights")
+        world.print0(f"no {DEMO} (python pretrain.py makes it): from random weights")
     if args.eval_only:
         make_folder(args, world, steps.global_batch)
         return report(evaluate(args, world, run), args, world, run)
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
-    journal = Journal(args, world, steps, keep, saved)
-    world.say(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {steps.total} steps, {steps.per_epoch} an epoch")
+    checkpointer = Checkpointer(args, world, steps, keep, saved)
+    world.print0(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {steps.total} steps, {steps.per_epoch} an epoch")
 
     def evaluate_after(done: int) -> None:
         """At the end of every --eval-every epochs, and of the run."""
@@ -144,27 +144,27 @@ def train(args: SimpleNamespace, world: World) -> None:
         if done == 0 or done < steps.total and (inside or epoch % args.eval_every):
             return
         result.update(evaluate(args, world, run))
-        world.say(f"epoch {done / steps.per_epoch:g}: mIoU {100 * result['miou']:.2f} %")
-        journal.keep_best(best, "miou", result["miou"], run.model.state_dict())
+        world.print0(f"epoch {done / steps.per_epoch:g}: mIoU {100 * result['miou']:.2f} %")
+        checkpointer.keep_best(best, "miou", result["miou"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
-    with journal:
+    with checkpointer:
         evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
-        for step in journal.steps():
+        for step in checkpointer.steps():
             for group in run.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak * group["scale"], args)
             record = train_step(step, batches, args, world, run)
-            journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
+            checkpointer.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
-    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
+    checkpointer.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_miou=best["miou"], best_epoch=best.get("epoch"))
 
 
-def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
+def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     if args.download and args.data == "voc":                 # one process fetches for all, once
-        world.agree(lambda: len(open_pairs(args, "train", world)))
+        world.broadcast_from_rank0(lambda: len(open_pairs(args, "train", world)))
     args.download = False
     source = open_pairs(args, "train", world)
     val = open_pairs(args, "val", world, source.classes)
@@ -177,17 +177,17 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     steps = plan(args, world, len(source), saved)
     if steps.batch < 2 and args.head == "upernet" and not args.eval_only:
         raise ValueError(f"--batch-size {steps.batch}: UPerNet's BatchNorm needs at least 2 images per process")
-    batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
-    loader = make_loader(Samples(source, ScaleCropFlip(args), args.seed), batches, args.workers, world, stacked)
+    batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
+    loader = make_loader(ImageDataset(source, ScaleCropFlip(args), args.seed), batches, args.workers, world, stacked)
     val_once = every_image_once(len(val), 32 if args.data == "shapes" else 1, world)
-    val_samples = Samples(val, partial(whole, side=args.image_size), args.seed)
+    val_samples = ImageDataset(val, partial(whole, side=args.image_size), args.seed)
     val_loader = make_loader(val_samples, val_once, args.workers, world, stacked)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
     encoder = build_encoder(args.arch, args.image_size, args.drop_path, args.patch_size, args.window,
                             args.stem)
     if args.weights and not saved and not args.eval_only:
-        world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
+        world.print0(f"{args.weights}: " + summary_of(load_backbone(encoder, args.weights)))
     model = Segmenter(encoder, args.head, args.width, len(source.classes), args.dropout, args.aux > 0)
     if args.eval_only:
         load_all(model, args.weights)
@@ -196,7 +196,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     return Run(steps, source.classes, loader, val_loader, model, net, optimizer, scaler,
-               Broken(source, args.max_bad, args.out))
+               UnreadableImages(source, args.max_bad, args.out))
 
 
 def load_all(model: Segmenter, file: str) -> None:
@@ -226,7 +226,7 @@ def slide(f, images: Tensor, side: int) -> Tensor:
     return (total / count)[..., :H, :W]
 
 
-def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world: World, run: Run) -> Tensor:
+def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world: Distributed, run: Run) -> Tensor:
     """uint8 (B, 3, h, w) -> the likeliest class of every pixel (B, *size), whole or by windows."""
     images = normalise(images, world.device).contiguous(memory_format=memory_format(args, world))
     f = lambda x: resize(run.model(x)[0].float(), x.shape[-2:])
@@ -236,10 +236,10 @@ def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world:
 
 
 @torch.no_grad()
-def evaluate(args: SimpleNamespace, world: World, run: Run) -> dict:
+def evaluate(args: SimpleNamespace, world: Distributed, run: Run) -> dict:
     """Exact scores over the whole validation set, on any number of processes, and a sheet. See `score`."""
     run.model.eval()
-    world.share_buffers(run.model)
+    world.broadcast_buffers(run.model)
     C, missing = len(run.classes), []
     # pixels of each (class, prediction), and behind them the number of images
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=world.device)
@@ -252,7 +252,7 @@ def evaluate(args: SimpleNamespace, world: World, run: Run) -> dict:
             counts[:-1] += torch.bincount(labels[known] * C + predicted[known], minlength=C * C)
             counts[-1] += len(images)
     left_out(run.val_loader.dataset.source, missing, world)
-    counts = (world.mean(counts.cpu().double()) * world.size).round()
+    counts = (world.all_reduce_mean(counts.cpu().double()) * world.size).round()
     if not counts[:-1].any():
         raise Failed(f"--data {args.data}: no image for validation has a pixel of a known class")
     if world.rank == 0:
@@ -276,7 +276,7 @@ def score(confusion: Tensor, classes: list[str]) -> dict:
     return result
 
 
-def save_pictures(args: SimpleNamespace, world: World, run: Run, side: int = 160) -> None:
+def save_pictures(args: SimpleNamespace, world: Distributed, run: Run, side: int = 160) -> None:
     """segmentation.png: image | label | prediction of the first six validation images. White is not asked for."""
     colours = torch.tensor([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.5 + i * 0.29 % 0.5, 1 - i * 0.17 % 0.4)
                             for i in range(256)])
@@ -296,7 +296,7 @@ def save_pictures(args: SimpleNamespace, world: World, run: Run, side: int = 160
             save_sheet(Path(args.out) / "segmentation.png", {title: torch.stack(part) for title, part in columns})
 
 
-def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) -> None:
+def report(result: dict, args: SimpleNamespace, world: Distributed, run: Run, **more) -> None:
     """Says the result, writes result.json (IoU per class too) and confusion.png."""
     confusion, iou = result.pop("confusion"), result.pop("iou").tolist()
     labelled = (confusion.sum(1) > 0).tolist()
@@ -305,15 +305,15 @@ def report(result: dict, args: SimpleNamespace, world: World, run: Run, **more) 
     miou, accuracy = percent(result["miou"], 2), percent(result["pixel_accuracy"], 2)
     found = percent(result.get("found"), 2)
     where = f"; any object, as one class, {found} %" if "found" in result else ""
-    world.say(f"mIoU {miou} %, pixel accuracy {accuracy} %{where}")
+    world.print0(f"mIoU {miou} %, pixel accuracy {accuracy} %{where}")
     if len(run.classes) <= 21:
         told = [f"{printable(name)} {percent(share)}" for name, share in per_class.items()]
         note = "" if all(labelled) else " (-: in no label picture for validation)"
-        world.say("IoU: " + ", ".join(told) + note)
+        world.print0("IoU: " + ", ".join(told) + note)
     zeros = [printable(name) for name, share, there in rows if share == 0 and not there]
     if zeros:
         others = f" and {len(zeros) - 3} more classes" if len(zeros) > 3 else ""
-        world.say("in no label picture for validation but predicted, so that mIoU counts it as 0: "
+        world.print0("in no label picture for validation but predicted, so that mIoU counts it as 0: "
                   + ", ".join(zeros[:3]) + others)
     if world.rank == 0:
         # json has no nan
@@ -385,7 +385,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
     if "arch" not in start:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch resnet50")
-    kind = family(start["arch"]).name
+    kind = get_family(start["arch"]).name
     start.setdefault("recipe", "shapes" if start["data"] == "shapes" else "fcn" if kind == "resnet" else "upernet")
     recipe = {**DEFAULTS, **RECIPES[start["recipe"]], **EXCEPTIONS.get((start["recipe"], kind), {})}
     args = SimpleNamespace(**{**recipe, **start}, program="segment.py", given=given, demo=demo)

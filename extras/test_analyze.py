@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import pretrain
 from data import Shapes
-from engine.command import World
+from engine.command import Distributed
 from extras import analyze, inside
 from extras.chart import HEIGHT, WIDTH, Panel, charts, round_numbers
 from extras.run_notebook import execute
@@ -226,9 +226,9 @@ def test_bands_hold_all_the_power_and_a_wave_in_its_own():
 
 def test_the_batch_spectrum_pulls_all_images_alike_and_pixels_pull_by_their_sign():
     torch.manual_seed(0)
-    model = A2MIM(build_encoder("resnet18", 32), image_size=32, mask_cell=8, mask_stage=2)
-    run = SimpleNamespace(fourier_weight=0.3, focal_pixels=False, stand_in="mixed", visible_weight=0.0, alpha=1.0,
-                          fourier_focal=True, log_weight=True)
+    model = A2MIM(build_encoder("resnet18", 32), image_size=32, mask_size=8, token_stage=2)
+    run = SimpleNamespace(fourier_weight=0.3, focal_pixels=False, stand_in="mixed", visible_weight=0.0,
+                          fourier_focal=True)
     x, mask = torch.randn(4, 3, 32, 32), torch.ones(4, 4, 4, dtype=torch.bool)
     (_, pixels), (_, by_image), (norm, by_batch) = inside.pulls(model, run, x, mask)
     close(pixels, (model(x, mask) - x).sign() / x.numel(), atol=1e-9, rtol=1e-4)
@@ -298,7 +298,7 @@ def test_rows_of_images_come_back_in_their_order():
     rows, parts = torch.arange(5.0)[:, None], [torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [3.0]])]
     world = SimpleNamespace(size=2, rank=1, gather=lambda own: torch.cat(parts))
     close(inside.gather(list(parts[1]), 5, world), rows.double())
-    close(inside.gather(list(rows), 5, World()), rows.double())
+    close(inside.gather(list(rows), 5, Distributed()), rows.double())
 
 
 def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
@@ -307,7 +307,7 @@ def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
     assert found["a"] == found["b"] and [d["side"] for d in found["a"]] == [16] * 3 + [8] * 2 + [4] * 2 + [2] * 2
     highest = [d["curve"][-1][0] for d in found["a"]]
     assert highest[:6] == [14 / 16] * 3 + [6 / 8] * 2 + [2 / 4]
-    pretrain.main("--data shapes --arch resnet18 --image-size 32 --mask-cell 8 --mask-stage 2 --batch-size 4 --epochs "
+    pretrain.main("--data shapes --arch resnet18 --image-size 32 --mask-size 8 --token-stage 2 --batch-size 4 --epochs "
                   f"0.002 --workers 0 --sheets 0 --val 0 --out {tmp_path / 'run'}".split())
     analyze.main(f"mim --weights end={tmp_path / 'run' / 'checkpoint.pt'} --images 16 --out {tmp_path / 'm'}".split())
     assert set(found := results(tmp_path / "m")) == {"start", "end"} and found["start"] != found["end"]

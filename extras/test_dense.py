@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import data
-from engine.images import make_loader
-from engine.command import World
+from data import make_loader
+from engine.command import Distributed
 from engine.optim import layer_groups
 from extras import dense, pixels, segment
 from extras.dense import Maps, Scenes, Semantic
@@ -146,9 +146,9 @@ def test_masks_are_disjoint_boxes_are_tight_and_the_label_lies_under_each_mask()
 
 
 def test_a_batch_of_scenes_crosses_a_worker_as_plain_tensors():
-    world = World()
+    world = Distributed()
     for source, collate in ((Scenes("train", (32, 32)), dense.listed), (Semantic("train", (32, 32)), dense.stacked)):
-        samples = data.Samples(source, nn.Identity(), 0)
+        samples = data.ImageDataset(source, nn.Identity(), 0)
         images, targets, index, broken = next(iter(make_loader(samples, [[(0, 3), (0, 5)]], 1, world, collate)))
         assert index.tolist() == [3, 5] and broken.tolist() == [-1, -1]
         for k, i in enumerate((3, 5)):
@@ -178,12 +178,12 @@ def test_learning_rates_as_released():
 def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
     flags = dict(global_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20, iterations=160_000,
                  warmup=1500)
-    steps = dense.plan(SimpleNamespace(**flags, given={}), World(), 20_210, None)
+    steps = dense.plan(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None)
     assert (steps.total, steps.per_epoch, steps.warmup) == (160_000, 1263, 1500)
-    steps = dense.plan(SimpleNamespace(**flags, given={"epochs": 20}), World(), 20_210, None)
+    steps = dense.plan(SimpleNamespace(**flags, given={"epochs": 20}), Distributed(), 20_210, None)
     assert (steps.total, steps.warmup) == (20 * 1263, 1500)
     flags["iterations"] = 50
-    assert dense.plan(SimpleNamespace(**flags, given={}), World(), 20_210, None).warmup == 5
+    assert dense.plan(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None).warmup == 5
 
 
 # ---- the heads ----
@@ -406,7 +406,7 @@ def painted(root, train, val=None, size=(40, 48)):
 
 def opened(root, **flags):
     args = SimpleNamespace(data=str(root), zero_is_other=None, **flags)
-    return pixels.open_pairs(args, "train", World())
+    return pixels.open_pairs(args, "train", Distributed())
 
 
 def test_a_label_picture_without_a_known_pixel_counts_no_class(tmp_path):
@@ -535,7 +535,7 @@ def ade(root, count=8):
 
 def test_ade20k_trains_on_150_classes_and_its_0_is_ignored(tmp_path, capsys):
     ade(tmp_path / "ade")
-    source = pixels.open_pairs(SimpleNamespace(data=str(tmp_path / "ade"), zero_is_other=None), "train", World())
+    source = pixels.open_pairs(SimpleNamespace(data=str(tmp_path / "ade"), zero_is_other=None), "train", Distributed())
     raw = np.array(Image.open(tmp_path / "ade/annotations/training/ADE_train_00000003.png"))
     image, labels = source.read(3)
     assert image.shape[1:] == labels.shape == (73, 87) and source.classes[0] == "class 1, thing"

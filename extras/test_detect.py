@@ -21,8 +21,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Samples
-from engine.command import World
+from data import ImageDataset
+from engine.command import Distributed
 from extras import coco, dense, detect
 from extras.mask_rcnn import detector
 from model import build_encoder
@@ -259,7 +259,7 @@ def test_a_folder_in_cocos_format(folder):
     assert objects["crowd"].tolist() == [False, False, True] and objects["area"].tolist() == [480, 288, 512]
     assert objects["masks"][2, :, :8].all() and not objects["masks"][2, :, 8:].any()
     assert val.read(2)[1]["boxes"].shape == (0, 4) and val.read(2)[1]["masks"].shape == (0, 64, 48)
-    flipped = Samples(train, detect.v2.RandomHorizontalFlip(1), 0)[0, 3][0][1]
+    flipped = ImageDataset(train, detect.v2.RandomHorizontalFlip(1), 0)[0, 3][0][1]
     assert flipped["boxes"].tolist() == [[32, 10, 48, 40], [8, 44, 28, 60]]
     assert torch.equal(flipped["masks"], objects["masks"][:2].flip(-1))
 
@@ -303,7 +303,7 @@ def test_an_image_whose_objects_make_no_sense_is_broken_and_its_reason_told(chan
     assert source.name(0) == f"{folder}/train2017/{file} ({reason})"
     assert source.name(1) == f"{folder}/train2017/5.png"
     assert len(source) == 4
-    samples = Samples(source, nn.Identity(), 0)
+    samples = ImageDataset(source, nn.Identity(), 0)
     assert samples[0, 0][1:] == (1, 0)                       # the next one is taken, this one is named
     assert [samples[0, i][1:] for i in (1, 2, 3)] == [(1, -1), (2, -1), (3, -1)]
 
@@ -407,7 +407,7 @@ def settings(*flags):
     args.amp = "off" if args.amp is None else args.amp
     args.smallest, args.longest = min(args.smallest or 64, 64), max(args.longest or 106, 64)
     torch.manual_seed(0)
-    return args, detector(build_encoder(args.arch, args.image_size, args.drop_path), 11, args, World())
+    return args, detector(build_encoder(args.arch, args.image_size, args.drop_path), 11, args, Distributed())
 
 
 @pytest.fixture
@@ -568,7 +568,7 @@ class Oracle(nn.Module):
 
 
 def ask_oracle(wrong, *flags):
-    args, world = detect.parse([*TINY, "--arch", "resnet18", *map(str, flags)]), World()
+    args, world = detect.parse([*TINY, "--arch", "resnet18", *map(str, flags)]), Distributed()
     return detect.evaluate(Oracle(coco.Coco(Path(args.data), "val"), wrong), args, world,
                            detect.prepare(args, world, None))
 
@@ -626,12 +626,12 @@ def test_the_released_recipes():
                              (["--arch", "resnet50", "--recipe", "c4_2x"], (8, 11), 0.02)):
         args = detect.parse([*folder, *flags])
         assert args.lr == lr and args.global_batch == args.lr_batch == 16
-        steps = dense.Steps(16, 16, 100, 1200, 0, 0)
+        steps = dense.StepPlan(16, 16, 100, 1200, 0, 0)
         rates = [dense.rate(100 * epoch, steps, lr, args) for epoch in range(12)]
         assert rates == pytest.approx([lr * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(12)])
     args = detect.parse([*folder, "--arch", "resnet18", "--width", "8"])
     args.smallest, args.longest, args.amp = 640, 1333, "off"
-    resize = detector(build_encoder("resnet18"), 81, args, World()).transform
+    resize = detector(build_encoder("resnet18"), 81, args, Distributed()).transform
     assert resize.min_size == (640, 672, 704, 736, 768, 800) and resize.max_size == 1333
 
 

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 
 @pytest.mark.parametrize("arch, cell", [("resnet18", 16), ("deit_tiny", 16)])
 def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, cell, tmp_path, capsys):
-    flags = f"--data shapes --arch {arch} --image-size 64 --mask-cell {cell} --batch-size 4 --epochs 0.001 --workers 0"
-    stage = ["--mask-stage", "3"] if arch == "resnet18" else []
+    flags = f"--data shapes --arch {arch} --image-size 64 --mask-size {cell} --batch-size 4 --epochs 0.001 --workers 0"
+    stage = ["--token-stage", "3"] if arch == "resnet18" else []
     pretrain.main([*flags.split(), *stage, "--sheets", "0", "--val", "0", "--out", str(tmp_path / "run")])
     Image.effect_noise((150, 100), 80).save(tmp_path / "wide.jpg")
     call = [str(tmp_path / "run" / "checkpoint.pt"), str(tmp_path / "wide.jpg"), "--out", str(tmp_path / "painted")]
@@ -63,7 +63,7 @@ def answer(main, capsys, *argv: str) -> tuple[int, str]:
 def run(tmp_path_factory) -> Path:
     """The folder of a run of pretrain.py: two steps of a small CNN at 64 px."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --mask-cell 32 --batch-size 4 --workers 0"
+    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --mask-size 32 --batch-size 4 --workers 0"
     pretrain.main([*flags.split(), "--epochs", "0.001", "--sheets", "0", "--val", "0", "--out", str(out)])
     return out
 
@@ -355,8 +355,8 @@ def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, 
                                                ("resnet18", "32 64", "of 32 x 64 px; the figure has square pictures"),
                                                ("deit_tiny", "32", "the figure shows the feature maps of a CNN")])
 def test_the_figure_answers_a_mistake_in_one_line(arch, size, words, tmp_path, capsys):
-    flags = f"--data shapes --arch {arch} --image-size {size} --mask-cell 16 --batch-size 4 --epochs 0.001 --workers 0"
-    stage = ["--mask-stage", "3"] if arch == "resnet18" else []
+    flags = f"--data shapes --arch {arch} --image-size {size} --mask-size 16 --batch-size 4 --epochs 0.001 --workers 0"
+    stage = ["--token-stage", "3"] if arch == "resnet18" else []
     pretrain.main([*flags.split(), *stage, "--sheets", "0", "--val", "0", "--out", str(tmp_path / "run")])
     (tmp_path / "notes.txt").write_text("no picture")
     capsys.readouterr()
@@ -368,7 +368,7 @@ def test_the_figure_answers_a_mistake_in_one_line(arch, size, words, tmp_path, c
 
 def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
     """At its own size the model of a checkpoint is the model that was saved, bit by bit."""
-    flags = "--data shapes --arch deit_tiny --image-size 64 --mask-cell 16 --batch-size 4 --epochs 0.001 --workers 0"
+    flags = "--data shapes --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 4 --epochs 0.001 --workers 0"
     pretrain.main([*flags.split(), "--sheets", "0", "--val", "0", "--amp", "off", "--out", str(tmp_path / "run")])
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     model, _ = paint.load_model(str(tmp_path / "run" / "checkpoint.pt"))

@@ -1,0 +1,469 @@
+"""The course of a run: where it starts, what happens around every step, how it stops and resumes.
+
+    open_run        the output folder, and with --resume the run that is in it
+    StepPlan        how many steps there are, and where this start begins
+    Checkpointer    what happens around every step: count, log, save, stop
+"""
+
+import json
+import math
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torchvision
+from torch import Tensor
+
+from .command import Distributed, Failed, Signals, Stopped, explain
+from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
+                    read_checkpoint, read_lines, refuse_odd_files, save_atomically, settings,
+                    trim_log, write_text_atomically)
+from .flags import accepts, format_size
+from .pictures import save_curve
+from .progress import Progress, RunningMeans
+
+# ---- the start of a run ----
+
+def open_run(args: SimpleNamespace, world: Distributed, own: dict, name: str,
+             flags: dict) -> tuple[SimpleNamespace, dict | None]:
+    """(settings, checkpoint): with --resume the checkpoint in --out and the settings of its run.
+
+    own    the program's default settings
+    name   of the folder in runs/, if there is no --out
+    flags  the program's table of flags (engine/flags.py)
+
+    All processes take part. Raises ValueError if the folder is taken, not writable or of another
+    program, or if the checkpoint holds settings that the flags would refuse."""
+    args.out = world.broadcast_from_rank0(lambda: choose_folder(args, name))
+    checkpoint = read_checkpoint(Path(args.out)) if args.resume else None
+    step = checkpoint["step"] if checkpoint else -1
+    if world.all_reduce_max(step, -step) != [step, -step]:
+        raise ValueError(f"--resume: the processes see different checkpoints in {args.out}; --out "
+                         f"must be one folder that all nodes share")
+    if checkpoint:
+        check_settings(checkpoint, args.program, flags)
+        world.print0(f"resuming from {checkpoint['path']}, step {step}")
+        recent = dict(given=args.given, demo=False, out=args.out)
+        # the run's own settings, then what was typed now
+        return SimpleNamespace(**{**own, **checkpoint["args"], **args.given, **recent}), checkpoint
+    if args.resume:
+        if "data" not in args.given:
+            raise ValueError(f"--resume: no checkpoint in {args.out}; give the run's folder with "
+                             f"--out, or --data and the flags of the run to start it")
+        world.print0(f"{args.out}: no checkpoint yet, starting from the beginning")
+    return args, None
+
+
+def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
+    """Raises ValueError if a checkpoint is of another program, or its settings are no flags'."""
+    made_by = checkpoint["args"]["program"]
+    if made_by != program:
+        raise ValueError(f"{checkpoint['path']}: of another model, made by {printable(made_by)}; "
+                         f"choose another --out")
+    for setting, value in checkpoint["args"].items():
+        if not accepts(flags, setting, value):
+            raise ValueError(f"{checkpoint['path']}: its setting {printable(setting)} is "
+                             f"{printable(repr(value))}, which no run of this program has saved; "
+                             f"move the file away to start from the beginning")
+
+
+def choose_folder(args: SimpleNamespace, name: str) -> str:
+    """--out; by default runs/<name>, numbered if taken, and the newest of them with --resume.
+
+    A refused command makes no folder. Raises ValueError if the folder cannot be used."""
+    results = ("result.json", "features.npz")                # of runs that keep no log
+
+    def numbered(n: int) -> Path:
+        return Path("runs") / (name if n == 1 else f"{name}-{n}")
+    if args.out is None:
+        taken = [0]
+        for n in range(1, 1000):
+            if any((numbered(n) / file).exists() for file in ("log.jsonl", *results)):
+                taken.append(n)
+        newest = max(taken)
+        args.out = str(numbered(max(newest, 1) if args.resume else newest + 1))
+
+    out = Path(os.path.normpath(args.out))                   # "new/../runs" makes no folder "new"
+    if out.is_dir():
+        refuse_odd_files(out)
+        lock_folder(out)
+    begun = (out / "log.jsonl").exists()
+    if begun and not args.resume:
+        raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
+                         f"choose another folder")
+    there = [file for file in results if (out / file).exists()]
+    if there and not begun:
+        raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
+    try:                                                     # can a file be written there?
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        for folder in made:
+            folder.rmdir()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return str(out)
+
+
+def make_folder(args: SimpleNamespace, world: Distributed, global_batch: int) -> None:
+    """Makes and locks the output folder. Writes every setting and the versions to args.json.
+
+    All processes take part. Raises ValueError if another run writes there."""
+    world.broadcast_from_rank0(lambda: make_and_lock(Path(args.out)))
+    if world.rank == 0:
+        used = dict(global_batch=global_batch, torch=torch.__version__,
+                    torchvision=torchvision.__version__, world=world.size,
+                    device=world.device.type)
+        text = json.dumps({**settings(args), **used}, indent=1) + "\n"
+        write_text_atomically(Path(args.out) / "args.json", text)
+
+
+@dataclass
+class StepPlan:
+    """The steps of a run: from `start` to `total`, `per_epoch` of them an epoch."""
+    batch: int                                               # images per process and forward pass
+    global_batch: int                                        # per step: batch x accum x processes
+    per_epoch: int
+    total: int
+    start: int                                               # 0, or where the checkpoint is
+    warmup: int
+
+    @classmethod
+    def plan(cls, args: SimpleNamespace, world: Distributed, images: int,
+             checkpoint: dict | None) -> "StepPlan":
+        """From the settings and the number of images.
+
+        Raises ValueError if the data set is smaller than one step."""
+        if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+            if "warmup_epochs" in args.given:
+                raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than "
+                                 f"--epochs {args.epochs:g}")
+            args.warmup_epochs = None                        # a short run of a long recipe
+        batch = args.batch_size or (256 if world.on_gpu else 32)
+        if args.global_batch and not args.batch_size:
+            if args.global_batch % world.size:
+                raise ValueError(f"{world.size} processes do not divide the global batch of "
+                                 f"{args.global_batch}; give --batch-size, images per process")
+            batch = args.global_batch // world.size
+        global_batch = batch * args.accum * world.size
+        per_epoch = steps_per_epoch(images, global_batch)
+        total = max(1, round(per_epoch * args.epochs))
+        start = cls.resume_step(checkpoint, per_epoch, total, world) if checkpoint else 0
+        warmup = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+        return cls(batch, global_batch, per_epoch, total, start, round(per_epoch * warmup))
+
+    @staticmethod
+    def resume_step(checkpoint: dict, per_epoch: int, total: int, world: Distributed) -> int:
+        """The step of this run that is as many epochs in as the checkpoint."""
+        epochs = checkpoint["step"] / checkpoint["per_epoch"]
+        start = min(total, math.floor(epochs * per_epoch + 1e-6))
+        if checkpoint["world"] != world.size or checkpoint["per_epoch"] != per_epoch:
+            world.print0(f"the checkpoint is of {checkpoint['world']} processes and "
+                         f"{checkpoint['per_epoch']} steps an epoch, this is {world.size} and "
+                         f"{per_epoch}: the schedule goes on at epoch {start / per_epoch:.2f}, but "
+                         f"not bit by bit as it would have")
+        return start
+
+
+def steps_per_epoch(images: int, global_batch: int) -> int:
+    """Whole steps in a pass over the images. Raises ValueError if there is none."""
+    if images < global_batch:
+        raise ValueError(f"the data set has {images} images, one step takes {global_batch} "
+                         f"(--batch-size x --accum x processes); use a smaller --batch-size")
+    return images // global_batch
+
+
+# ---- during the run ----
+
+NOT_FINITE = "the weights are not finite"
+
+
+class Checkpointer:
+    """What happens around every step of a run: count, log, save, and stop if a signal came.
+
+        with Checkpointer(...) as checkpointer:
+            for step in checkpointer.steps():
+                checkpointer.after(step, {"loss": ..., and its parts})
+        checkpointer.finish()
+
+    A step whose loss is not finite is undone: GradScaler has skipped its update, and BatchNorm's
+    statistics are put back. Raises Failed if the run cannot go on, Stopped after a signal. If the
+    loader fails (the data are gone, a worker was killed), the last whole step is saved first."""
+
+    def __init__(self, args: SimpleNamespace, world: Distributed, plan: StepPlan, saved: dict,
+                 checkpoint: dict | None, exports: dict | None = None):
+        """saved    name -> an object with state_dict and load_state_dict that checkpoints hold
+
+        checkpoint  fills them, to resume
+        exports     file name -> a function that gives its content, written with every checkpoint"""
+        self.args = args
+        self.world = world
+        self.plan = plan
+        self.out = Path(args.out)
+        self.log = self.out / "log.jsonl"
+        self.means = RunningMeans(world)
+        self.saved = {**saved, "means": self.means}
+        self.exports = exports or {}
+        self.signals = Signals()
+
+        self.done = plan.start                               # steps
+        self.in_step = False
+        self.last_loss = "none yet"
+        self.saved_step = None                               # of the last checkpoint of this start
+        self.not_written = {}                                # file -> why its last writing failed
+        # a broken checkpoint.pt must not replace the whole one before it
+        self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
+        if checkpoint:                                       # older ones have no means
+            self.load({"means": self.means.state_dict(), **checkpoint})
+        make_folder(args, world, plan.global_batch)
+        if world.rank == 0:
+            start = checkpoint["step"] / checkpoint["per_epoch"] if checkpoint else 0.0
+            trim_log(self.log, start)
+        self.bad_in_a_row = torch.tensor(0, device=world.device)
+        skipped = checkpoint["skipped"] if checkpoint else 0
+        self.skipped = torch.tensor(skipped, device=world.device)            # non-finite steps
+        self.saved_at = self.logged_at = time.time()
+        self.logged = self.done
+
+    def __enter__(self) -> "Checkpointer":
+        self.signals.__enter__()
+        self.bar = Progress(self.world, self.plan, self.done)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.signals.__exit__()
+        self.bar.close()
+        if self.in_step and isinstance(error, Exception):
+            self.save_whole_steps(error)
+
+    def steps(self):
+        """The numbers of the steps to make. Before each, BatchNorm's statistics are kept."""
+        statistics = [b for b in self.saved["model"].buffers() if b.is_floating_point()]
+        for step in range(self.plan.start, self.plan.total):
+            self.statistics_before = [(buffer, buffer.clone()) for buffer in statistics]
+            self.in_step = True
+            yield step
+
+    def after(self, step: int, record: dict[str, Tensor]) -> None:
+        """After a step. record: this process's 'loss' and its parts, still on the device."""
+        args, plan = self.args, self.plan
+        self.in_step = False
+        self.done = step + 1
+        bad = ~torch.isfinite(record["loss"])
+        for buffer, before in self.statistics_before:
+            buffer.copy_(torch.where(bad, before, buffer))
+        self.bad_in_a_row = (self.bad_in_a_row + bad) * bad  # a good step ends the row
+        self.skipped = self.skipped + bad
+        self.means.add(record)
+        self.bar.update()
+
+        epoch_ends = self.done % plan.per_epoch == 0 or self.done == plan.total
+        is_logged = self.done % args.log_every == 0 or epoch_ends or self.done == 1
+        # the GPU is waited for only where a line is logged
+        streak = int(self.bad_in_a_row) if is_logged or not self.world.on_gpu else 0
+        stop, streak = self.world.all_reduce_max(self.signals.number, streak)
+        if streak >= 10:
+            raise Failed(self.describe_not_finite(streak))
+        if is_logged:
+            self.write_line()
+        if self.world.rank == 0 and (epoch_ends or stop or self.is_due()):
+            if not int(self.bad_in_a_row):
+                self.write("checkpoint.pt", self.save)
+                self.saved_at = time.time()
+        if stop:
+            name = signal.Signals(stop).name
+            raise Stopped(stop, f"stopped by {name} after step {self.done} of {plan.total}; "
+                                f"{self.how_to_go_on()}")
+
+    def is_due(self) -> bool:
+        """Is it time for a checkpoint by --save-every, steps ('200') or minutes ('10m')?"""
+        every = int(self.args.save_every.removesuffix("m"))
+        if self.args.save_every.isdecimal():
+            return self.done % every == 0
+        return time.time() - self.saved_at > 60 * every
+
+    # ---- files ----
+
+    def write(self, name: str, action, *given) -> bool:
+        """Writes the file `name` by action(*given). True if that failed.
+
+        A full disk does not end the run: the old file is kept, and `finish` fails unless the file
+        is written later."""
+        try:
+            action(*given)
+        except OSError as error:
+            self.world.print0(f"step {self.done}: {name} not written ({error})")
+            self.not_written[name] = str(error)
+            return True
+        self.not_written.pop(name, None)
+        return False
+
+    def save(self) -> None:
+        """Writes `exports`, checkpoint.pt and loss.png. Raises OSError if that fails."""
+        state = {name: kept.state_dict() for name, kept in self.saved.items()}
+        state |= dict(step=self.done, per_epoch=self.plan.per_epoch, world=self.world.size,
+                      args=settings(self.args), skipped=int(self.skipped))
+        if not all_finite(state["model"]):
+            raise OSError(NOT_FINITE)
+        for name, content in self.exports.items():           # first: a resumed run writes the rest
+            save_atomically(content(), self.out / name)
+        save_atomically(state, self.out / "checkpoint.pt", keep_previous=self.checkpoint_is_whole)
+        self.checkpoint_is_whole = True
+        self.saved_step = self.done
+        self.write("loss.png", save_curve, self.out / "loss.png", self.log)
+
+    def load(self, checkpoint: dict) -> None:
+        """Puts a checkpoint back. The scale of the lr and the weight decay are the flags' of
+        now."""
+        optimizer = self.saved["optimizer"]
+        typed = [(group["scale"], group["weight_decay"]) for group in optimizer.param_groups]
+        same_amp = checkpoint["args"].get("amp") == self.args.amp
+        try:
+            for name, kept in self.saved.items():
+                # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
+                if name != "scaler" or same_amp:
+                    kept.load_state_dict(checkpoint[name])
+            put_moments_in_memory_order(optimizer)
+            for group, (scale, weight_decay) in zip(optimizer.param_groups, typed):
+                group.update(scale=scale, weight_decay=weight_decay)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            made = checkpoint["args"]
+            size = format_size(made.get("image_size", 0))
+            raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
+                             f"{size}); resume with the run's own flags, or choose another "
+                             f"--out") from None
+
+    def keep_best(self, best: dict, name: str, value: float, weights: dict) -> None:
+        """Writes `weights` as best.pt if `value` beats best[name], or if there is no best.pt.
+
+        All processes take part. `best` changes only once the file is on the disk: it goes into the
+        checkpoint, and a resumed run has to know that the file is still to be written."""
+        file = self.out / "best.pt"
+        is_missing = self.world.broadcast_from_rank0(lambda: not file.is_file())
+        if value <= best[name] and not is_missing:
+            return
+        failed = self.world.rank == 0 and self.write("best.pt", save_atomically, weights, file)
+        if not any(self.world.all_reduce_max(int(failed))):
+            best.update({name: value, "epoch": self.done / self.plan.per_epoch})
+
+    def save_whole_steps(self, error: Exception) -> None:
+        """After an error of the loader inside a step: saves the steps before it, and says so.
+
+        The loader's errors come before the optimiser's step: the weights are those of the last
+        whole step. A bug of the model saves nothing."""
+        code, line = explain(error, self.world) or (0, "")
+        if code != 1 or self.world.rank:
+            return
+        for buffer, before in self.statistics_before:
+            buffer.copy_(before)
+        is_new = self.done > self.plan.start and self.saved_step != self.done
+        if is_new and not int(self.bad_in_a_row):
+            self.write("checkpoint.pt", self.save)
+        if (self.out / "checkpoint.pt").exists() and "--resume" not in line:
+            raise Failed(f"{line} (stopped after step {self.done}; "
+                         f"{self.how_to_go_on()})") from error
+
+    def finish(self, *promised: str) -> None:
+        """Before a program says "done": checkpoint.pt, `exports` and `promised` are on the disk.
+
+        All processes take part. Raises Failed, with the reason and what to do, if one is not."""
+        reason = self.world.broadcast_from_rank0(lambda: self.what_is_missing(promised))
+        if reason:
+            raise Failed(reason)
+
+    def what_is_missing(self, promised: tuple[str, ...]) -> str | None:
+        if int(self.bad_in_a_row):
+            return self.describe_not_finite(int(self.bad_in_a_row))
+        for name in ("checkpoint.pt", *self.exports, *promised):
+            path = self.out / name
+            is_there = path.is_file() and path.stat().st_size > 0
+            if name in self.not_written or not is_there:
+                reason = self.not_written.get(name, f"{path} is not there")
+                cure = "choose a lower --lr" if NOT_FINITE in reason else "make room"
+                return f"{reason}; {cure}, then go on with --out {self.out} --resume"
+        return None
+
+    # ---- log lines ----
+
+    def write_line(self) -> None:
+        """A line of log.jsonl: means over the steps since the last line. All processes take
+        part."""
+        unreadable = self.saved["broken"]
+        unreadable.tell(self.world)
+        means = self.means.take()
+        self.last_loss = means["loss"] or self.last_loss
+        if self.world.rank:
+            return
+        now = time.time()
+        steps = self.done - self.logged
+        speed = steps * self.plan.global_batch / max(now - self.logged_at, 1e-9)
+        line = self.place() | dict(lr=self.lr(), **means)
+        for name, count in (("skipped", int(self.skipped)), ("broken", len(unreadable.seen))):
+            if count:
+                line[name] = count
+        line["images_per_s"] = round(speed, 1)
+        line["peak_memory_mb"] = peak_memory_mb(self.world.device)
+        self.write("log.jsonl", append_line, self.log, line)
+        self.bar.show(means["loss"], line["lr"], speed, steps)
+        self.logged_at, self.logged = now, self.done
+
+    def note(self, **values: float) -> None:
+        """A line of its own in log.jsonl, such as the held-out loss. Draws loss.png again."""
+        if self.world.rank:
+            return
+        line = self.place()
+        for name, value in values.items():
+            line[name] = round(value, 6) if math.isfinite(value) else None
+        self.write("log.jsonl", append_line, self.log, line)
+        self.write("loss.png", save_curve, self.out / "loss.png", self.log)
+        if "held_out" in values:
+            self.bar.held_out = (self.done, values["held_out"])
+
+    def place(self) -> dict:
+        """What every line of log.jsonl begins with. `time` is in seconds since 1970."""
+        epoch = round(self.done / self.plan.per_epoch, 4)
+        return dict(step=self.done, epoch=epoch, time=round(time.time(), 1))
+
+    def has(self, name: str) -> bool:
+        """Is there a log line with `name` for this step? Rank 0 looks."""
+        def look() -> bool:
+            lines = read_lines(self.log)
+            return any(name in line and line["step"] == self.done for line in lines)
+        return self.world.broadcast_from_rank0(look)
+
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.saved["optimizer"].param_groups)
+
+    # ---- words ----
+
+    def how_to_go_on(self) -> str:
+        """The end of a line about a run that stops here."""
+        if not (self.out / "checkpoint.pt").exists():
+            return "there is no checkpoint yet"
+        reason = self.not_written.get("checkpoint.pt")
+        lost = f"its last steps are lost ({reason}); make room, and " if reason else ""
+        return f"{lost}go on with --out {self.out} --resume"
+
+    def describe_not_finite(self, streak: int) -> str:
+        file = self.out / "checkpoint.pt"
+        kept = f"{file} is kept" if file.exists() else "there is no checkpoint yet"
+        cure = "try a lower --lr" + (" or --amp bf16" if self.args.amp == "fp16" else "")
+        return (f"loss is not finite, {streak} times in a row at step {self.done} "
+                f"(lr {self.lr():.1e}, amp {self.args.amp}, last finite loss {self.last_loss}); "
+                f"{kept}; {cure}")
+
+
+def put_moments_in_memory_order(optimizer: torch.optim.Optimizer) -> None:
+    """Lays each moment of the optimiser out in memory as its weight is.
+
+    A checkpoint may be of the other memory format (--channels-last). Fused optimisers walk through
+    raw memory, and would combine the moments of one weight with another."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
