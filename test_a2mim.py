@@ -2175,7 +2175,7 @@ def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, word
 def test_help_tells_every_default(capsys):
     told = {
         pretrain.main: ["per optimiser step (1)", "augmentation, masks (0)", "the model (no)", "format of CNNs (yes)",
-                        "largest gradient norm, 0 = none (0.0, by recipe)", "frequency weight (1.0)"],
+                        "largest gradient norm, 0 = none (0.0, by recipe)", "lambda, 0 = pixels only (0.5, by recipe)"],
         finetune.main: ["see --lr (16, by recipe)", "floor of the cosine (1e-06)", "head alone (no, by recipe)"],
     }
     for main, words in told.items():
@@ -3137,6 +3137,8 @@ FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
     number, code, few_images, capsys, tmp_path, monkeypatch
 ):
+    if number == signal.SIGHUP:                              # nohup would leave it ignored, as it should
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     log, final = run(tmp_path / "whole", *FLAGS)
     step = pretrain.train_step

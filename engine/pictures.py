@@ -70,9 +70,11 @@ def save_curve(path: Path, log: Path) -> None:
     smooth = smoothed(training, max(1, len(training) // 40))
     panels = [("training loss", {"each log line": training, "smoothed": smooth})]
     if measured:
-        mean_colour = [(step, measured[-1]["mean_colour"]) for step in ends]
-        blur = [(step, measured[-1]["blur"]) for step in ends]
-        curves = {"model": model, "mean-colour baseline": mean_colour, "blur baseline": blur}
+        curves = {"model": model}
+        baselines = {"mean_colour": "mean-colour baseline", "blur": "blur baseline"}
+        for key, title in baselines.items():
+            if key in measured[-1]:                          # a target that is no image has none
+                curves[title] = [(step, measured[-1][key]) for step in ends]
         panels.append(("pixel loss on held-out images", curves))
 
     width, height = (FINE * side for side in PANEL)
