@@ -155,7 +155,7 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
         ),
         (lambda: A2MIM(build_encoder("squeezenet1_1"), 16, 16), "image size 16x16: does not fit this encoder"),
         (lambda: build_encoder("vit_base", 100), "image size 100x100: not a multiple of the 16-pixel patch"),
-        (lambda: A2MIM(build_encoder("resnet18"), 64, token_stage=5), "mask stage 5: this encoder has stages 0 to 4"),
+        (lambda: A2MIM(build_encoder("resnet18"), 64, token_stage=5), "token stage 5: this encoder has stages 0 to 4"),
         (lambda: A2MIM(build_encoder("resnet18"), 64, mask_size=8), "mask of 8x8 units on 4x4 features"),
         (
             lambda: A2MIM(build_encoder("resnet18"), 80, mask_size=16),
@@ -1639,8 +1639,8 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
 
 # ---- forks: README, "Change it" ----
 
-FORK = ("--recipe imagenet --data shapes --arch resnet18 --image-size 32 --mask-size 8 --token-stage 2 --batch-size 8 "
-        "--workers 0 --amp off")
+FORK = ("--recipe imagenet --data shapes --arch resnet18 --stem imagenet --image-size 32 --mask-size 8 "
+        "--token-stage 2 --batch-size 8 --workers 0 --amp off")
 
 
 def fork(out, *flags):
@@ -1679,7 +1679,7 @@ def test_fork_reconstructs_gradient_orientations(few_images, tmp_path, monkeypat
     build = model.build_decoder
     monkeypatch.setattr(pretrain, "make_target", orientations)
     monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: build(width, 9, stride))
-    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape[0] == 9 * 8**2
+    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape[0] == 9 * 32**2
     # such a target is no picture: there are no sheets, and it is not compared with the mean colour and a blur
     assert not list((tmp_path / "run").glob("reconstruction-*.png"))
     assert "mean_colour" not in read_log(tmp_path / "run")[-1] and "a blur" not in capsys.readouterr().err
@@ -1710,16 +1710,59 @@ def test_fork_reconstructs_the_features_of_an_ema_teacher(few_images, tmp_path, 
     monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: nn.Conv2d(width, width, 1))
     monkeypatch.setattr(pretrain, "make_target", features)
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
-    state = fork(tmp_path / "run")["model"]
+    state = fork(tmp_path / "run", "--stem", "small")["model"]
     slow, fast = (state[f"{name}.backbone.layer4.0.conv1.weight"] for name in ("teacher", "encoder"))
     assert not torch.equal(slow, fast)
     monkeypatch.setattr(pretrain, "train_step", lambda at, *rest: step_and_follow(at, *rest) if at < 2 else 1 / 0)
     with pytest.raises(SystemExit):
-        fork(tmp_path / "cut", "--save-every", "1")
+        fork(tmp_path / "cut", "--stem", "small", "--save-every", "1")
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
     pretrain.main(["--out", str(tmp_path / "cut"), "--resume"])
     again = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, again[name]) for name, value in state.items())
+
+
+class RatioSchedule:
+    """A mask ratio that grows by a twentieth a step: an object with a state of its own."""
+    ratio = 0.3
+
+    def state_dict(self):
+        return {"ratio": self.ratio}
+
+    def load_state_dict(self, state):
+        self.ratio = state["ratio"]
+
+
+def test_fork_mask_ratio_with_a_schedule_is_resumed_exactly(few_images, tmp_path, monkeypatch):
+    """In the code: one more entry of `saved` in train, and schedule.ratio in train_step."""
+    step, draw, real = pretrain.train_step, pretrain.draw_masks, pretrain.Checkpointer
+    schedule, shares = RatioSchedule(), []
+
+    def draw_by_schedule(count, grid, ratio, *rest):
+        return draw(count, grid, schedule.ratio, *rest)
+
+    def step_and_grow(at, *rest):
+        record = step(at, *rest)
+        shares.append(schedule.ratio)
+        schedule.ratio += 0.05
+        return record
+
+    monkeypatch.setattr(pretrain, "draw_masks", draw_by_schedule)
+    monkeypatch.setattr(pretrain, "train_step", step_and_grow)
+    monkeypatch.setattr(pretrain, "Checkpointer", lambda args, world, plan, saved, *rest: real(
+        args, world, plan, {**saved, "ratio": schedule}, *rest))
+    flags = ["--val", "0", "--sheets", "0"]
+    whole = fork(tmp_path / "whole", *flags)["model"]
+    assert shares == pytest.approx([0.3, 0.35, 0.4, 0.45])
+    schedule.ratio = 0.3
+    monkeypatch.setattr(pretrain, "train_step", lambda at, *rest: step_and_grow(at, *rest) if at < 2 else 1 / 0)
+    with pytest.raises(SystemExit):
+        fork(tmp_path / "cut", *flags, "--save-every", "1")
+    schedule.ratio = 0.9                                     # a new process would not know it
+    monkeypatch.setattr(pretrain, "train_step", step_and_grow)
+    pretrain.main(["--out", str(tmp_path / "cut"), "--resume"])
+    again = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
@@ -1741,7 +1784,7 @@ def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
         state = fork(tmp_path / "run")["model"]
     finally:                                                 # the tests after this one have three again
         data.mean_and_std.cache_clear()
-    assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 8**2
+    assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 32**2
 
 
 def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monkeypatch):
@@ -2107,7 +2150,7 @@ def complaint(capsys, *flags, main=pretrain.main):
         (["--wings", "2"], "unrecognized arguments: --wings 2"),
         (["--mask-ratio", "1.5"], "mask ratio 1.5: must lie between 0 and 1"),
         (["--image-size", "100"], "image side 100: not a multiple of the 32-pixel mask unit; use 96 or 128"),
-        (["--token-stage", "9", "--image-size", "64"], "mask stage 9: this encoder has stages 0 to 4"),
+        (["--token-stage", "9", "--image-size", "64"], "token stage 9: this encoder has stages 0 to 4"),
         (["--mask-size", "8", "--token-stage", "4", "--image-size", "64"], "a mask unit is smaller than the stride"),
         (["--warmup-epochs", "3", "--epochs", "2"], "--warmup-epochs 3: must be less than --epochs 2"),
         (["--batch-size", "20000"], "the data set has 10000 images, one step takes 20000"),
@@ -2132,7 +2175,7 @@ def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, word
 def test_help_tells_every_default(capsys):
     told = {
         pretrain.main: ["per optimiser step (1)", "augmentation, masks (0)", "the model (no)", "format of CNNs (yes)",
-                        "largest gradient norm, 0 = none (0.0, by recipe)", "frequency weight (1.0)"],
+                        "largest gradient norm, 0 = none (0.0, by recipe)", "lambda, 0 = pixels only (0.5, by recipe)"],
         finetune.main: ["see --lr (16, by recipe)", "floor of the cosine (1e-06)", "head alone (no, by recipe)"],
     }
     for main, words in told.items():
@@ -3094,6 +3137,8 @@ FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
     number, code, few_images, capsys, tmp_path, monkeypatch
 ):
+    if number == signal.SIGHUP:                              # nohup would leave it ignored, as it should
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     log, final = run(tmp_path / "whole", *FLAGS)
     step = pretrain.train_step

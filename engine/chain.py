@@ -27,7 +27,7 @@ def split_into_stages(arch: str, image_size: tuple[int, int], drop_path: float) 
     (H, W), by_size = image_size, arch.startswith("maxvit")  # MaxViT is built for one image size
     near = "vit_base" if "vit" in arch else "resnet50"
     no_chain = ValueError(f"arch {arch!r}: does not run its modules one after another, so a token cannot enter between "
-                          f"them; use {near}, or split it yourself: model.Encoder([...])")
+                          f"them; use {near}, or cut it yourself: model.Encoder([...])")
     if arch.startswith(("vit_", "googlenet", "inception")):  # known: not built for nothing
         raise no_chain
     if by_size and H != W:

@@ -1,0 +1,66 @@
+"""The one-page version against the full one: the same loss, the same gradients, a backbone that loads."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from extras import mini
+from loss import a2mim_loss
+from masking import resize_mask
+from model import A2MIM, build_encoder
+
+close = torch.testing.assert_close
+
+
+def test_one_page_is_the_whole_method():
+    """The loss and every gradient equal those of model.py and loss.py with the same options."""
+    torch.manual_seed(0)
+    page = mini.MiniA2MIM().train()
+    full = A2MIM(build_encoder("resnet18"), image_size=64, mask_size=8, token_stage=3).train()
+    own = page.state_dict()
+    names = {"token": "mask_token.token", "gamma": "mask_token.gamma"}
+    state = {}
+    for name, value in own.items():
+        new = names.get(name, f"encoder.{name}" if name.startswith("backbone.") else name)
+        state[new] = value.flatten() if name in names else value
+    full.load_state_dict(state)
+
+    images, mask = torch.randn(8, 3, 64, 64), mini.random_mask(8)
+    hidden = resize_mask(mask[:, 0].bool(), (64, 64))
+    short = mini.loss(page(images, mask), images, hidden.float())
+    long, _ = a2mim_loss(full(images, mask[:, 0]), images, hidden, visible_weight=0.0,
+                         spectrum="image")
+    close(short, long, atol=1e-6, rtol=1e-6)
+    short.backward()
+    long.backward()
+    gradients = {name: p.grad for name, p in full.named_parameters()}
+    for name, parameter in page.named_parameters():
+        new = names.get(name, f"encoder.{name}" if name.startswith("backbone.") else name)
+        close(parameter.grad.flatten(), gradients[new].flatten(), atol=1e-6, rtol=1e-4)
+
+
+def test_sixty_percent_of_the_units_are_hidden():
+    assert mini.random_mask(100).sum((1, 2, 3)).unique().tolist() == [39]    # ceil(0.6 * 64)
+
+
+def test_it_learns_on_a_folder_and_leaves_a_backbone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for i in range(8):
+        x, y = torch.meshgrid(torch.arange(80), torch.arange(80), indexing="ij")
+        picture = torch.stack([x * i, y * 3, x + y]).remainder(256).byte().permute(1, 2, 0)
+        Image.fromarray(picture.numpy()).save(tmp_path / "photos" / "a" / f"{i}.png")
+    monkeypatch.setattr(mini, "STEPS", 12)
+    monkeypatch.setattr(mini, "BATCH", 8)
+    mini.main("photos")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()
+              if line.startswith("step")]
+    assert losses[-1] < losses[0]
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    found = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
