@@ -79,19 +79,11 @@ def save_curve(path: Path, log: Path) -> None:
     panels = {"training loss": {"each log line": training, "smoothed": smooth}}
     if measured:
         curves = {"model": model}
-<<<<<<< HEAD
         for name, key in (("mean-colour baseline", "mean_colour"), ("blur baseline", "blur")):
             loss = measured[-1].get(key)                     # none if the target is no image
             if loss is not None:
                 curves[name] = [(first, loss), (last, loss)]
         panels["pixel loss on held-out images"] = curves
-=======
-        baselines = {"mean_colour": "mean-colour baseline", "blur": "blur baseline"}
-        for key, title in baselines.items():
-            if key in measured[-1]:                          # a target that is no image has none
-                curves[title] = [(step, measured[-1][key]) for step in ends]
-        panels.append(("pixel loss on held-out images", curves))
->>>>>>> core
 
     width, height = (FINE * side for side in PANEL)
     page = Image.new("RGB", (width, height * len(panels)), "white")
