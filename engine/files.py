@@ -1,9 +1,11 @@
 """Everything a run writes: its folder and the lock on it, checkpoints, log lines.
 
-    lock_folder      one run at a time in a folder
-    load_checked     torch.load for files that may be damaged
-    save_atomically  a file is the old one or the new one, never half of either
-    read_checkpoint  the last one that is whole
+    lock_folder         one run at a time in a folder
+    load_checked        torch.load for files that may be damaged
+    replace_atomically  a file is the old one or the new one, never half of either
+    read_checkpoint     the last checkpoint that is whole
+    append_line         log.jsonl
+    printable           text from outside in one harmless line
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Iterator
 
 try:
     import fcntl                                             # not on Windows
@@ -26,22 +29,23 @@ import torch
 
 # ---- the output folder ----
 
-WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt", "checkpoint-previous.pt",
-           "confusion.png", "features.npz", ".lock", "log.jsonl", "loss.png", "result.json")
-locks = {}  # folder -> the open lock file of this process
+WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt",
+           "checkpoint-previous.pt", "confusion.png", "features.npz", ".lock", "log.jsonl",
+           "loss.png", "result.json")
+locks = {}                                                   # folder -> its lock file, kept open
 
 
 def make_and_lock(out: Path) -> None:
+    """Makes the folder if there is none, then locks it. Raises ValueError as lock_folder does."""
     out.mkdir(parents=True, exist_ok=True)
     lock_folder(out)
 
 
 def lock_folder(out: Path) -> None:
-    """Takes the folder for this process until `release_locks` or its end. Raises ValueError if
-    another has it.
+    """Locks the folder until `release_locks`, or until this process ends.
 
-    The kernel releases the lock when the process dies, however it dies. A lock of `lockf` is not
-    inherited by loader workers, so they cannot hold it after their parent was killed."""
+    Raises ValueError if another process has the lock. The kernel releases the lock of a process
+    that was killed. Loader workers do not inherit a lock of `lockf`, so they cannot keep it."""
     key = os.path.realpath(out)
     if fcntl is None or key in locks:
         return
@@ -50,10 +54,11 @@ def lock_folder(out: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        shown = printable(str(out))
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"--out {printable(str(out))}: another run is writing there; wait for its end, or choose "
-                             f"another --out") from None
-        print(f"warning: {printable(str(out))} cannot be locked ({error.strerror}); do not start two runs in it",
+            raise ValueError(f"--out {shown}: another run is writing there; wait for its end, or "
+                             f"choose another --out") from None
+        print(f"warning: {shown} cannot be locked ({error.strerror}); do not start two runs in it",
               file=sys.stderr)
         return
     locks[key] = file
@@ -61,7 +66,8 @@ def lock_folder(out: Path) -> None:
 
 def release_locks() -> None:
     while locks:
-        locks.popitem()[1].close()
+        _, file = locks.popitem()
+        file.close()
 
 
 def refuse_odd_files(out: Path) -> None:
@@ -70,13 +76,84 @@ def refuse_odd_files(out: Path) -> None:
         path = out / name
         if path.exists() and not path.is_file():
             kind = "folder" if path.is_dir() else "pipe or device"
-            raise ValueError(f"{printable(str(path))}: is a {kind}, a run writes a file of this name; move it away, or "
-                             f"choose another --out")
+            raise ValueError(f"{printable(str(path))}: is a {kind}, a run writes a file of this "
+                             f"name; move it away, or choose another --out")
 
 
 def settings(args: SimpleNamespace) -> dict:
-    """What args.json and a checkpoint remember of the flags."""
-    return {k: v for k, v in vars(args).items() if k not in ("given", "demo", "resume", "download", "device")}
+    """The flags that args.json and a checkpoint hold: those that a resumed run takes over."""
+    of_this_start = ("given", "demo", "resume", "download", "device")
+    return {name: value for name, value in vars(args).items() if name not in of_this_start}
+
+
+# ---- files that are whole ----
+
+@contextlib.contextmanager
+def replace_atomically(path: Path, fix: str = "", keep_previous: bool = False) -> Iterator[Path]:
+    """Gives the path of a temporary file to write, which then replaces `path` in one step.
+
+        with replace_atomically(path) as beside:
+            beside.write_text(text)
+
+    After a kill at any moment, or on a full disk, `path` is the old file or the new one. The
+    temporary file is flushed to the disk before it is renamed.
+
+    fix            what to do once there is room, for the message
+    keep_previous  the old file is kept as <stem>-previous.pt
+
+    Raises OSError, in one line with the file and the reason, if the file cannot be written."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            keep_as_previous(path)
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        reason = disk_error(error, path.parent)
+        if fix:
+            raise OSError(f"{path}: not written ({reason}); make room, then {fix}") from None
+        raise OSError(f"{path} not written: {reason}") from None
+
+
+def keep_as_previous(path: Path) -> None:
+    """Gives the file a second name, <stem>-previous.pt, so that it is kept when it is replaced."""
+    previous = path.with_stem(path.stem + "-previous")
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:                                          # a file system without links
+        shutil.copyfile(path, previous)
+
+
+def disk_error(error: OSError, folder: Path) -> str:
+    """The reason why a file could not be written. Torch reports a full disk as "unexpected pos"."""
+    if error.strerror:
+        return error.strerror
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 2**20:
+            return "no space left on the disk"
+    first_line = str(error).splitlines()[0]
+    return "the disk is full, or it failed" if "enforce fail" in first_line else first_line
+
+
+def write_text_atomically(path: Path, text: str, fix: str = "") -> None:
+    """Writes a text by `replace_atomically`."""
+    with replace_atomically(path, fix) as beside:
+        beside.write_text(text)
+
+
+def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> None:
+    """torch.save by `replace_atomically`."""
+    with (replace_atomically(path, keep_previous=keep_previous) as beside,
+          open(beside, "wb") as file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                        # torch wraps the errors of the disk
+            raise OSError(str(error)) from None
 
 
 # ---- checkpoints ----
@@ -84,8 +161,8 @@ def settings(args: SimpleNamespace) -> dict:
 def load_checked(path: str | Path):
     """torch.load of plain values: nothing in the file is executed.
 
-    Raises OSError if it is no regular file (a pipe would be waited for), or if a byte of it has
-    flipped: a `.pt` is a zip file with checksums, and torch.load does not look at them."""
+    A `.pt` is a zip file with checksums, which torch.load does not check. Raises OSError if the
+    file is no regular file (reading a pipe would wait forever), or if a checksum does not fit."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path}: is not a regular file")
     if zipfile.is_zipfile(path):
@@ -95,96 +172,55 @@ def load_checked(path: str | Path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> None:
-    """Write beside, flush to the disk, rename: a kill at any moment, or a full disk, leaves the old
-    or the new file.
-
-    With `keep_previous` the old one stays as <stem>-previous.pt. Raises OSError if the file cannot
-    be written."""
-    beside, previous = path.with_name(path.name + ".tmp"), path.with_stem(path.stem + "-previous")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():  # a second name for the old file: one is always there
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:                                  # a file system without links
-                shutil.copyfile(path, previous)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:                 # torch wraps the errors of the disk
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise OSError(f"{path} not written: {disk_error(error, path.parent)}") from None
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """The same for a text. Raises OSError that names the file and the reason."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise OSError(f"{path} not written: {disk_error(error, path.parent)}") from None
-
-
-def disk_error(error: Exception, folder: Path) -> str:
-    """The reason why a file could not be written, in words of a user: torch says "unexpected pos"
-    for a full disk."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    with contextlib.suppress(OSError):
-        if shutil.disk_usage(folder).free < 2**20:
-            return "no space left on the disk"
-    first = str(error).splitlines()[0]
-    return "the disk is full, or it failed" if "enforce fail" in first else first
-
-
 def read_checkpoint(out: Path) -> dict | None:
-    """checkpoint.pt of a run, or the one before it if that is broken; None if there is none yet.
+    """checkpoint.pt of a run, or checkpoint-previous.pt if that is broken; None if there is none.
 
-    `path` is added to the state: the file that it came from. Raises ValueError if no file can be
+    `path`, the file that was read, is added to the state. Raises ValueError if no file can be
     read."""
-    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint-previous.pt") if path.exists()]
+    both = [out / "checkpoint.pt", out / "checkpoint-previous.pt"]
+    paths = [path for path in both if path.exists()]
     for path in paths:
         try:
             state = load_checked(path)
             is_whole = is_checkpoint(state)
-        except Exception:  # torch.load has no one type for a broken file
+        except Exception:                                    # torch.load raises many types
             is_whole = False
         if is_whole:
             return dict(state, args=with_new_names(state["args"]), path=str(path))
     if paths:
-        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this program (damaged, of "
-                         f"another program, or with weights that are NaN); move it away to start from the beginning")
+        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this "
+                         f"program (damaged, of another program, or with weights that are NaN); "
+                         f"move it away to start from the beginning")
     return None
 
 
-RENAMED = {"mask_cell": "mask_size", "mask_stage": "token_stage"}  # settings of older runs
-REMOVED = {"alpha": 1.0, "log_weight": True}                 # and those that every run has now
+RENAMED = {"mask_cell": "mask_size", "mask_stage": "token_stage"}            # old name -> new name
+REMOVED = {"alpha": 1.0, "log_weight": True}                 # name -> the value of every run now
 
 
 def with_new_names(args: dict) -> dict:
-    """The settings of a run, as an older version may have saved them, under the names of now.
+    """The settings of a run, perhaps of an older version, under today's names.
 
     Raises ValueError for a value that is no longer supported."""
     for name, value in REMOVED.items():
         if args.get(name, value) != value:
-            raise ValueError(f"this run has --{name.replace('_', '-')} {args[name]}, which is no longer supported")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"this run has {flag} {args[name]}, which is no longer supported")
     return {RENAMED.get(name, name): value for name, value in args.items() if name not in REMOVED}
 
 
 def is_checkpoint(state: dict) -> bool:
-    """Are the values there that every run saves, of their types, and all weights finite?"""
-    counters = {"step": 0, "per_epoch": 1, "world": 1, "skipped": 0}  # name -> smallest value
-    if not all(type(state[name]) is int and state[name] >= least for name, least in counters.items()):
-        return False
+    """Does the state hold what every run saves, in the right types, with finite weights?
+
+    Raises KeyError, TypeError or AttributeError for other states."""
+    counters = {"step": 0, "per_epoch": 1, "world": 1, "skipped": 0}         # name -> minimum
+    for name, minimum in counters.items():
+        if type(state[name]) is not int or state[name] < minimum:
+            return False
     args = state["args"]
-    return isinstance(args, dict) and isinstance(args["program"], str) and all_finite(state["model"])
+    if not isinstance(args, dict) or not isinstance(args["program"], str):
+        return False
+    return all_finite(state["model"])
 
 
 def all_finite(state: dict) -> bool:
@@ -196,32 +232,42 @@ def all_finite(state: dict) -> bool:
 # ---- log lines ----
 
 def append_line(log: Path, line: dict) -> None:
-    """Adds a line to log.jsonl, behind a whole one: the last may be cut if the disk was full."""
+    """Adds a line to log.jsonl. If a full disk has cut the last line, that line is ended."""
     with open(log, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            file.write(b"" if file.read(1) == b"\n" else b"\n")
+            is_whole = file.read(1) == b"\n"
+            file.write(b"" if is_whole else b"\n")
         file.write(json.dumps(line).encode() + b"\n")
 
 
 def read_lines(log: Path) -> list[dict]:
-    """The lines of log.jsonl that are whole, and of this program: what else is in the file is
-    passed over."""
+    """The lines of log.jsonl. Lines that are cut short, or not of this program, are left out."""
+    if not log.exists():
+        return []
     lines = []
-    for text in log.read_text(errors="replace").splitlines() if log.exists() else ():
+    for text in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
-            if isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "epoch")):
+            if is_log_line(line):
                 lines.append(line)
     return lines
 
 
+def is_log_line(line) -> bool:
+    if not isinstance(line, dict):
+        return False
+    return all(type(line.get(name)) in (int, float) for name in ("step", "epoch"))
+
+
 def trim_log(log: Path, epoch: float) -> None:
-    """Drops the lines after `epoch`: these steps are about to be made again."""
+    """Drops the lines after `epoch`: the resumed run makes these steps again."""
     if log.exists():
         kept = [line for line in read_lines(log) if line["epoch"] <= epoch + 5e-5]
         write_text_atomically(log, "".join(json.dumps(line) + "\n" for line in kept))
 
+
+# ---- text from outside ----
 
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f"                                   # controls: ESC, line breaks, tabs, NUL
@@ -246,20 +292,24 @@ def printable(text: str, longest: int | None = 200) -> str:
 
 
 def escape(match: re.Match) -> str:
-    """One character as a backslash escape. Python keeps a byte that is no UTF-8 as U+DC80 to
-    U+DCFF."""
+    """One character as a backslash escape. Python reads a byte that is no UTF-8 as a character from
+    U+DC80 to U+DCFF, which is shown as that byte."""
     number = ord(match[0])
     if 0xDC80 <= number <= 0xDCFF:
         number -= 0xDC00
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
+# ---- memory ----
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU's allocator, or of this process."""
+    """Peak memory so far, in MiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type in ("cuda", "xpu"):
-        return round(getattr(torch, device.type).max_memory_allocated(device) / 2**20, 1)
+        peak = getattr(torch, device.type).max_memory_allocated(device)
+        return round(peak / 2**20, 1)
     try:
         import resource                                      # not on Windows
     except ImportError:
         return 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    units_per_mb = 2**20 if sys.platform == "darwin" else 2**10              # bytes, or KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb, 1)

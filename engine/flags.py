@@ -1,10 +1,10 @@
-"""Flags: a table {group: {name: (default, kind, help)}} says all about them, in one place.
+"""Flags: a program's table {group: {name: (default, kind, help)}} holds everything about them.
 
-    number, path, how_often   kinds of flags: what is allowed, and one clear line for the rest
-    SIDES, pair, told_size    an image size: one number is a square, two are height and width
-    DATA_FLAGS, RUN_FLAGS     what both stages have
-    Parser                    argparse, made from such a table
-    remembered                flags from the args.json that lies beside a file of weights
+    number, path, checked, how_often    kinds of flags: what is allowed, one clear line otherwise
+    SIDES, height_width, format_size    an image size: one side of a square, or height and width
+    DATA_FLAGS, RUN_FLAGS               the flags of both stages
+    Parser                              argparse, made from such a table
+    remembered                          flags from the args.json beside a file of weights
 """
 
 import argparse
@@ -17,11 +17,15 @@ import torch
 
 from .files import printable
 
-OLD_NAMES = {"mask_size": ["--mask-cell"], "token_stage": ["--mask-stage"]}  # of flags
-MAX_SIDE, MAX_EPOCHS = 8192, 100_000                         # more is a slip of the keyboard
-SWITCH = object()                                            # a kind of flag: one without a value
-SIDES = object()  # and one of one or two: 224, or 192 256 (height, width)
+OLD_NAMES = {"mask_size": ["--mask-cell"], "token_stage": ["--mask-stage"]}  # still accepted
+MAX_SIDE = 8192                                              # a larger number is a typing error
+MAX_EPOCHS = 100_000
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ---- kinds of flags. bool: --flag and --no-flag; a tuple: one of its values ----
+
+SWITCH = object()                                            # a flag without a value
+SIDES = object()                                             # 224, or 192 256 (height and width)
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -33,18 +37,19 @@ def number(kind: type, low: float, high: float = math.inf):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             what = "an integer" if kind is int else "a number"
-            most = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{printable(text)}: must be {what} {most}")
+            limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{printable(text)}: must be {what} {limits}")
         return value
     read.metavar = "N" if kind is int else "X"
     return read
 
 
 def path(metavar: str):
-    """A kind of flag: any text but an empty one, which is what an unset shell variable leaves."""
+    """A kind of flag: any text that is not empty."""
     def read(text: str) -> str:
         if not text.strip():
-            raise argparse.ArgumentTypeError("is empty (an unset shell variable?); give a value, or leave the flag out")
+            raise argparse.ArgumentTypeError("is empty (an unset shell variable?); give a value, "
+                                             "or leave the flag out")
         return text
     read.metavar = metavar
     return read
@@ -64,9 +69,10 @@ def checked(metavar: str, check):
 
 def how_often(text: str) -> str:
     """A kind of flag: '200' is every 200 steps, '10m' every ten minutes."""
-    if not text.removesuffix("m").isdecimal() or int(text.removesuffix("m")) == 0:
-        raise argparse.ArgumentTypeError(f"{printable(text)}: must be a number of steps such as 200, or of minutes "
-                                         f"such as 10m")
+    every = text.removesuffix("m")
+    if not every.isdecimal() or int(every) == 0:
+        raise argparse.ArgumentTypeError(f"{printable(text)}: must be a number of steps such as "
+                                         f"200, or of minutes such as 10m")
     return text
 
 
@@ -74,11 +80,12 @@ how_often.metavar = "N"
 
 
 class Sides(argparse.Action):
-    """SIDES as an int, or as a list [H, W], which args.json and a checkpoint can hold."""
+    """Reads SIDES as an int, or as a list [H, W], which args.json and a checkpoint can hold."""
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 2:
-            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: must be one side of a square, or two "
+            typed = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"{typed}: must be one side of a square, or two "
                                                f"sides, height and width")
         setattr(args, self.dest, values[0] if len(values) == 1 else values)
 
@@ -89,96 +96,138 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def format_size(size: int | Sequence[int]) -> str:
+    """An image size in words: '224 px', or '192 x 256 px' (height x width)."""
     H, W = height_width(size)
     return f"{H} px" if H == W else f"{H} x {W} px"
 
 
-DATA_FLAGS = {  # what both stages have
+# ---- the flags of both stages ----
+
+DATA_FLAGS = {
     "data_root": ("datasets", path("DIR"), "where torchvision's datasets are kept"),
     "download": (False, SWITCH, "fetch a torchvision dataset that is not there yet"),
-    "workers": (None, number(int, 0, 256), "loader processes per process (cores per process - 1, 1 to 8)"),
-    "max_bad": (0.01, number(float, 0, 1), "stop if more than this share of the images cannot be read"),
+    "workers": (None, number(int, 0, 256), "loader processes per process (cores per process - 1, "
+                "1 to 8)"),
+    "max_bad": (0.01, number(float, 0, 1), "stop if more than this share of the images cannot be "
+                "read"),
 }
 RUN_FLAGS = {
-    "out": (None, path("DIR"), "where everything is written (runs/<data>-<arch>..., numbered if taken)"),
-    "resume": (False, SWITCH, "go on from checkpoint.pt in --out; its flags are remembered"),
+    "out": (None, path("DIR"), "folder for all files of the run (runs/<data>-<arch>..., numbered "
+            "if taken)"),
+    "resume": (False, SWITCH, "continue from checkpoint.pt in --out, with the flags of its run"),
     "seed": (0, number(int, 0), "fixes all randomness: weights, order, augmentation, masks"),
-    "device": (None, ("cpu", "cuda", "mps", "xpu"), "where it runs (the accelerator that is there, else the CPU)"),
-    "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; else CUDA fp16, the rest off)"),
+    "device": (None, ("cpu", "cuda", "mps", "xpu"), "where to compute (the accelerator of this "
+               "machine, or the CPU if there is none)"),
+    "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; otherwise CUDA fp16, "
+            "others off)"),
     "compile": (False, bool, "torch.compile the model"),
     "channels_last": (True, bool, "memory format of CNNs"),
     "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
-    "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; after each epoch too"),
+    "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; each "
+                   "epoch ends with a checkpoint, too"),
 }
 
 
+# ---- the command line ----
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but a complaint is one line, and rank 0 alone says it (see `command_line`)."""
+    """argparse, made from a table of flags. A mistake raises ValueError with one line."""
 
     def __init__(self, program: str, usage: str, doc: str, flags: dict, recipes: dict):
-        told = {name: "  ".join(f"{k}={v}" for k, v in row.items()) for name, row in recipes.items()}
-        rows = "\n".join(f"  {name:9} {row}" for name, row in told.items())
-        super().__init__(prog=program, usage=usage, description=doc, epilog=f"recipes (a flag overrides):\n{rows}",
+        super().__init__(prog=program, usage=usage, description=doc, epilog=recipe_help(recipes),
                          argument_default=argparse.SUPPRESS, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.flags = flags
-        by_recipe = {name for row in recipes.values() for name in row}
-        for title, group in flags.items():
-            g = self.add_argument_group(title)
-            for name, (default, kind, text) in group.items():
-                shown = ["yes" if default else "no"] if kind is bool else [] if default is None else [str(default)]
-                shown = ([] if kind is SWITCH else shown) + ["by recipe"] * (name in by_recipe)
-                more = dict(help=f"{text} ({', '.join(shown)})" if shown else text)
-                if kind is bool:
-                    more["action"] = argparse.BooleanOptionalAction
-                elif kind is SWITCH:
-                    more["action"] = "store_true"
-                elif kind is SIDES:
-                    more |= dict(action=Sides, nargs="+", type=number(int, 1, MAX_SIDE), metavar=("H", "W"))
-                elif isinstance(kind, tuple):
-                    more["choices"] = kind
-                else:
-                    more |= dict(type=kind, metavar=kind.metavar)
+        by_recipe = {name for values in recipes.values() for name in values}
+        for title, rows in flags.items():
+            group = self.add_argument_group(title)
+            for name, (default, kind, text) in rows.items():
                 names = ["--" + name.replace("_", "-"), *OLD_NAMES.get(name, [])]
-                g.add_argument(*names, dest=name, **more)
+                notes = default_notes(default, kind)
+                if name in by_recipe:
+                    notes.append("by recipe")
+                if notes:
+                    text = f"{text} ({', '.join(notes)})"
+                group.add_argument(*names, dest=name, help=text, **argparse_options(kind))
 
     def error(self, message: str):
-        most = 1000  # a value of any length may be quoted in it
-        told = message if len(message) <= most else message[:most] + "..."
-        raise ValueError(f"{told}; see --help")
+        """Raises ValueError with the message, which may quote a value of any length."""
+        limit = 1000
+        shown = message if len(message) <= limit else message[:limit] + "..."
+        raise ValueError(f"{shown}; see --help")
+
+
+def recipe_help(recipes: dict) -> str | None:
+    """The end of --help: one line per recipe, with the flags that it sets."""
+    if not recipes:
+        return None
+    lines = ["recipes (a flag overrides):"]
+    for recipe, values in recipes.items():
+        texts = [f"{name}={value}" for name, value in values.items()]
+        lines.append(f"  {recipe:9} {'  '.join(texts)}")
+    return "\n".join(lines)
+
+
+def default_notes(default, kind) -> list[str]:
+    """What --help shows of a default, in parentheses."""
+    if kind is SWITCH:
+        return []
+    if kind is bool:
+        return ["yes" if default else "no"]
+    return [] if default is None else [str(default)]
+
+
+def argparse_options(kind) -> dict:
+    """A kind of flag as the arguments of add_argument."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind is SWITCH:
+        return {"action": "store_true"}
+    if kind is SIDES:
+        return {"action": Sides, "nargs": "+", "type": number(int, 1, MAX_SIDE),
+                "metavar": ("H", "W")}
+    if isinstance(kind, tuple):
+        return {"choices": kind}
+    return {"type": kind, "metavar": kind.metavar}
 
 
 def defaults(flags: dict) -> dict:
-    return {name: default for group in flags.values() for name, (default, *_) in group.items()}
+    """Flag -> default, of a table of flags."""
+    values = {}
+    for rows in flags.values():
+        for name, (default, *_) in rows.items():
+            values[name] = default
+    return values
 
 
 def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> dict:
-    """Flags of the run that left `weights`, from args.json beside them; {} if there is none.
+    """The flags `names` of the run that wrote `weights`, from args.json beside the file.
 
-    Raises ValueError if that file is no such record, or holds a value that the flag of that name
-    would refuse."""
-    beside = Path(weights or "").parent / "args.json"
-    if not weights or not beside.is_file():
+    {} if there is no args.json. Raises ValueError if it cannot be read, or if it holds a value that
+    the flag would refuse."""
+    file = Path(weights or "").parent / "args.json"
+    if not weights or not file.is_file():
         return {}
     try:
-        made = json.loads(beside.read_text())
-        kept = {name: made[name] for name in names if made.get(name) is not None}
+        settings = json.loads(file.read_text())
+        found = {name: settings[name] for name in names if settings.get(name) is not None}
     except (ValueError, OSError, AttributeError, RecursionError):
-        raise ValueError(f"{beside}: cannot be read as the settings of a run; move it away and give --arch") from None
-    for name, value in kept.items():
+        raise ValueError(f"{file}: cannot be read as the settings of a run; move it away and give "
+                         f"--arch") from None
+    for name, value in found.items():
         if not accepts(parser.flags, name, value):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{beside}: {name} is {value!r}, which {flag} would refuse; repair it, or move the file "
-                             f"away and give the flags")
-    return kept
+            raise ValueError(f"{file}: {name} is {value!r}, which {flag} would refuse; repair it, "
+                             f"or move the file away and give the flags")
+    return found
 
 
 def accepts(flags: dict, name: str, value) -> bool:
     """Could the flag `name` have this value? For settings that come from a file."""
-    found = [row[name] for row in flags.values() if name in row]
-    if not found:                                            # what a recipe alone can set
+    tables = [rows for rows in flags.values() if name in rows]
+    if not tables:                                           # what a recipe alone can set
         return value is None or type(value) in (str, int, float, bool, list, tuple)
-    default, kind, _ = found[0]
+    _, kind, _ = tables[0][name]
     if value is None:
         return True
     if kind in (bool, SWITCH):
@@ -187,7 +236,8 @@ def accepts(flags: dict, name: str, value) -> bool:
         return value in kind
     if kind is SIDES:
         sides = value if type(value) is list else [value]
-        return len(sides) in (1, 2) and all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+        are_sides = [type(side) is int and 1 <= side <= MAX_SIDE for side in sides]
+        return len(sides) in (1, 2) and all(are_sides)
     if type(value) not in (str, int, float):
         return False
     try:                                                     # as if it were typed

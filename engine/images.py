@@ -1,7 +1,7 @@
-"""What guards the data: images that cannot be read, and torchvision's named sets.
+"""Data that cannot be read, and torchvision's datasets by name.
 
     reason, name_some, print_once   why an image cannot be read, in one line
-    TorchvisionSet                  a data set of torchvision, fetched if asked for
+    TorchvisionSet                  a dataset of torchvision, downloaded if asked for
     UnreadableImages                the images of a run that could not be read
 """
 
@@ -20,48 +20,44 @@ from .files import printable
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception, in one line."""
     lines = (getattr(error, "strerror", None) or str(error)).splitlines()
     return printable(lines[0] if lines else type(error).__name__)
 
 
 @functools.cache
 def print_once(text: str) -> None:
+    """Prints a text on rank 0, the first time that it comes."""
     Distributed().print0(text)
 
 
 # ---- torchvision's datasets ----
 
 class TorchvisionSet:
-    """A dataset of torchvision by name. If no labels are needed, 'stl10' has its 100,000 unlabelled
-    images too."""
+    """A dataset of torchvision by name, in the form of data.Folder.
+
+    split: 'train' or 'val'. If no labels are needed, stl10 includes its 100,000 unlabelled images.
+    Raises ValueError if the dataset is not in `root` or cannot be read."""
 
     def __init__(self, name: str, split: str, root: Path, download: bool, labelled: bool):
-        train, shown = split == "train", printable(str(root))
+        shown = printable(str(root))
         try:
             if download:
                 root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--data-root {shown}: cannot be written ({error.strerror})") from None
         try:
-            if name in ("cifar10", "cifar100"):
-                self.data = getattr(tvd, name.upper())(root, train=train, download=download)
-            elif name == "stl10":
-                part = "test" if not train else "train" if labelled else "train+unlabeled"
-                self.data = tvd.STL10(root, split=part, download=download)
-            else:
-                ready = (root / "imagenette2").is_dir()  # torchvision refuses to download it twice
-                self.data = tvd.Imagenette(root, split=split, size="full", download=download and not ready)
+            self.data = open_torchvision(name, split, root, download, labelled)
         except RuntimeError:
             raise ValueError(f"--data {name}: not found in --data-root {shown}; add --download to "
                              f"fetch it") from None
-        except OSError as error:  # a network that does not answer is one too
+        except OSError as error:                             # also if the network does not answer
             doing = "fetched into" if download else "read from"
             raise ValueError(f"--data {name}: cannot be {doing} --data-root {shown} "
                              f"({reason(error)})") from None
+        # Imagenette has several names for a class
         self.classes = [c if isinstance(c, str) else c[0] for c in self.data.classes]
-        labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
-        self.labels = np.array(labels if labels is not None else [label for _, label in self.data._samples])
+        self.labels = np.array(labels_of(self.data))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,32 +66,60 @@ class TorchvisionSet:
         return f"image {index}"
 
     def read(self, index: int) -> Tensor:
-        return tvf.pil_to_tensor(self.data[index][0].convert("RGB"))
+        """The image, uint8 (3, H, W)."""
+        image, _ = self.data[index]
+        return tvf.pil_to_tensor(image.convert("RGB"))
+
+
+def open_torchvision(name: str, split: str, root: Path, download: bool, labelled: bool):
+    """The dataset object of torchvision. Raises RuntimeError if the files are not there."""
+    if name in ("cifar10", "cifar100"):
+        kind = tvd.CIFAR10 if name == "cifar10" else tvd.CIFAR100
+        return kind(root, train=split == "train", download=download)
+    if name == "stl10":
+        part = "test"
+        if split == "train":
+            part = "train" if labelled else "train+unlabeled"
+        return tvd.STL10(root, split=part, download=download)
+    is_there = (root / "imagenette2").is_dir()               # torchvision refuses a second download
+    return tvd.Imagenette(root, split=split, size="full", download=download and not is_there)
+
+
+def labels_of(dataset) -> list[int]:
+    """The labels of all images. Each class of torchvision keeps them in its own place."""
+    for name in ("targets", "labels"):                       # CIFAR, STL10
+        if getattr(dataset, name, None) is not None:
+            return getattr(dataset, name)
+    return [label for _, label in dataset._samples]          # Imagenette
 
 
 # ---- images that cannot be read ----
 
 def name_some(source, indices: list[int]) -> str:
-    """The first three of some images that cannot be read, each with the reason: 'a.png
-    (damaged)'."""
-    told = []
+    """The names of the first three of some unreadable images, with reasons: 'a.png (damaged)'."""
+    texts = []
     for index in indices[:3]:
         name = printable(source.name(index))
-        if not name.endswith(")"):                           # else the source has given the reason
+        if not name.endswith(")"):                           # some sources give the reason
             try:
                 source.read(index)
             except Exception as error:
                 name += f" ({reason(error)})"
-        told.append(name)
-    more = len(indices) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more else "")
+        texts.append(name)
+    others = len(indices) - len(texts)
+    return ", ".join(texts) + (f" and {others} more" if others else "")
 
 
 class UnreadableImages:
-    """The images that could not be read, on all processes together."""
+    """The images that could not be read, of all processes together."""
 
     def __init__(self, source, share: float, out: str | Path):
-        self.source, self.most, self.out, self.seen, self.new = source, share * len(source), Path(out), set(), []
+        """share: of all images; if more cannot be read, the run fails. out: of broken.txt."""
+        self.source = source
+        self.limit = share * len(source)
+        self.out = Path(out)
+        self.seen = set()                                    # known to all processes
+        self.new = []                                        # of this process, since then
 
     def state_dict(self) -> dict:
         return dict(seen=sorted({*self.seen, *self.new}))
@@ -108,21 +132,27 @@ class UnreadableImages:
         self.new += broken[broken >= 0].tolist()
 
     def tell(self, world: Distributed) -> None:
-        """All take part. Names the first few, lists all in broken.txt; raises Failed if there are
-        too many."""
+        """Names the first new ones, and lists all in broken.txt. All processes take part.
+
+        Raises Failed if there are too many."""
         if not world.all_reduce_max(len(self.new))[0]:
             return
-        fresh = sorted(set(world.all_gather(torch.tensor(self.new, dtype=torch.long)).tolist()) - self.seen)
+        new = world.all_gather(torch.tensor(self.new, dtype=torch.long))
+        new = sorted(set(new.tolist()) - self.seen)
         self.new = []
-        if len(self.seen) < 3 and fresh and world.rank == 0:
-            told = name_some(self.source, fresh)
-            world.print0(f"cannot be read, the next image is taken instead: {told}")
-        self.seen.update(fresh)
-        if world.rank == 0 and fresh:
-            with contextlib.suppress(OSError):               # on a full disk the list waits
-                (self.out / "broken.txt").write_text("".join(f"{self.source.name(i)}\n" for i in sorted(self.seen)))
-        if len(self.seen) > self.most:
-            now = self.most / len(self.source)
-            bad = f"{len(self.seen)} of {len(self.source)} images cannot be read"
-            raise Failed(f"{bad}, listed in {self.out}/broken.txt; repair or remove them, or allow more with "
-                         f"--max-bad (now {now:g})")
+        if new and len(self.seen) < 3 and world.rank == 0:
+            names = name_some(self.source, new)
+            world.print0(f"cannot be read, the next image is taken instead: {names}")
+        self.seen.update(new)
+        if new and world.rank == 0:
+            with contextlib.suppress(OSError):               # on a full disk: the next time
+                self.write_list()
+        if len(self.seen) > self.limit:
+            count = len(self.source)
+            raise Failed(f"{len(self.seen)} of {count} images cannot be read, listed in "
+                         f"{self.out}/broken.txt; repair or remove them, or allow more with "
+                         f"--max-bad (now {self.limit / count:g})")
+
+    def write_list(self) -> None:
+        names = [self.source.name(index) for index in sorted(self.seen)]
+        (self.out / "broken.txt").write_text("".join(f"{name}\n" for name in names))

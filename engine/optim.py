@@ -1,128 +1,211 @@
-"""How a loss is minimised: learning rates over a run, weight decay, LAMB, the moving average of the
-weights.
+"""How the loss is minimised: learning rates, weight decay, LAMB, a moving average of the weights.
 
-    lr_at              one learning rate at one step
-    parameter_groups   pre-training: the mask token learns slowly
-    layer_groups       fine-tuning: the first layers learn slowly
-    Lamb, moving_average
+    lr_at              the learning rate of a step
+    parameter_groups   pre-training: the mask token has an lr of its own
+    layer_groups       fine-tuning: layer-wise lr decay
+    Lamb               an optimiser that torch lacks
+    moving_average     of the weights (EMA)
 """
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# ---- learning rates ----
+
+def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str,
+          per_epoch: int = 1) -> float:
+    """The lr of a parameter group at `step` (t) of `total` (T), with a linear warm-up over `warmup`
+    steps (W) from 0 to `base`.
+
+    cosine           floor + (base - floor) / 2 (1 + cos(pi (t - W) / (T - W))), times t / W during
+                     the warm-up (mmcv)
+    step             base; a tenth of it in the last eighth of the run (epochs 700 to 800 of the
+                     ViT recipe)
+    cosine-from-0    the cosine counts from step 0, and the warm-up starts at 1e-5 base (ConvNeXt,
+                     fine-tuning)
+    cosine-by-epoch  as cosine-from-0, but the cosine changes once per epoch (RSB)
+    probe            base; a tenth of it from 60 %, a hundredth from 80 % of the run (linear probe)
+
+    Source: the released configs."""
+    ramp = min(1.0, step / warmup) if warmup else 1.0
+    if schedule == "probe":
+        drops = (step >= 0.6 * total) + (step >= 0.8 * total)
+        return base * 0.1**drops
+    if schedule == "step":
+        is_late = step >= total * 7 / 8
+        return base * ramp * (0.1 if is_late else 1.0)
+
+    if schedule != "cosine":                                 # the cosine counts from step 0
+        warmup = 0
+        ramp = 1e-5 + (1 - 1e-5) * ramp
+    if schedule == "cosine-by-epoch":
+        step = step // per_epoch
+        total = total / per_epoch
+    floor = min(floor, base)               # the token's lr may be lower, with a small batch
+    angle = math.pi * (step - warmup) / max(1, total - warmup)               # 0 to pi
+    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(angle)))
 
 
-def decays(name: str, p: Tensor) -> bool:
-    """Norms, biases, mask token, gamma, positions (embedding and bias tables), class token and
-    LayerScale do not decay.
+# ---- parameter groups: what decays, and the share of the lr ----
 
-    (The authors' name patterns miss some norms of ResNet and ConvNeXt, which decay there.)"""
-    return p.ndim > 1 and not name.endswith(("layer_scale", "pos_embed", "relative_position_bias_table", "cls_token"))
+NO_DECAY = ("layer_scale", "pos_embed", "relative_position_bias_table", "cls_token")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Does weight decay apply to a parameter?
+
+    Not to vectors (norms, biases, mask token, gamma), LayerScale, class token, and positions
+    (embedding and bias tables). The authors' name patterns miss some norms of ResNet and ConvNeXt,
+    which decay in the released code."""
+    return parameter.ndim > 1 and not name.endswith(NO_DECAY)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, token_lr: float) -> list[dict]:
-    """Pre-training's groups for the optimiser, each with its `scale` of the lr."""
-    groups = {}
-    for name, p in model.named_parameters():
-        key = (token_lr if name.startswith("mask_token.") else 1.0, weight_decay if decays(name, p) else 0.0)
-        groups.setdefault(key, []).append(p)
-    return [dict(params=params, scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
-
-
-def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str, per_epoch: int = 1) -> float:
-    """lr of one parameter group at iteration `step` of `total`, linear warm-up over `warmup`
-    iterations. As released:
-
-    cosine           c = floor + (base - floor)/2 (1 + cos(pi (t - W)/(T - W))), times t/W in
-                     warm-up (mmcv)
-    step             base, a tenth of it for the last eighth (epochs 700 to 800 of the ViT recipe)
-    cosine-from-0    the cosine counted from iteration 0, under a ramp that rises from 1e-5
-                     (ConvNeXt, fine-tuning)
-    cosine-by-epoch  the same, but the cosine moves once an epoch (RSB)
-    probe            base, x0.1 at 60 and 80 % of the run (linear probe)"""
-    ramp = min(1.0, step / warmup) if warmup else 1.0
-    if schedule == "probe":
-        return base * 0.1 ** sum(step >= share * total for share in (0.6, 0.8))
-    if schedule == "step":
-        return base * ramp * (0.1 if step >= total * 7 / 8 else 1.0)
-    if schedule == "cosine-by-epoch":
-        step, total, warmup, ramp = step // per_epoch, total / per_epoch, 0, 1e-5 + (1 - 1e-5) * ramp
-    elif schedule == "cosine-from-0":
-        warmup, ramp = 0, 1e-5 + (1 - 1e-5) * ramp
-    floor = min(floor, base)  # with a small batch the token's lr may lie below the floor
-    return ramp * (floor + (base - floor) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+    """The optimiser's groups for pre-training. `scale` multiplies the lr: token_lr for the mask
+    token, 1 otherwise."""
+    groups = {}                                              # (scale, decay) -> parameters
+    for name, parameter in model.named_parameters():
+        scale = token_lr if name.startswith("mask_token.") else 1.0
+        decay = weight_decay if decays(name, parameter) else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [dict(params=parameters, scale=scale, weight_decay=decay)
+            for (scale, decay), parameters in groups.items()]
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
                  prefix: str = "encoder.backbone.") -> list[dict]:
-    """Fine-tuning's groups: scale = layer_decay^(n - i) for level i of n (stem or patch embedding
-    0), 1 for the head.
+    """The optimiser's groups for fine-tuning, with layer-wise lr decay. Frozen parameters are left
+    out.
 
-    The levels are the encoder's stages: a ViT's block i is level i + 1, so that 0.65^(L + 1 - j)
-    comes out, with j = 0 for positions too; ConvNeXt has finer ones. prefix: of the backbone's
-    names in `model`, below its model.Encoder. Frozen parameters stay out."""
-    encoder, groups = model.get_submodule(prefix.removesuffix(".backbone.")), {}
-    levels = [tuple(f"{name}." for name in names) for names in encoder.levels]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            inside = name.removeprefix(prefix) if name.startswith(prefix) else ""
-            level = next((i for i, names in enumerate(levels) if inside.startswith(names)), len(levels))
-            level = 0 if inside in ("cls_token", "pos_embed") else level
-            groups.setdefault((level, decays(name, p)), []).append(p)
-    return [dict(params=params, scale=layer_decay ** (len(levels) - level), weight_decay=weight_decay if decay else 0.0)
-            for (level, decay), params in sorted(groups.items(), key=lambda item: item[0])]
+    `scale` multiplies the lr: layer_decay^(n - i) for level i of n, where level 0 is the stem or
+    the patch embedding, and 1 for the head. The levels are those of model.Encoder. A ViT's block i
+    is level i + 1, so its scale is layer_decay^(L - i) with L blocks, as in BEiT; its class token
+    and position embedding belong to level 0.
 
+    prefix: of the backbone's names in `model`. It ends in '.backbone.', below the Encoder."""
+    encoder = model.get_submodule(prefix.removesuffix(".backbone."))
+    levels = []
+    for names in encoder.levels:
+        levels.append(tuple(f"{name}." for name in names))
+
+    def level_of(name: str) -> int:
+        inside = name.removeprefix(prefix)
+        if not name.startswith(prefix):                      # the head
+            return len(levels)
+        if inside in ("cls_token", "pos_embed"):
+            return 0
+        for i, names in enumerate(levels):
+            if inside.startswith(names):
+                return i
+        return len(levels)
+
+    groups = {}                                              # (level, decays) -> parameters
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (level_of(name), decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+    rows = []
+    for level, is_decayed in sorted(groups):
+        rows.append(dict(params=groups[level, is_decayed],
+                         scale=layer_decay ** (len(levels) - level),
+                         weight_decay=weight_decay if is_decayed else 0.0))
+    return rows
+
+
+# ---- LAMB ----
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020, algorithm 2), which torch lacks; details as in NVIDIA's and timm's:
+    """LAMB (You et al. 2020, algorithm 2). For a weight p with gradient g at step t:
 
-    gradients over max(1, their global norm); update = Adam's bias-corrected direction +
-    weight_decay p; p -= lr |p| / |update| update (the ratio is 1 if either norm is 0), and plain lr
-    where weight_decay is 0."""
+        g  = g / max(1, global norm of all gradients)
+        m  = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+        u  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p
+        p -= lr |p| / |u| u
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.02):
+    The ratio |p| / |u| is 1 if a norm is 0, and where weight_decay is 0. The global norm, the bias
+    correction and the exception without weight decay are those of NVIDIA's and timm's LAMB."""
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6,
+                 weight_decay: float = 0.02):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        torch._foreach_div_(grads, torch.stack(torch._foreach_norm(grads)).norm().clamp(min=1.0))
+        """One step. torch._foreach_* work on a list of tensors, with few kernels on a GPU."""
+        gradients = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            (b1, b2), decay, grads = group["betas"], group["weight_decay"], [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-            group["t"] = t = group.get("t", 0) + 1
-            m, v = ([self.state[p][key] for p in params] for key in "mv")
-            torch._foreach_lerp_(m, grads, 1 - b1)
-            torch._foreach_mul_(v, b2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-            # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) = scale m / (sqrt(v) + eps root)
-            root = math.sqrt(1 - b2**t)
-            scale, size = root / (1 - b1**t), torch._foreach_sqrt(v)
-            torch._foreach_add_(size, group["eps"] * root)
-            if decay:
-                update = torch._foreach_mul(params, decay)
-                torch._foreach_addcdiv_(update, m, size, scale)
-                norms = zip(torch._foreach_norm(params), torch._foreach_norm(update))
-                torch._foreach_mul_(update, [torch.where((p > 0) & (u > 0), p / u, 1.0) for p, u in norms])
-                torch._foreach_add_(params, update, alpha=-group["lr"])
-            else:
-                torch._foreach_addcdiv_(params, m, size, -group["lr"] * scale)
+            gradients += [p.grad for p in group["params"] if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        torch._foreach_div_(gradients, norm.clamp(min=1.0))
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                group["t"] = group.get("t", 0) + 1
+                self.update_group(group, parameters)
+
+    def update_group(self, group: dict, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        g = [p.grad for p in parameters]
+        m = [self.state[p]["m"] for p in parameters]
+        v = [self.state[p]["v"] for p in parameters]
+        b1, b2 = group["betas"]
+        torch._foreach_lerp_(m, g, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, g, g, 1 - b2)
+
+        update = torch._foreach_div(m, 1 - b1 ** group["t"])
+        size = torch._foreach_div(v, 1 - b2 ** group["t"])
+        torch._foreach_sqrt_(size)
+        torch._foreach_add_(size, group["eps"])
+        torch._foreach_div_(update, size)
+        if group["weight_decay"]:
+            torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
+            weight_norms = torch._foreach_norm(parameters)
+            update_norms = torch._foreach_norm(update)
+            ratios = [trust_ratio(w, u) for w, u in zip(weight_norms, update_norms)]
+            torch._foreach_mul_(update, ratios)
+        torch._foreach_add_(parameters, update, alpha=-group["lr"])
 
 
-def moving_average(model: nn.Module, decay: float, ramp: int) -> AveragedModel:
-    """EMA of the parameters, from the initial ones on, as released: its decay rises from 0.9 decay
-    over `ramp` steps.
+def trust_ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+    """|p| / |u|, or 1 if one of them is 0. Scalars on the device."""
+    are_positive = (weight_norm > 0) & (update_norm > 0)
+    return torch.where(are_positive, weight_norm / update_norm, 1.0)
 
-    BatchNorm statistics stay the model's."""
-    def average(averages, current, n):  # ema.n_averaged is n on the CPU: no wait for a GPU
-        get_ema_multi_avg_fn(decay * (0.9 + 0.1 * min(1.0, (int(ema.n_averaged) - 1) / ramp)))(averages, current, n)
-    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=False)
-    ema.n_averaged += 1  # at 0 torch would take its first update for the start
-    return ema
+
+# ---- a moving average of the weights ----
+
+class MovingAverage(nn.Module):
+    """The exponential moving average (EMA) of a model's parameters, from the initial ones on:
+    `module`. Its buffers (BatchNorm statistics) are copies of the model's.
+
+    The decay rises from 0.9 `decay` to `decay` over `ramp` steps, as released. The state dict is
+    that of torch's AveragedModel."""
+
+    def __init__(self, model: nn.Module, decay: float, ramp: int):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.ramp = ramp
+        # on the CPU, so that no step waits for a GPU
+        self.register_buffer("n_averaged", torch.tensor(1))  # the initial parameters count
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """After a step of the optimiser."""
+        steps = int(self.n_averaged) - 1
+        decay = self.decay * (0.9 + 0.1 * min(1.0, steps / self.ramp))
+        averages, current = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, current, 1 - decay)   # decay average + (1 - decay) current
+        for copied, buffer in zip(self.module.buffers(), model.buffers()):
+            copied.copy_(buffer)
+        self.n_averaged += 1
+
+
+def moving_average(model: nn.Module, decay: float, ramp: int) -> MovingAverage:
+    return MovingAverage(model, decay, ramp)
