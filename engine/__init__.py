@@ -1,14 +1,15 @@
-"""What makes a run survive, and what no paper describes. Nothing here knows about masks or losses.
+"""The infrastructure around the method. Nothing here knows about masks or reconstruction losses.
 
-    flags     one table says all about a flag
-    command   processes, signals, and errors of one line
-    checkpointer   the course of a run: steps, exact resume
-    progress  means between two log lines, and how far a run is
-    files     the output folder, checkpoints, log lines
-    results   accuracies, confusion, features
-    images    image files in, batches from workers
-    pictures  sheets and curves, as PNG files
-    weights   our files, torchvision's, the authors'
-    chain     torchvision's nets as chains of modules
-    optim     learning rates, parameter groups, LAMB, the moving average of the weights
+    command       processes, signals, errors of one line
+    flags         the command line, from one table of flags
+    checkpointer  the course of a run: steps, exact resume
+    progress      means between two log lines, and how far a run is
+    files         the output folder, checkpoints, log lines
+    images        images that cannot be read, torchvision's datasets
+    shapes        the drawn dataset `shapes`
+    weights       backbones and heads from files: ours, torchvision's, the authors'
+    chain         torchvision's nets as chains of modules
+    optim         learning rates, parameter groups, LAMB, a moving average of the weights
+    results       accuracies, confusion, features
+    pictures      sheets of images and curves, as PNG files
 """
