@@ -482,8 +482,8 @@ def check_polygon(polygon: list) -> None:
 
 def run_lengths(masks: Tensor) -> list[dict]:
     """bool (N, H, W) -> COCO's {size, counts} of each, which json can hold."""
-    turned = np.asfortranarray(masks.byte().permute(1, 2, 0).numpy())        # (H, W, N)
-    runs = mask_utils.encode(turned)
+    by_column = masks.byte().transpose(1, 2).contiguous().cpu().numpy()      # (N, W, H)
+    runs = mask_utils.encode(by_column.transpose(2, 1, 0))   # (H, W, N), in Fortran's order
     return [{"size": one["size"], "counts": one["counts"].decode()} for one in runs]
 
 
@@ -525,7 +525,7 @@ def results_of(found: dict[str, Tensor], image: int) -> list[dict]:
 
 def to_xywh(boxes: Tensor) -> Tensor:
     """XYXY (N, 4) -> x, y, width, height, float64."""
-    boxes = boxes.as_subclass(Tensor).double()
+    boxes = boxes.as_subclass(Tensor).cpu().double()
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 

@@ -19,6 +19,7 @@ Recipes: RECIPES below; 1x, c4_2x and vit are after the released configs. Writes
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from operator import itemgetter
@@ -42,8 +43,8 @@ import finetune
 from data import NAMED, Batches, Samples, seed_for
 from engine.command import Failed, World, command_line
 from engine.files import load_checked, printable, write_text_atomically
-from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, defaults,
-                          number, path, remembered)
+from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
+                          defaults, number, path, remembered)
 from engine.images import Broken, every_image_once, make_loader
 from engine.journal import Journal, Steps, make_folder, open_run
 from engine.pictures import save_sheet
@@ -63,8 +64,10 @@ RECIPES = {
     "c4_2x":  dict(SGD, warmup=1000, epochs=24, milestones=(16 / 24, 22 / 24), neck="c4"),   # the paper's, for ResNet
     "vit":    dict(SGD, warmup=500, milestones=(9 / 12, 11 / 12), optimizer="adamw", lr=3e-4, weight_decay=0.05,
                    drop_path=0.2, image_size=512),
-    # fewer than FEW_IMAGES images to train on: smaller steps and images, more epochs
-    "small":  dict(optimizer="adamw", lr=4e-4, weight_decay=0.05, schedule="cosine",
+    # Fewer than FEW_IMAGES images to train on: smaller steps and images, more epochs. No paper's.
+    # Four epochs of ResNet-18 on 205 images of blood cells (BCCD) at 128 px, one seed: box AP 17
+    # with lr 1.6e-3, 9 with lr 4e-4, and 1 by recipe 1x.
+    "small":  dict(optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine",
                    global_batch=8, epochs=60, warmup=100, eval_every=5, image_size=480),
     # drawn scenes of 128 px: small anchors, narrow heads
     "shapes": dict(optimizer="adamw", lr=4e-3, weight_decay=0.05, schedule="cosine", global_batch=8, epochs=0.4,
@@ -186,7 +189,7 @@ def train(args: SimpleNamespace, world: World) -> None:
 def told_recipe(args: SimpleNamespace) -> str:
     if args.eval_only:
         return "evaluation only"
-    chosen = args.recipe == "small" and "recipe" not in args.given
+    chosen = args.recipe == "small" and "recipe" not in args.given and not args.resume
     return f"recipe {args.recipe}" + f" (under {FEW_IMAGES:,} images)" * chosen
 
 
@@ -205,9 +208,9 @@ def open_scenes(args: SimpleNamespace, split: str):
 
 
 def tell_outlines(source, what: str, world: World) -> None:
-    """Says how many objects have no outline, if some have one. what: passes over these objects."""
+    """Says how many objects have no outline, if some have none. what: passes over these objects."""
     count, outlines = getattr(source, "count", 0), getattr(source, "outlines", 0)
-    if 0 < outlines < count:
+    if outlines < count:
         world.say(f"{count - outlines} of {count} objects have no outline: {what} passes over them")
 
 
@@ -308,7 +311,6 @@ def evaluate(model: FasterRCNN, args: SimpleNamespace, world: World,
         for i, output in zip(good, outputs):
             if "masks" in output:
                 output["masks"] = output["masks"][:, 0] > 0.5    # (D, H, W), the image's size
-            output = {name: value.cpu() for name, value in output.items()}
             image = int(index[i])
             H, W = batch[i].shape[-2:]
             images.append({"id": image, "height": H, "width": W})
@@ -455,13 +457,20 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides both ----
 
+def check_part(name: str) -> None:
+    """Raises ValueError unless it can be a part of file names."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{printable(name)}: must be a name such as test: letters, digits, '.', "
+                         f"'_' and '-'")
+
+
 count, side = number(int, 1, 100_000), number(int, 32, MAX_SIDE)
 FLAGS = {
     "data": {
         "data": (None, path("DIR"),
                  "a folder in COCO's or Pascal VOC's layout, or shapes (drawn scenes); "
                  "none: the demo"),
-        "split_val": (None, path("NAME"),
+        "split_val": (None, checked("NAME", check_part),
                       "the part to evaluate on, such as test (val; VOC without val: test)"),
         "image_size": (800, side, "shorter side at evaluation; ViT: of the padded square"),
         "smallest": (None, side, "shorter side in training: from this to --image-size, in steps of 32 (4/5 of it)"),
