@@ -40,21 +40,21 @@ from torchvision.utils import draw_segmentation_masks
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from data import NAMED, Batches, Samples, seed_for
-from engine.command import Failed, World, command_line
+from data import NAMED, ResumableBatchSampler, ImageDataset, seed_for
+from engine.command import Failed, Distributed, command_line
 from engine.files import load_checked, printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
                           defaults, number, path, remembered)
-from engine.images import Broken, every_image_once, make_loader
-from engine.journal import Journal, Steps, make_folder, open_run
+from engine.images import UnreadableImages, every_image_once, make_loader
+from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.pictures import save_sheet
-from engine.weights import load_backbone, told
+from engine.weights import load_backbone, summary_of
 from extras.coco import (FEW_IMAGES, average_precision, check_installed, has_few_images,
                          open_objects, results_of, truth_of)
 from extras.dense import (OPTIM_FLAGS, Scenes, left_out, listed, optimizer_for, plan,
                           rate, some_usable, wrapped)
 from extras.mask_rcnn import detector
-from model import build_encoder, family
+from model import build_encoder, get_family
 
 # ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images of a step ----
 
@@ -82,7 +82,7 @@ DEMO_WEIGHTS = "runs/shapes-resnet18/backbone.pt"            # of the demo of pr
 @dataclass
 class Run:
     """What a step and an evaluation work on."""
-    steps: Steps | None                                      # None: evaluation only
+    steps: StepPlan | None                                      # None: evaluation only
     classes: list[str]                                       # without the background
     with_masks: bool                                         # Mask R-CNN, or Faster R-CNN
     loader: DataLoader | None
@@ -91,10 +91,10 @@ class Run:
     net: nn.Module                                           # what a step calls: the model, wrapped by DDP if need be
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    broken: Broken
+    broken: UnreadableImages
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run) -> dict[str, Tensor]:
+def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
     """One optimiser step; returns this process's mean losses, on the device. Randomness comes from (seed, step)."""
     torch.manual_seed(seed_for(args.seed, step, world.rank))     # stochastic depth, sizes, samples of anchors, regions
     record = {}
@@ -118,34 +118,34 @@ def train_step(step: int, batches, args: SimpleNamespace, world: World, run: Run
     return record
 
 
-def to_learn(target: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+def to_learn(target: dict[str, Tensor], world: Distributed) -> dict[str, Tensor]:
     """What the detector learns from, on the device; masks only if the set has outlines."""
     names = [name for name in ("boxes", "labels", "masks") if name in target]
     return {name: target[name].as_subclass(Tensor).to(world.device) for name in names}
 
 
-def as_float(image: Tensor, world: World) -> Tensor:
+def as_float(image: Tensor, world: Distributed) -> Tensor:
     """uint8 (3, H, W) -> float32 in [0, 1] on the device; the detector normalises by itself."""
     return image.as_subclass(Tensor).to(world.device, non_blocking=world.on_cuda).float().div_(255)
 
 
 # ---- the run ----
 
-def train(args: SimpleNamespace, world: World) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Journal does."""
+def train(args: SimpleNamespace, world: Distributed) -> None:
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
     check_installed()
-    world.take_gpu(args.device)
+    world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.meeting_place(), rank=world.rank, world_size=world.size)
+        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
     args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
-        world.say(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
+        world.print0(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
     run = prepare(args, world, saved)
-    world.say(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
+    world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
               f"{len(run.val_loader.dataset)} images for validation\n"
               f"{told_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
               f"writing {args.out}/")
@@ -154,11 +154,11 @@ def train(args: SimpleNamespace, world: World) -> None:
         result, found = evaluate(run.model, args, world, run)
         return report(result, found, args, world, run)
 
-    steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, finetune.Best(AP=-2.0), {}
+    steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, finetune.BestEpoch(AP=-2.0), {}
     found = []
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
-    journal = Journal(args, world, steps, keep, saved)
-    world.say(f"{len(run.loader.dataset)} images, global batch {steps.global_batch}, peak lr {peak:.2e}, "
+    checkpointer = Checkpointer(args, world, steps, keep, saved)
+    world.print0(f"{len(run.loader.dataset)} images, global batch {steps.global_batch}, peak lr {peak:.2e}, "
               f"{args.epochs:g} x {steps.per_epoch} steps")
 
     def evaluate_after(done: int) -> None:
@@ -169,20 +169,20 @@ def train(args: SimpleNamespace, world: World) -> None:
         now, found[:] = evaluate(run.model, args, world, run)
         result.update(now)
         scores = [f"{kind} {percent(result[kind], 'AP')}" for kind in kinds(result)]
-        world.say(f"epoch {done / steps.per_epoch:g}: " + ", ".join(scores))
-        journal.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
+        world.print0(f"epoch {done / steps.per_epoch:g}: " + ", ".join(scores))
+        checkpointer.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
 
     run.model.train()
     batches = iter(run.loader)
-    with journal:
+    with checkpointer:
         evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
-        for step in journal.steps():
+        for step in checkpointer.steps():
             for group in run.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak * group["scale"], args)
             record = train_step(step, batches, args, world, run)
-            journal.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
+            checkpointer.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
             evaluate_after(step + 1)
-    journal.finish("best.pt")                                # raises Failed if a file that was promised is not there
+    checkpointer.finish("best.pt")                                # raises Failed if a file that was promised is not there
     report(result, found, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
@@ -203,18 +203,18 @@ def open_scenes(args: SimpleNamespace, split: str):
         what = "has no boxes" if args.data in NAMED else "no such folder"
         raise ValueError(f"--data {args.data}: {what}; give a folder in COCO's or Pascal VOC's "
                          f"layout, or shapes")
-    longest = args.image_size if family(args.arch).name == "vit" else args.longest
+    longest = args.image_size if get_family(args.arch).name == "vit" else args.longest
     return open_objects(Path(args.data), split, args.split_val, longest)
 
 
-def tell_outlines(source, what: str, world: World) -> None:
+def tell_outlines(source, what: str, world: Distributed) -> None:
     """Says how many objects have no outline, if some have none. what: passes over these objects."""
     count, outlines = getattr(source, "count", 0), getattr(source, "outlines", 0)
     if outlines < count:
-        world.say(f"{count - outlines} of {count} objects have no outline: {what} passes over them")
+        world.print0(f"{count - outlines} of {count} objects have no outline: {what} passes over them")
 
 
-def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
+def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Run:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size = args.image_size                                   # as released: 640 to 800, at most 1333
     args.smallest = min(args.smallest or round(size * 0.8), size)
@@ -223,7 +223,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     source = val if args.eval_only else open_scenes(args, "train")
     for part in dict.fromkeys((source, val)):
         for note in getattr(part, "notes", ()):
-            world.say(note)
+            world.print0(note)
     some_usable(val, "images for validation", args, world)
     if not args.eval_only:
         some_usable(source, "images for training", args, world)
@@ -232,18 +232,18 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     classes, batches = val.classes[args.data == "shapes":], []           # scenes count the ground among them
     steps = None if args.eval_only else plan(args, world, len(source), saved)
     if steps:
-        batches = Batches(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
+        batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
                           steps.total)
     flip = v2.RandomHorizontalFlip(0.5)                      # image, boxes and masks together
-    loader = make_loader(Samples(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
+    loader = make_loader(ImageDataset(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
     val_once = every_image_once(len(val), 8 if size < 256 else 1, world)
-    val_loader = make_loader(Samples(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
+    val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
 
     torch.manual_seed(seed_for(args.seed))                   # every process starts from the same heads
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
                             args.stem)
     if args.weights and not saved and not args.eval_only:
-        world.say(f"{args.weights}: " + told(load_backbone(encoder, args.weights)))
+        world.print0(f"{args.weights}: " + summary_of(load_backbone(encoder, args.weights)))
     weights = read_detector(args.weights) if args.eval_only else {}
     with_masks = bool(getattr(source, "outlines", True))
     if args.eval_only:                                       # as the detector was trained
@@ -252,7 +252,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     if args.eval_only:
         load_detector(model, weights, args.weights)
     if not with_masks:
-        world.say("no outlines: Faster R-CNN, boxes only")
+        world.print0("no outlines: Faster R-CNN, boxes only")
     else:
         tell_outlines(val, "AP of masks", world)
     if with_masks and not args.eval_only:
@@ -261,7 +261,7 @@ def prepare(args: SimpleNamespace, world: World, saved: dict | None) -> Run:
     optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
     # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
-    broken = Broken(source, args.max_bad, args.out)
+    broken = UnreadableImages(source, args.max_bad, args.out)
     return Run(steps, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
                broken)
 
@@ -294,7 +294,7 @@ def load_detector(model: FasterRCNN, weights: dict[str, Tensor], file: str) -> N
 # ---- evaluation ----
 
 @torch.no_grad()
-def evaluate(model: FasterRCNN, args: SimpleNamespace, world: World,
+def evaluate(model: FasterRCNN, args: SimpleNamespace, world: Distributed,
              run: Run) -> tuple[dict, list[dict]]:
     """Exact AP over the whole validation set, on any number of processes, and the number of images.
 
@@ -302,7 +302,7 @@ def evaluate(model: FasterRCNN, args: SimpleNamespace, world: World,
     results with an image's place in the set for its id, and labels for classes."""
     training = model.training
     model.eval()
-    world.share_buffers(model)
+    world.broadcast_buffers(model)
     images, truth, found, missing = [], [], [], []
     for batch, targets, index, broken in run.val_loader:
         missing += broken[broken >= 0].tolist()
@@ -321,15 +321,15 @@ def evaluate(model: FasterRCNN, args: SimpleNamespace, world: World,
     left_out(run.val_loader.dataset.source, missing, world)
     images, truth, found = gather_lists((images, truth, found), world)
     found.sort(key=itemgetter("image_id"))                   # the same for any number of processes
-    count = world.agree(lambda: len(images))
+    count = world.broadcast_from_rank0(lambda: len(images))
     if not count:
         raise Failed(f"--data {args.data}: no image for validation can be read")
-    result = world.agree(lambda: average_precision(images, truth, found, run.classes,
+    result = world.broadcast_from_rank0(lambda: average_precision(images, truth, found, run.classes,
                                                    run.with_masks))
     return {**result, "images": count}, found
 
 
-def gather_lists(lists: tuple[list, ...], world: World) -> tuple[list, ...]:
+def gather_lists(lists: tuple[list, ...], world: Distributed) -> tuple[list, ...]:
     """Each list joined over the processes, on rank 0; the other processes keep their own."""
     parts = [lists]
     if world.size > 1:
@@ -362,13 +362,13 @@ def class_table(result: dict, classes: list[str]) -> str:
     return "\n".join(lines)
 
 
-def report(result: dict, found: list[dict], args: SimpleNamespace, world: World, run: Run,
+def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distributed, run: Run,
            **more) -> None:
     """Says the result, writes result.json, detections.png and, if asked for, predictions.json."""
-    world.say(class_table(result, run.classes))
+    world.print0(class_table(result, run.classes))
     for kind in kinds(result):
         names = ("AP", "AP50", "AP75", "S", "M", "L", "any class")
-        world.say(f"{kind}: " + percent(result[kind], *names))
+        world.print0(f"{kind}: " + percent(result[kind], *names))
     if world.rank == 0:
         more |= {"weights": args.weights or args.init}
         text = json.dumps({**result, **more}, indent=1) + "\n"
@@ -400,7 +400,7 @@ def save_predictions(found: list[dict], out: Path, run: Run) -> None:
 
 
 @torch.no_grad()
-def save_detections(file: Path, args: SimpleNamespace, world: World, run: Run) -> None:
+def save_detections(file: Path, args: SimpleNamespace, world: Distributed, run: Run) -> None:
     """Six images for validation, evenly spaced: image | truth | prediction (scores above 0.5)."""
     samples, model = run.val_loader.dataset, run.model.eval()
     columns = {"image": [], "truth": [], "prediction": []}
@@ -534,7 +534,7 @@ def default_recipe(data: str | None, arch: str | None) -> str:
         return "shapes"
     if data and has_few_images(Path(data)):
         return "small"
-    return "vit" if arch and family(arch).name == "vit" else "1x"
+    return "vit" if arch and get_family(arch).name == "vit" else "1x"
 
 
 if __name__ == "__main__":

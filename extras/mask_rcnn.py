@@ -21,10 +21,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data import MEAN, STD
-from engine.command import World
+from engine.command import Distributed
 from engine.flags import AMP
 from extras.dense import Maps, memory_format
-from model import Encoder, family
+from model import Encoder, get_family
 
 
 class FirstStages(nn.Module):
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
 
     Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px to steps of 4."""
 
-    def __init__(self, encoder: Encoder, args: SimpleNamespace, world: World):
+    def __init__(self, encoder: Encoder, args: SimpleNamespace, world: Distributed):
         super().__init__()
         self.amp, self.memory_format, self.fpn = args.amp, memory_format(args, world), None
         self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
@@ -78,7 +78,7 @@ def mask_loss(logits: Tensor, regions: list[Tensor], masks: list[Tensor], labels
 torchvision_mask_loss, roi_heads.maskrcnn_loss = roi_heads.maskrcnn_loss, mask_loss
 
 
-def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: World,
+def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distributed,
              with_masks: bool = True) -> FasterRCNN:
     """Mask R-CNN, or Faster R-CNN without masks, for `classes` classes, background (0) included.
 
@@ -100,7 +100,7 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: World
         mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
         before, before_test, after = 2 * n, n, n
     most, shorter, longer, multiple = args.image_size, range(args.smallest, args.image_size, 32), args.longest, 32
-    if family(args.arch).name == "vit":                      # one grid of positions: a square, padded by mean colour
+    if get_family(args.arch).name == "vit":                      # one grid of positions: a square, padded by mean colour
         shorter, longer, multiple = (), most, most
         after = 2 * n                                        # 2,000 in training, as released
     # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16

@@ -21,8 +21,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Samples
-from engine.command import World
+from data import ImageDataset
+from engine.command import Distributed
 from extras import coco, dense, detect
 from extras.mask_rcnn import detector, mask_loss
 from model import build_encoder
@@ -256,7 +256,7 @@ def test_a_folder_in_cocos_format(folder):
     assert objects["crowd"].tolist() == [False, False, True] and objects["area"].tolist() == [480, 288, 512]
     assert objects["masks"][2, :, :8].all() and not objects["masks"][2, :, 8:].any()
     assert val.read(2)[1]["boxes"].shape == (0, 4) and val.read(2)[1]["masks"].shape == (0, 64, 48)
-    flipped = Samples(train, detect.v2.RandomHorizontalFlip(1), 0)[0, 3][0][1]
+    flipped = ImageDataset(train, detect.v2.RandomHorizontalFlip(1), 0)[0, 3][0][1]
     assert flipped["boxes"].tolist() == [[32, 10, 48, 40], [8, 44, 28, 60]]
     assert torch.equal(flipped["masks"], objects["masks"][:2].flip(-1))
 
@@ -299,7 +299,7 @@ def test_an_image_whose_objects_make_no_sense_is_broken_and_its_reason_told(chan
     assert source.name(0) == f"{folder}/train2017/{file} ({reason})"
     assert source.name(1) == f"{folder}/train2017/5.png"
     assert len(source) == 4
-    samples = Samples(source, nn.Identity(), 0)
+    samples = ImageDataset(source, nn.Identity(), 0)
     assert samples[0, 0][1:] == (1, 0)                       # the next one is taken, this one is named
     assert [samples[0, i][1:] for i in (1, 2, 3)] == [(1, -1), (2, -1), (3, -1)]
 
@@ -558,7 +558,7 @@ def settings(*flags, with_masks=True):
     args.smallest, args.longest = min(args.smallest or 64, 64), max(args.longest or 106, 64)
     torch.manual_seed(0)
     encoder = build_encoder(args.arch, args.image_size, args.drop_path)
-    return args, detector(encoder, 11, args, World(), with_masks)
+    return args, detector(encoder, 11, args, Distributed(), with_masks)
 
 
 @pytest.fixture
@@ -793,7 +793,7 @@ class Oracle(nn.Module):
 
 
 def ask_oracle(wrong, *flags):
-    args, world = detect.parse([*TINY, "--arch", "resnet18", *map(str, flags)]), World()
+    args, world = detect.parse([*TINY, "--arch", "resnet18", *map(str, flags)]), Distributed()
     oracle = Oracle(coco.open_objects(Path(args.data), "val"), wrong)
     return detect.evaluate(oracle, args, world, detect.prepare(args, world, None))[0]
 
@@ -828,7 +828,7 @@ def test_pycocotools_itself_gives_saved_predictions_the_same_ap(folder, tmp_path
     from pycocotools.cocoeval import COCOeval
     spoil(folder, "val", lambda content: content["annotations"][0].update(area=5000))
     flags = ["--data", folder, "--arch", "resnet18", "--out", tmp_path, "--save-predictions"]
-    args, world = detect.parse([*TINY, *map(str, flags)]), World()
+    args, world = detect.parse([*TINY, *map(str, flags)]), Distributed()
     prepared = detect.prepare(args, world, None)
     unsure = Unsure(coco.open_objects(folder, "val"), (1,))
     result, found = detect.evaluate(unsure, args, world, prepared)
@@ -901,12 +901,12 @@ def test_the_released_recipes():
                              (["--arch", "resnet50", "--recipe", "c4_2x"], (8, 11), 0.02)):
         args = detect.parse([*folder, *flags])
         assert args.lr == lr and args.global_batch == args.lr_batch == 16
-        steps = dense.Steps(16, 16, 100, 1200, 0, 0)
+        steps = dense.StepPlan(16, 16, 100, 1200, 0, 0)
         rates = [dense.rate(100 * epoch, steps, lr, args) for epoch in range(12)]
         assert rates == pytest.approx([lr * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(12)])
     args = detect.parse([*folder, "--arch", "resnet18", "--width", "8"])
     args.smallest, args.longest, args.amp = 640, 1333, "off"
-    resize = detector(build_encoder("resnet18"), 81, args, World()).transform
+    resize = detector(build_encoder("resnet18"), 81, args, Distributed()).transform
     assert resize.min_size == (640, 672, 704, 736, 768, 800) and resize.max_size == 1333
 
 
