@@ -31,7 +31,8 @@ import torch
 
 WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt",
            "checkpoint-previous.pt", "confusion.png", "features.npz", ".lock", "log.jsonl",
-           "loss.png", "result.json")
+           "loss.png", "result.json", "predictions.json", "predictions-masks.json", "detections.png",
+           "segmentation.png")
 locks = {}                                                   # folder -> its lock file, kept open
 
 

@@ -1,112 +1,290 @@
-"""COCO without pycocotools: annotations in its format, masks from polygons and run lengths, and its AP.
+"""Objects in images: annotations in COCO's or Pascal VOC's layout, and their AP, by pycocotools.
 
-    Coco                 images and their objects, from a json that a few workers can share
-    decode_mask          polygons or run lengths -> pixels
-    judge, summarise     AP, equal to pycocotools (cocoeval.py of github.com/cocodataset/cocoapi)
+    open_objects         a folder in one of the layouts -> Objects
+    Objects              images and their objects, which loader workers share
+    truth_of, results_of, average_precision       AP of boxes and masks
 """
 
+import contextlib
 import functools
+import io
 import json
-import math
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+try:
+    from pycocotools import mask as mask_utils
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:
+    COCO = None
+
+from data import SUFFIXES, read_image
 from engine.files import printable
-from data import read_image
+from engine.images import reason
 from extras.dense import name_and_reason
 
-# ---- masks: True inside, (h, w) ----
 
-def decode_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
-    """A list of polygons, flat x, y, x, y ..., whose union it is; or run lengths {size, counts}. bool (h, w).
-
-    Raises ValueError if it is neither, or of another size."""
-    if isinstance(segmentation, dict):
-        size, runs = segmentation.get("size"), segmentation.get("counts")
-        runs = read_counts(runs) if isinstance(runs, str) else np.asarray(runs if isinstance(runs, list) else [])
-        whole = runs.dtype.kind == "i" and runs.min(initial=0) >= 0 and runs.max(initial=0) <= h * w
-        if size != [h, w] or not whole or runs.sum() != h * w:
-            raise ValueError(f"run lengths of size {short(size)} do not fill an image of {h} x {w}")
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(w, h).T    # down the columns, 0 comes first
-    if not isinstance(segmentation, list):
-        raise ValueError("an outline is neither a list of polygons nor run lengths")
-    mask = np.zeros((h, w), bool)
-    for polygon in segmentation:
-        mask |= fill(points_of(polygon), h, w)
-    return mask
+def check_installed() -> None:
+    """Raises ValueError without pycocotools."""
+    if COCO is None:
+        raise ValueError("pycocotools is not installed, which reads masks and counts AP; "
+                         "pip install -r extras/requirements.txt")
 
 
-def points_of(polygon: list) -> np.ndarray:
-    """Flat x, y, x, y ... -> (k, 2). Raises ValueError for anything but three or more points."""
-    is_flat = isinstance(polygon, list) and all(isinstance(n, (int, float)) for n in polygon)
-    if not is_flat:
-        raise ValueError("a polygon is not a list of numbers x, y, x, y ...")
-    holds = f"one holds {len(polygon)} numbers"
-    if len(polygon) < 6:
-        raise ValueError(f"a polygon needs three points or more, x and y of each; {holds}")
-    if len(polygon) % 2:
-        raise ValueError(f"a polygon needs x and y of every point; {holds}")
-    if not all(abs(number) < 1e6 for number in polygon):     # nan is not, either
-        raise ValueError("a polygon holds a number that is no place in pixels")
-    return np.array(polygon, float).reshape(-1, 2)
+# ---- a folder in one of three layouts ----
+
+FEW_IMAGES = 2000                                            # to train on: see the recipe `small`
 
 
-def fill(polygon: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Even-odd: the pixels (h, w) whose centre lies inside the polygon (k, 2), x and y in pixels.
+def open_objects(root: Path, part: str, held_out: str | None = None,
+                 longest: int | None = None) -> "Objects":
+    """The images of a folder to train on (part 'train') or to evaluate on ('val').
 
-    pycocotools rounds the outline to fifths of a pixel first: here and there a border pixel differs."""
-    a, b = polygon - 0.5, np.roll(polygon, -1, 0) - 0.5      # an edge each; pixel centres are now whole numbers
-    a, b = np.where(a[:, :1] < b[:, :1], (a, b), (b, a))     # from left to right
-    columns = np.arange(w)
-    edge, x = np.nonzero((a[:, :1] <= columns) & (columns < b[:, :1]))       # the columns that an edge crosses
-    (x0, y0), (x1, y1) = a[edge].T, b[edge].T
-    y = np.ceil(y0 + (x - x0) * (y1 - y0) / (x1 - x0)).clip(0, h).astype(int)
-    flips = np.zeros((h + 1, w), np.int32)                   # from that pixel downwards: in becomes out, out in
-    np.add.at(flips, (y, x), 1)
-    return flips.cumsum(0)[:h] % 2 == 1
-
-
-def read_counts(text: str) -> np.ndarray:
-    """Run lengths from their string: five bits a character, the lowest first, from '0' on; 32 says that more follow,
-    16 in the last one that the number is negative. From the fourth on it is the change against the one before last."""
-    runs, value, bits = [], 0, 0
-    for code in text.encode():
-        value, bits = value | (code - 48 & 31) << bits, bits + 5
-        if not code - 48 & 32:
-            value -= (code - 48 & 16) << bits - 4            # minus 2^bits if the sign bit, 2^(bits - 1), is set
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, bits = 0, 0
-    return np.array(runs, np.int64) if all(abs(run) < 2**40 for run in runs) else np.array([-1])
+    COCO      annotations/instances_train*.json beside train*/
+    Roboflow  train*/_annotations.coco.json, among the images
+    VOC       Annotations/*.xml, JPEGImages/, ImageSets/Main/train.txt
+    held_out: the name of the part to evaluate on, instead of val; see --split-val.
+    longest: see Objects. Raises ValueError if the part is not there, or cannot be read."""
+    if is_voc(root):
+        folder, content, notes = voc_content(root, part, held_out)
+        told = printable(str(voc_list(root, part, held_out)))
+    else:
+        file, folder = coco_file(root, "train" if part == "train" else held_out or "val")
+        told, notes = printable(str(file)), []
+        content = load_json(file)
+    objects = Objects(content, folder, told, part == "train", longest)
+    objects.notes += notes
+    return objects
 
 
-# ---- the annotations ----
+def has_few_images(root: Path) -> bool:
+    """Are there fewer than FEW_IMAGES to train on? The annotations are not read: files are counted.
 
-class Coco:
-    """Images with objects in COCO's layout: annotations/instances_train2017.json and train2017/, or other train*, val*.
+    False if there is nothing to count; what is wrong is told when the folder is opened."""
+    with contextlib.suppress(ValueError, OSError):
+        if is_voc(root):
+            return len(listed(root, "train", None)) < FEW_IMAGES
+        _, folder = coco_file(root, "train")
+        return len(os.listdir(folder)) < FEW_IMAGES
+    return False
 
-    Training leaves out crowds, boxes of a pixel or less, and images in which nothing remains; evaluation keeps all.
-    Classes are numbered from 1 in the order of their ids, 0 is the background. Raises ValueError if it is not there."""
 
-    def __init__(self, root: Path, split: str, longest: int | None = None):
-        """longest: px that the longer side may have in the detector. An image so slim that its
-        shorter side would vanish is refused."""
-        here = sorted((root / "annotations").glob(f"instances_{split}*.json"))
-        if len(here) != 1:
-            raise ValueError(f"--data {root}: {len(here) or 'no'} files annotations/instances_{split}*.json; expected "
-                             f"one, as COCO's instances_{split}2017.json beside {split}2017/*.jpg; or give shapes")
-        self.file, self.train, self.longest = here[0], split == "train", longest
-        self.root = root / self.file.stem.removeprefix("instances_")
-        told = printable(str(self.file))
-        if not self.root.is_dir():
-            raise ValueError(f"--data {root}: no folder {printable(str(self.root))}/ for the "
-                             f"images of {printable(self.file.name)}")
+# ---- COCO's layout ----
+
+def coco_file(root: Path, split: str) -> tuple[Path, Path]:
+    """The json of a split, and the folder of its images. Raises ValueError if one is not there."""
+    shown = printable(str(root))
+    files = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+    if not files:                                            # Roboflow's
+        files = sorted(root.glob(f"{split}*/_annotations.coco.json"))
+    if len(files) != 1:
+        raise ValueError(
+            f"--data {shown}: {len(files) or 'no'} files annotations/instances_{split}*.json; "
+            f"expected one, as COCO's instances_{split}2017.json beside {split}2017/*.jpg, or "
+            f"{split}/_annotations.coco.json, or Pascal VOC's ImageSets/Main/; or give shapes")
+    file = files[0]
+    if file.name == "_annotations.coco.json":
+        return file, file.parent
+    folder = root / file.stem.removeprefix("instances_")
+    if not folder.is_dir():
+        raise ValueError(f"--data {shown}: no folder {printable(str(folder))}/ for the images of "
+                         f"{printable(file.name)}")
+    return file, folder
+
+
+def load_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{printable(str(file))}: cannot be read as COCO's annotations "
+                         f"({printable(str(error))})") from None
+
+
+# ---- Pascal VOC's layout ----
+
+def is_voc(root: Path) -> bool:
+    return (root / "ImageSets" / "Main").is_dir()
+
+
+def voc_list(root: Path, part: str, held_out: str | None) -> Path:
+    """The file ImageSets/Main/<name>.txt that lists a part. Raises ValueError if it is not there.
+
+    val     held_out, or val.txt, or test.txt
+    train   train.txt. If val.txt is not held out, then trainval.txt comes first, as in VOC 2007."""
+    folder = root / "ImageSets" / "Main"
+    there = [name for name in ("train", "trainval", "val", "test")
+             if (folder / f"{name}.txt").is_file()]
+    if held_out is None:
+        held_out = "val" if "val" in there else "test"
+    if part == "val":
+        names = [held_out]
+    elif held_out == "val":
+        names = ["train", "trainval"]
+    else:
+        names = ["trainval", "train"]
+    for name in names:
+        if (folder / f"{name}.txt").is_file():
+            return folder / f"{name}.txt"
+    flag = "; choose another with --split-val" if part == "val" else ""
+    raise ValueError(f"--data {printable(str(root))}: no {' or '.join(names)}.txt in "
+                     f"{printable(str(folder))}; there is {', '.join(there) or 'none'}{flag}")
+
+
+def listed(root: Path, part: str, held_out: str | None) -> list[str]:
+    """The names of a part's images, without .jpg. What is held out is not trained on."""
+    def names_in(file: Path) -> list[str]:
+        lines = os.fsdecode(file.read_bytes().removeprefix(b"\xef\xbb\xbf")).splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
+    names = dict.fromkeys(names_in(voc_list(root, part, held_out)))
+    if part == "train":
+        for name in names_in(voc_list(root, "val", held_out)):
+            names.pop(name, None)
+    return list(names)
+
+
+def voc_content(root: Path, part: str, held_out: str | None) -> tuple[Path, dict, list[str]]:
+    """A part of a folder in VOC's layout -> (folder of the images, COCO's content, notes).
+
+    Classes: classes.txt, a name a line, or else all names in Annotations/*.xml, sorted.
+    An object that is `difficult` becomes a crowd: it is not trained on, and in an evaluation it is
+    neither asked for nor wrong. The id of an image is its name, the ids of classes count from 1.
+    Raises ValueError if something listed cannot be read."""
+    told = printable(str(voc_list(root, part, held_out)))
+    names = listed(root, part, held_out)
+    pictures = {}
+    for file in sorted(os.listdir(root / "JPEGImages")) if (root / "JPEGImages").is_dir() else ():
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in SUFFIXES:
+            pictures[stem] = file
+    missing = [name for name in names if name not in pictures]
+    if missing:
+        raise ValueError(f"{told}: lists {len(missing)} of {len(names)} images that are not in "
+                         f"JPEGImages/, the first is {printable(missing[0])}; add them, or take "
+                         f"them off the list")
+
+    parsed, failed = {}, {}
+    others = [file.stem for file in (root / "Annotations").glob("*.xml")]    # for their classes
+    for name in dict.fromkeys([*names, *others]):
         try:
-            content = json.loads(self.file.read_bytes())
+            parsed[name] = read_xml(root / "Annotations" / f"{name}.xml")
+        except ValueError as error:
+            failed[name] = str(error)
+    failed = {name: why for name, why in failed.items() if name in set(names)}
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise ValueError(f"{told}: {len(failed)} of {len(names)} annotations cannot be read, the "
+                         f"first is Annotations/{printable(name)}.xml ({printable(why)}); repair "
+                         f"them, or take them off the list")
+
+    found = {one["name"] for picture in parsed.values() for one in picture["objects"]}
+    classes = class_names(root / "classes.txt", found) or sorted(found)
+    label_of = {name: label for label, name in enumerate(classes, 1)}
+    content = {"images": [], "annotations": []}
+    content["categories"] = [{"id": label, "name": name} for name, label in label_of.items()]
+    clipped = dropped = 0
+    for name in names:
+        W, H = parsed[name]["size"]
+        image = {"id": name, "file_name": pictures[name], "width": W, "height": H}
+        content["images"].append(image)
+        for one in parsed[name]["objects"]:
+            # VOC counts pixels from 1, and its last column and row are inside. Tools that count
+            # from 0 write a 0 here, which is no mistake.
+            xmin, ymin, xmax, ymax = one["corners"]
+            x1, y1 = max(xmin - 1, 0), max(ymin - 1, 0)
+            x2, y2 = (min(xmax, W), min(ymax, H)) if W and H else (xmax, ymax)
+            if x2 <= x1 or y2 <= y1:
+                dropped += 1
+                continue
+            if xmin < 0 or ymin < 0 or (x2, y2) != (xmax, ymax):
+                clipped += 1
+            content["annotations"].append({
+                "image_id": name, "category_id": label_of[one["name"]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": one["difficult"]})
+
+    notes = [f"{told}: {len(names)} images"]
+    if clipped:
+        notes.append(f"{told}: {clipped} boxes reach out of their image and are clipped")
+    if dropped:
+        notes.append(f"{told}: {dropped} boxes are empty, or outside of their image, and left out")
+    return root / "JPEGImages", content, notes
+
+
+def class_names(file: Path, found: set[str]) -> list[str] | None:
+    """The lines of classes.txt; None if there is no such file. ValueError: a class is missing."""
+    if not file.is_file():
+        return None
+    lines = file.read_text(encoding="utf-8-sig", errors="backslashreplace").splitlines()
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    unknown = sorted(found - set(names))
+    if unknown:
+        raise ValueError(f"{printable(str(file))}: lists no class {printable(unknown[0])}, which "
+                         f"Annotations/ has; add it to the list")
+    return names
+
+
+def read_xml(file: Path) -> dict:
+    """VOC's annotation of an image: its size (W, H), 0 if not given, and its objects.
+
+    Each has name, corners (xmin, ymin, xmax, ymax) and difficult (0 or 1).
+    Raises ValueError, with the reason, if it cannot be read."""
+    try:
+        tree = ElementTree.parse(file).getroot()
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except (OSError, SyntaxError, ValueError, LookupError) as error:         # LookupError: encoding
+        raise ValueError(f"not xml: {reason(error)}") from None
+
+    def numbers(element, *paths: str) -> list[float]:
+        values = [float(element.findtext(path)) for path in paths]
+        if not all(abs(value) < 1e6 for value in values):    # nan is not, either
+            raise ValueError
+        return values
+
+    try:
+        size = numbers(tree, "size/width", "size/height")
+    except (TypeError, ValueError):
+        size = (0, 0)
+    objects = []
+    for one in tree.findall("object"):
+        name = (one.findtext("name") or "").strip()
+        if not name:
+            raise ValueError("an object without a name")
+        try:
+            sides = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
+            corners = numbers(one, *sides)
+        except (TypeError, ValueError):
+            raise ValueError(f"an object {short(name)} whose bndbox is not four numbers: xmin, "
+                             f"ymin, xmax, ymax") from None
+        difficult = (one.findtext("difficult") or "").strip() == "1"
+        objects.append({"name": name, "corners": corners, "difficult": int(difficult)})
+    return {"size": [int(side) for side in size], "objects": objects}
+
+
+# ---- images and their objects ----
+
+class Objects:
+    """Images with objects, from the content of a json in COCO's format.
+
+    Training leaves out crowds, boxes of a pixel or less, and images in which nothing remains;
+    evaluation keeps all. Classes count from 1 in the order of their ids, 0 is the background.
+    outlines, count: the numbers of objects with an outline, and of all; without crowds."""
+
+    def __init__(self, content: dict, folder: Path, told: str, train: bool,
+                 longest: int | None = None):
+        """told: what the content is called in messages. longest: px that the longer side may have
+        in the detector. An image so slim that its shorter side would vanish is refused.
+
+        Raises ValueError for a content that cannot be used."""
+        self.root, self.train, self.longest, self.notes = folder, train, longest, []
+        try:
             images = by_id(content["images"], "images")
             names = {}
             for i, one in by_id(content["categories"], "categories").items():
@@ -122,45 +300,62 @@ class Coco:
                     raise ValueError(f"iscrowd of annotation {short(one.get('id'))} is "
                                      f"{short(crowd)}; it must be 0 or 1")
                 objects[image].append(one)
-            if self.train:
-                images = {i: image for i, image in images.items() if any(map(self.wanted, objects[i]))}
+            if train:
+                images = {i: image for i, image in images.items()
+                          if any(map(self.wanted, objects[i]))}
             files = [os.fsencode(image["file_name"]) for image in images.values()]
             sizes = [(image.get("height", 0), image.get("width", 0)) for image in images.values()]
-            self.sizes = np.array(sizes, np.int64).reshape(-1, 2)            # (N, 2), 0 if not given
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            self.sizes = np.array(sizes, np.int64).reshape(-1, 2)        # (N, 2), 0: not given
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            why = printable(why)
-            raise ValueError(f"{told}: cannot be read as COCO's annotations ({why})") from None
+            raise ValueError(f"{told}: cannot be read as COCO's annotations "
+                             f"({printable(why)})") from None
         if not images or not names:
-            what = "classes" if images else "images with objects" if self.train else "images"
+            what = "classes" if images else "images with objects" if train else "images"
             raise ValueError(f"{told}: holds no {what}")
-        if content["annotations"] and not any(one.get("segmentation") for one in content["annotations"]):
-            raise ValueError(f"{told}: holds boxes alone; Mask R-CNN learns from outlines, too: "
-                             f"'segmentation'")
-        self.classes, self.label_of = list(names.values()), {i: label for label, i in enumerate(names, 1)}
-        # one text and arrays, not objects: these would be copied into every worker as their reference counts change
-        texts = [json.dumps(objects[i]).encode() for i in images]
+        self.classes, self.class_ids = list(names.values()), list(names)
+        self.label_of = {i: label for label, i in enumerate(names, 1)}
+        asked = [one for i in images for one in objects[i] if not one.get("iscrowd")]
+        self.count = len(asked)
+        self.outlines = sum(bool(one.get("segmentation")) for one in asked)
+        # One text and arrays, not objects: these would be copied into every worker as their
+        # reference counts change.
+        texts = [json.dumps({"id": i, "objects": objects[i]}).encode() for i in images]
         self.text, self.starts = b"".join(texts), np.cumsum([0, *map(len, texts)])
         self.names = np.array(files)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def record(self, index: int) -> dict:
+        """{id: of the image, objects: its annotations, as they stand in the file}."""
+        return json.loads(self.text[self.starts[index]:self.starts[index + 1]])
+
     @functools.cache
     def name(self, index: int) -> str:
         """The file, and what is wrong with it or with its objects, if something is."""
-        return name_and_reason(self, index, os.path.join(self.root, os.fsdecode(self.names[index])))
+        return name_and_reason(self, index, self.file(index))
+
+    def file(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     @staticmethod
     def wanted(one: dict) -> bool:
-        """Is it trained on? One that cannot be read is, so that its image is counted among the broken ones."""
-        return not one.get("iscrowd") and (not well_formed(one.get("bbox")) or min(one["bbox"][2:]) > 1)
+        """Is it trained on? If it cannot be read, too: its image is then counted as broken."""
+        if one.get("iscrowd"):
+            return False
+        return not well_formed(one.get("bbox")) or min(one["bbox"][2:]) > 1
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image uint8 (3, H, W); boxes (G, 4) XYXY, labels (G,), masks (G, H, W), crowd (G,), area (G,) as annotated.
+        """Image uint8 (3, H, W), and of its G objects
 
+        boxes (G, 4) XYXY    labels (G,)    crowd (G,)    area (G,) as annotated, or of the box
+        masks (G, H, W), empty for an object without an outline, and outlined (G,): has it one?
+        Both are there if any object of the set has an outline.
         Raises ValueError for an annotation that makes no sense, and as `read_image` does."""
-        image = read_image(os.path.join(self.root, os.fsdecode(self.names[index])))
+        if not os.path.isfile(self.file(index)):
+            raise OSError("no such file")
+        image = read_image(self.file(index))
         H, W = image.shape[1:]
         if self.sizes[index].all() and self.sizes[index].tolist() != [H, W]:
             h, w = self.sizes[index].tolist()
@@ -169,7 +364,7 @@ class Coco:
         if self.longest and min(H, W) * self.longest < 1.01 * max(H, W):
             raise ValueError(f"{W} x {H} pixels are too slim: with --longest {self.longest} "
                              f"nothing would be left of the shorter side")
-        objects = json.loads(self.text[self.starts[index]:self.starts[index + 1]])
+        objects = self.record(index)["objects"]
         for one in objects:
             self.check(one)
         boxes = np.array([one["bbox"] for one in objects], float).reshape(-1, 4)
@@ -180,19 +375,27 @@ class Coco:
             kept = [k for k, one in enumerate(objects)
                     if not one.get("iscrowd") and (boxes[k, 2:] - boxes[k, :2]).min() > 1]
             boxes, areas, objects = boxes[kept], areas[kept], [objects[k] for k in kept]
-        masks = np.zeros((len(objects), H, W), np.uint8)
-        for mask, one in zip(masks, objects):
-            mask[:] = decode_mask(one["segmentation"], H, W)
-        annotated = []                                       # of the box where no area is given
+        boxes = torch.from_numpy(boxes.astype("float32" if self.train else "float64"))
+        annotated = []
         for one, of_box in zip(objects, areas):
             annotated.append(of_box if one.get("area") is None else one["area"])
-        return tv_tensors.Image(image), dict(
-            boxes=tv_tensors.BoundingBoxes(torch.from_numpy(boxes.astype("float32" if self.train else "float64")),
-                                           format="XYXY", canvas_size=(H, W)),
-            labels=torch.tensor([self.label_of[one["category_id"]] for one in objects], dtype=torch.long),
-            masks=tv_tensors.Mask(torch.from_numpy(masks)),
-            crowd=torch.tensor([bool(one.get("iscrowd")) for one in objects], dtype=torch.bool),
-            area=torch.tensor(annotated, dtype=torch.double))
+        labels = [self.label_of[one["category_id"]] for one in objects]
+        crowd = [bool(one.get("iscrowd")) for one in objects]
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(H, W)),
+            "labels": torch.tensor(labels, dtype=torch.long),
+            "crowd": torch.tensor(crowd, dtype=torch.bool),
+            "area": torch.tensor(annotated, dtype=torch.double),
+        }
+        if self.outlines:
+            outlined = [bool(one.get("segmentation")) for one in objects]
+            masks = np.zeros((len(objects), H, W), np.uint8)
+            for mask, one, known in zip(masks, objects, outlined):
+                if known:
+                    mask[:] = to_mask(one["segmentation"], H, W)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+            target["outlined"] = torch.tensor(outlined, dtype=torch.bool)
+        return tv_tensors.Image(image), target
 
     def check(self, one: dict) -> None:
         """Raises ValueError, with the reason, for an object that cannot be learnt from."""
@@ -203,8 +406,6 @@ class Coco:
             raise ValueError("an object without a box")
         if not well_formed(one["bbox"]):
             raise ValueError("an object whose box is not four numbers: x, y, width, height")
-        if not one.get("segmentation"):
-            raise ValueError("an object without an outline")
         area = one.get("area")
         if area is not None and not (isinstance(area, (int, float)) and abs(area) < 1e12):
             raise ValueError(f"an object whose area is {short(area)}")
@@ -230,106 +431,174 @@ def short(value) -> str:
 def well_formed(box) -> bool:
     """Four numbers: x, y, width, height."""
     return (isinstance(box, list) and len(box) == 4
-            and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in box) and min(box[2:]) >= 0)
+            and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in box)
+            and min(box[2:]) >= 0)
+
+
+# ---- outlines ----
+
+def to_mask(outline: list | dict, h: int, w: int) -> np.ndarray:
+    """Polygons, flat x, y, x, y ..., or run lengths {size, counts} -> uint8 (h, w), 1 inside.
+
+    Raises ValueError for anything else: pycocotools would crash, or return what was in memory."""
+    if isinstance(outline, list):
+        for polygon in outline:
+            check_polygon(polygon)
+        parts = mask_utils.frPyObjects(outline, h, w)
+        return mask_utils.decode(mask_utils.merge(parts))
+    if not isinstance(outline, dict):
+        raise ValueError("an outline is neither a list of polygons nor run lengths")
+    size, counts = outline.get("size"), outline.get("counts")
+    wrong = ValueError(f"run lengths of size {short(size)} do not fill an image of {h} x {w}")
+    if size != [h, w] or not isinstance(counts, (list, str)):
+        raise wrong
+    if isinstance(counts, list):
+        whole = all(isinstance(run, int) and run >= 0 for run in counts)
+        if not whole or sum(counts) != h * w:
+            raise wrong
+        return mask_utils.decode(mask_utils.frPyObjects(outline, h, w))
+    try:
+        runs = {"size": size, "counts": counts.encode("ascii")}
+        mask = mask_utils.decode(runs)
+    except ValueError:                                       # too many pixels, or not ascii
+        raise wrong from None
+    if mask_utils.encode(mask)["counts"] != runs["counts"]:  # too few: the rest was never written
+        raise wrong
+    return mask
+
+
+def check_polygon(polygon: list) -> None:
+    """Raises ValueError for anything but three or more points x, y in pixels."""
+    is_flat = isinstance(polygon, list) and all(isinstance(n, (int, float)) for n in polygon)
+    if not is_flat:
+        raise ValueError("a polygon is not a list of numbers x, y, x, y ...")
+    holds = f"one holds {len(polygon)} numbers"
+    if len(polygon) < 6:
+        raise ValueError(f"a polygon needs three points or more, x and y of each; {holds}")
+    if len(polygon) % 2:
+        raise ValueError(f"a polygon needs x and y of every point; {holds}")
+    if not all(abs(number) < 1e6 for number in polygon):     # nan is not, either
+        raise ValueError("a polygon holds a number that is no place in pixels")
+
+
+def run_lengths(masks: Tensor) -> list[dict]:
+    """bool (N, H, W) -> COCO's {size, counts} of each, which json can hold."""
+    by_column = masks.byte().transpose(1, 2).contiguous().cpu().numpy()      # (N, W, H)
+    runs = mask_utils.encode(by_column.transpose(2, 1, 0))   # (H, W, N), in Fortran's order
+    return [{"size": one["size"], "counts": one["counts"].decode()} for one in runs]
 
 
 # ---- AP ----
 
-THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
-RANGES = np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])    # of areas, px: all, S, M, L
-ANY = 0                                                      # the label of all classes taken together
-MOST = 100                                                   # detections of a class that count, per image
+def truth_of(target: dict[str, Tensor], image: int) -> list[dict]:
+    """The objects of an image (see Objects.read) as COCO's annotations, with labels for classes.
+
+    Drawn scenes have no crowds; the area of their objects is their mask's."""
+    boxes = to_xywh(target["boxes"])
+    masks = target["masks"].as_subclass(Tensor).bool() if "masks" in target else None
+    count = len(boxes)
+    crowd = target.get("crowd", torch.zeros(count, dtype=torch.bool))
+    area = target["area"] if "area" in target else masks.sum((1, 2)).double()
+    outlined = target.get("outlined", torch.full((count,), masks is not None))
+    runs = run_lengths(masks) if masks is not None and count else [None] * count
+    columns = (boxes, target["labels"], crowd, area, outlined)
+    annotations = []
+    for box, label, is_crowd, size, known, outline in zip(*(c.tolist() for c in columns), runs):
+        one = {"image_id": image, "category_id": label, "bbox": box, "area": size,
+               "iscrowd": int(is_crowd)}
+        annotations.append(one | {"segmentation": outline} if known else one)
+    return annotations
 
 
-def box_iou(d: np.ndarray, g: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """d (D, 4), g (G, 4), XYXY -> (D, G): intersection over union, over the detection alone if g is a crowd."""
-    sides = np.minimum(d[:, None, 2:], g[:, 2:]) - np.maximum(d[:, None, :2], g[:, :2])      # (D, G, 2)
-    shared, (of_d, of_g) = sides.clip(0).prod(-1), ((b[:, 2:] - b[:, :2]).prod(-1) for b in (d, g))
-    return shared / np.maximum(of_d[:, None] + np.where(crowd, 0, of_g - shared), 1e-12)
+def results_of(found: dict[str, Tensor], image: int) -> list[dict]:
+    """What was found in an image, as COCO's results, with labels for classes.
+
+    found: boxes (D, 4) XYXY, labels (D,), scores (D,), and of Mask R-CNN masks bool (D, H, W)."""
+    columns = to_xywh(found["boxes"]), found["labels"], found["scores"]
+    results = []
+    for box, label, score in zip(*(column.tolist() for column in columns)):
+        results.append({"image_id": image, "category_id": label, "bbox": box, "score": score})
+    if "masks" in found and results:
+        for one, outline in zip(results, run_lengths(found["masks"])):
+            one["segmentation"] = outline
+    return results
 
 
-def mask_iou(d: np.ndarray, g: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """The same for bool masks (D, H, W), (G, H, W)."""
-    pixels, shared = math.prod(d.shape[1:]), 0
-    d, g = d.reshape(-1, pixels), g.reshape(-1, pixels)
-    for i in range(0, pixels, 2**16):                        # in parts: as float32 the whole would fill the memory
-        shared = shared + (d[:, i:i + 2**16].astype("f") @ g[:, i:i + 2**16].astype("f").T).astype(float)
-    return shared / np.maximum(d.sum(1)[:, None] + np.where(crowd, 0, g.sum(1) - shared), 1e-12)
+def to_xywh(boxes: Tensor) -> Tensor:
+    """XYXY (N, 4) -> x, y, width, height, float64."""
+    boxes = boxes.as_subclass(Tensor).cpu().double()
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def match(iou: np.ndarray, size: np.ndarray, area: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, ...]:
-    """One class in one image, at every range A and threshold T: right (A, T, D), dropped (A, T, D), real objects (A,).
+def average_precision(images: list[dict], truth: list[dict], found: list[dict],
+                      classes: list[str], with_masks: bool) -> dict:
+    """{"box": figures, "mask": figures} by pycocotools; without masks, boxes alone.
 
-    iou (D, G), detections by falling score; size (D,) of the detections, area and crowd (G,) of the objects, px.
-    A detection takes the object it overlaps most that is still free (of equals the last), a real one before one that
-    does not count: a crowd, which is never used up, or of an area out of range. With the latter, or alone and itself
-    out of range, it is dropped: neither right nor wrong."""
-    (D, G), (low, high) = iou.shape, RANGES.T[:, :, None]    # (A, 1) each
-    aside = crowd | (area < low) | (area > high)             # (A, G)           objects that do not count
-    taken, right = np.zeros((len(RANGES), len(THRESHOLDS), G), bool), np.zeros((len(RANGES), len(THRESHOLDS), D), bool)
-    dropped = np.repeat(((size < low) | (size > high))[:, None], len(THRESHOLDS), 1)         # (A, T, D)
-    for d in range(D if G else 0):
-        fits = (iou[d] >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]) & (crowd | ~taken)     # (A, T, G)
-        real = fits & ~aside[:, None]
-        fits = np.where(real.any(-1, keepdims=True), real, fits)
-        best = G - 1 - np.where(fits, iou[d], -1)[..., ::-1].argmax(-1)[..., None]           # (A, T, 1)
-        found = fits.any(-1)                                 # (A, T)
-        taken |= found[..., None] & (np.arange(G) == best)
-        void = np.take_along_axis(np.broadcast_to(aside[:, None], fits.shape), best, -1)[..., 0]
-        right[..., d] = found & ~void
-        dropped[..., d] = np.where(found, void, dropped[..., d])
-    return right, dropped, (~aside).sum(1)
+    images: {id, height, width}. truth, found: see truth_of and results_of.
+    figures: AP, AP50, AP75, S, M, L over all classes; "any class": AP if classes do not matter;
+    "per class". All are 0 to 1, and -1 where there is no object.
+    For AP of masks, the box of an object without an outline is a crowd: it cannot be judged."""
+    scores = {"box": figures(images, truth, found, classes, "bbox")}
+    if with_masks:
+        known = [one if "segmentation" in one else as_crowd(one) for one in truth]
+        scores["mask"] = figures(images, known, found, classes, "segm")
+    return scores
 
 
-def judge(found: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[tuple, tuple]:
-    """One image: {(kind, label): (scores (D,), right, dropped, objects)} as `match` says, for kind 'box' and 'mask'.
-
-    found: boxes (D, 4), scores, labels (D,), masks (D, H, W); truth: boxes (G, 4), labels, masks, crowd, area (G,)."""
-    record, order = {}, np.argsort(-found["scores"], kind="stable")
-    found, crowd = {name: values[order] for name, values in found.items()}, truth["crowd"]
-    for kind, overlap in (("box", box_iou), ("mask", mask_iou)):
-        d, g = (part["boxes" if kind == "box" else "masks"] for part in (found, truth))
-        sizes = (d[:, 2:] - d[:, :2]).prod(-1) if kind == "box" else d.sum((1, 2))
-        iou = overlap(d, g, crowd)                           # (D, G)
-        for label in {ANY, *found["labels"].tolist(), *truth["labels"].tolist()}:
-            mine, its = (np.flatnonzero((part["labels"] == label) | (label == ANY)) for part in (found, truth))
-            mine = mine[:MOST]
-            record[kind, label] = found["scores"][mine], *match(iou[mine][:, its], sizes[mine], truth["area"][its],
-                                                                crowd[its])
-    return record
+def as_crowd(one: dict) -> dict:
+    x, y, w, h = one["bbox"]
+    corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return one | {"iscrowd": 1, "segmentation": [corners]}
 
 
-def average_precision(records: list[tuple]) -> np.ndarray:
-    """What `match` found of one class in every image, ordered by image -> (A, T): the mean over RECALLS of the best
-    precision at that recall or above. nan where there is no object."""
-    scores, right, dropped, objects = zip(*records)
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    right, dropped = (np.concatenate(part, -1)[..., order] for part in (right, dropped))     # (A, T, D)
-    objects, ap = np.sum(objects, 0), np.full(right.shape[:2], math.nan)
-    for a, t in np.argwhere(np.broadcast_to(objects[:, None] > 0, ap.shape)):
-        hits = right[a, t][~dropped[a, t]].cumsum()          # true positives among the first 1, 2, ... detections
-        precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
-        first = np.searchsorted(hits / objects[a], RECALLS)
-        ap[a, t] = np.append(precision, 0)[first].mean()     # 0 at a recall that is never reached
-    return ap
+def figures(images: list[dict], truth: list[dict], found: list[dict],
+            classes: list[str], kind: str) -> dict:
+    """The figures of one kind, bbox or segm. See average_precision."""
+    results = []
+    for one in found:
+        w, h = one["bbox"][2:]
+        area = w * h if kind == "bbox" else float(mask_utils.area(one["segmentation"]))
+        results.append(one | {"area": area, "iscrowd": 0})
+    with contextlib.redirect_stdout(io.StringIO()):          # pycocotools prints
+        sides = as_coco(images, truth, classes), as_coco(images, results, classes)
+        by_class = precision(COCOeval(*sides, kind), use_classes=True)       # (T, R, classes, A)
+        any_class = precision(COCOeval(*sides, kind), use_classes=False)     # (T, R, 1, A)
+    return {
+        "AP": mean(by_class[..., 0]),
+        "AP50": mean(by_class[0, ..., 0]),
+        "AP75": mean(by_class[5, ..., 0]),
+        "S": mean(by_class[..., 1]),
+        "M": mean(by_class[..., 2]),
+        "L": mean(by_class[..., 3]),
+        "any class": mean(any_class[..., 0]),
+        "per class": {name: mean(by_class[:, :, c, 0]) for c, name in enumerate(classes)},
+    }
 
 
-def summarise(records: list[dict], classes: list[str]) -> dict:
-    """Of `judge` for every image, ordered by image: {kind: AP, AP50, AP75, S, M, L over all classes, 'any class' for
-    class-agnostic AP, 'per class'}, 0 to 1; -1 where there is no object."""
-    def whole(values) -> float:
-        values = np.asarray(values)[~np.isnan(values)]
-        return float(values.mean()) if values.size else -1.0
+def as_coco(images: list[dict], annotations: list[dict], classes: list[str]) -> "COCO":
+    """Annotations or results as a COCO object. Ids count from 1: for pycocotools 0 is no match."""
+    api = COCO()
+    api.dataset = {
+        "images": images,
+        "annotations": [one | {"id": number} for number, one in enumerate(annotations, 1)],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, 1)],
+    }
+    api.createIndex()
+    return api
 
-    result = {}
-    for kind in ("box", "mask"):
-        aps = []                                             # of ANY, then of every class: (A, T)
-        for label in range(len(classes) + 1):
-            mine = [record[kind, label] for record in records if (kind, label) in record]
-            aps.append(average_precision(mine) if mine else np.full((len(RANGES), len(THRESHOLDS)), math.nan))
-        each = np.stack(aps[1:])                             # (classes, A, T)
-        result[kind] = dict(AP=whole(each[:, 0]), AP50=whole(each[:, 0, 0]), AP75=whole(each[:, 0, 5]),
-                            **{name: whole(each[:, i]) for i, name in enumerate("SML", 1)})
-        result[kind] |= {"any class": whole(aps[0][0]),
-                         "per class": {name: whole(ap[0]) for name, ap in zip(classes, aps[1:])}}
-    return result
+
+def precision(judge: "COCOeval", use_classes: bool) -> np.ndarray:
+    """Precision (T, R, classes, A), of at most 100 detections an image.
+
+    T = 10 thresholds of IoU (0.5 to 0.95), R = 101 recalls, A = 4 ranges of area (all, S, M, L)."""
+    judge.params.useCats = int(use_classes)
+    judge.params.maxDets = [100]
+    judge.evaluate()
+    judge.accumulate()
+    return judge.eval["precision"][..., 0]
+
+
+def mean(values: np.ndarray) -> float:
+    """Of those that are not -1; -1 if there is none."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0

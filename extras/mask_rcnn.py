@@ -1,8 +1,10 @@
 """The detector: torchvision's Mask R-CNN around any encoder, with a feature pyramid or, for ResNet, C4 (as released).
 
+Without outlines to learn from it is Faster R-CNN: the same without the head of masks.
+
 FPN (Lin et al. 2017): four maps and a fifth pooled one, an anchor size each. C4 (Ren et al. 2015, He et al. 2017): one
 map of stride 16; stage 4 runs on every region. All layers learn, and BatchNorm's statistics are live: those gathered in
-pre-training are of images with 60 % painted over.
+pre-training are of images with 60 % hidden.
 """
 
 from collections import OrderedDict
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN, roi_heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -60,10 +62,28 @@ class Backbone(nn.Module):
         return OrderedDict((name, z.float()) for name, z in maps.items())
 
 
-def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distributed) -> MaskRCNN:
-    """Mask R-CNN that tells `classes` apart, the ground (0) included. Raises ValueError if the neck does not fit.
+def mask_loss(logits: Tensor, regions: list[Tensor], masks: list[Tensor], labels: list[Tensor],
+              matched: list[Tensor]) -> Tensor:
+    """torchvision's mask loss, over the regions whose object has an outline (a mask not empty).
 
-    It takes lists of images (3, H, W) in [0, 1], normalises and resizes them itself, and gives boxes in their pixels.
+    logits (R, classes, M, M) for all regions of the batch. Of each image with G objects: regions
+    (r, 4), masks (G, H, W), labels (G,), matched (r,): the object of each region."""
+    known = [mask.flatten(1).bool().any(1)[index] for mask, index in zip(masks, matched)]
+    regions = [boxes[keep] for boxes, keep in zip(regions, known)]
+    matched = [index[keep] for index, keep in zip(matched, known)]
+    return torchvision_mask_loss(logits[torch.cat(known)], regions, masks, labels, matched)
+
+
+# torchvision's RoIHeads looks this function up by its name, and has no other place for one's own
+torchvision_mask_loss, roi_heads.maskrcnn_loss = roi_heads.maskrcnn_loss, mask_loss
+
+
+def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distributed,
+             with_masks: bool = True) -> FasterRCNN:
+    """Mask R-CNN, or Faster R-CNN without masks, for `classes` classes, background (0) included.
+
+    Raises ValueError if the neck does not fit. The detector takes lists of images (3, H, W) in
+    [0, 1], normalises and resizes them itself, and gives boxes in their pixels.
     In training: {name: loss}, whose sum is minimised."""
     if args.neck == "c4" and not isinstance(getattr(encoder.backbone, "layer4", [None])[-1], Bottleneck):
         raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not {args.arch}; use fpn")
@@ -85,13 +105,19 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
         after = 2 * n                                        # 2,000 in training, as released
     # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
     box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor) for side in cells)
-    return MaskRCNN(
-        backbone, min_size=(*shorter, most), max_size=longer, size_divisible=multiple, image_mean=MEAN, image_std=STD,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-        rpn_pre_nms_top_n_train=before, rpn_pre_nms_top_n_test=before_test,
-        rpn_post_nms_top_n_train=after, rpn_post_nms_top_n_test=n,
-        rpn_batch_size_per_image=min(256, args.rois), box_batch_size_per_image=args.rois,
-        box_roi_pool=box_pool, box_head=box_head, box_predictor=FastRCNNPredictor(wide, classes),
-        mask_roi_pool=mask_pool, mask_head=mask_head, mask_predictor=MaskRCNNPredictor(
-            wide if args.neck == "c4" else C, hidden, classes),
-        box_detections_per_img=args.detections)
+    settings = {
+        "min_size": (*shorter, most), "max_size": longer, "size_divisible": multiple,
+        "image_mean": MEAN, "image_std": STD,
+        "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        "rpn_pre_nms_top_n_train": before, "rpn_pre_nms_top_n_test": before_test,
+        "rpn_post_nms_top_n_train": after, "rpn_post_nms_top_n_test": n,
+        "rpn_batch_size_per_image": min(256, args.rois), "box_batch_size_per_image": args.rois,
+        "box_roi_pool": box_pool, "box_head": box_head,
+        "box_predictor": FastRCNNPredictor(wide, classes),
+        "box_detections_per_img": args.detections,
+    }
+    if not with_masks:
+        return FasterRCNN(backbone, **settings)
+    mask_predictor = MaskRCNNPredictor(wide if args.neck == "c4" else C, hidden, classes)
+    return MaskRCNN(backbone, **settings, mask_roi_pool=mask_pool, mask_head=mask_head,
+                    mask_predictor=mask_predictor)

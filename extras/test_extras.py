@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import bench, clipart, compare, detect, faults, figure, paint, run_notebook, segment
+from extras import bench, compare, detect, faults, figure, paint, run_notebook, segment
 from extras.dense import Scenes
 from extras.output import check_folder, free_name
 
@@ -377,26 +377,7 @@ def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
     assert wide.grid == (4, 6) and wide(torch.randn(1, 3, 64, 96), torch.ones(1, 4, 6)).shape == (1, 3, 64, 96)
 
 
-# ---- clipart.py and compare.py ----
-
-def test_clip_art_becomes_class_folders_on_white_with_every_fifth_held_out(tmp_path, capsys):
-    for i in range(12):                                      # half transparent, so that white shows through
-        file = tmp_path / "png" / ("animals/birds" if i < 10 else "odd/music/old") / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.new("RGBA", (150, 100), (0, 0, 0, 0))
-        image.paste((200, 0, 0, 255), (0, 0, 75, 100))
-        image.save(file)
-    Image.new("RGBA", (10, 10)).save(tmp_path / "png" / "animals" / "tiny.png")
-    (tmp_path / "png" / "animals" / "broken.png").write_bytes(b"no picture")
-    clipart.main([str(tmp_path / "set"), "--source", str(tmp_path / "png")])
-    count = {str(f.relative_to(tmp_path / "set")): len(list(f.iterdir())) for f in (tmp_path / "set").glob("*/*")}
-    assert count == {"train/animals": 8, "val/animals": 2, "train/music": 2}
-    with Image.open(tmp_path / "set/train/animals/000.jpg") as image:
-        assert image.size == (144, 96) and min(image.getpixel((130, 48))) > 250 and image.getpixel((20, 48))[1] < 40
-    with pytest.raises(SystemExit) as error:
-        clipart.main([str(tmp_path / "other"), "--source", str(tmp_path / "none")])
-    assert error.value.code == 2 and "apt install openclipart-png" in capsys.readouterr().err
-
+# ---- compare.py ----
 
 def test_the_interval_of_a_difference_is_students_of_the_pairs():
     """Against a table: with 5 pairs the half width is 2.776 standard errors. What both seeds share drops out."""
