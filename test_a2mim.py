@@ -146,7 +146,7 @@ def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
             "enter between them; use vit_base",
         ),
         (lambda: build_encoder("googlenet"), "arch 'googlenet': does not run its modules one after another"),
-        (lambda: build_encoder("inception_v3"), "use resnet50, or cut it yourself: model.Encoder([...])"),
+        (lambda: build_encoder("inception_v3"), "use resnet50, or split it yourself: model.Encoder([...])"),
         (lambda: build_encoder("regnet_y_400mf", 64, 0.1), "has no stochastic depth; use --drop-path 0, not 0.1"),
         (lambda: build_encoder("maxvit_t", (64, 96)), "'maxvit_t' at 64x96 px: torchvision's MaxViT takes squares"),
         (
@@ -862,7 +862,7 @@ for kind, format in kinds.items():
         (folder / f"{i}.{kind}").write_bytes(content)
 picture.save(folder / "whole.png")
 source = data.Folder(folder, "train")
-samples, world = data.Samples(source, data.eval_transform((32, 32)), 0), command.World()
+samples, world = data.ImageDataset(source, data.eval_transform((32, 32)), 0), command.Distributed()
 broken = []
 for batch, used, bad in data.make_loader(samples, data.every_image_once(len(source), 16, world), 0, world):
     assert batch.shape[1:] == (3, 32, 32)
@@ -1358,7 +1358,7 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
     others = iter([5.0, 7.0, math.nan, 3.0, 1.0])            # what the other of two processes adds
     cpu = torch.device("cpu")
-    world = SimpleNamespace(device=cpu, mean=lambda values: (values + next(others)) / 2)
+    world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + next(others)) / 2)
     means = progress.RunningMeans(world)
     for mine in (1.0, 2.0, 3.0, math.inf, 4.0):
         means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(mine)})
@@ -1391,7 +1391,7 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
     clock = SimpleNamespace(time=lambda: now[0], strftime=time.strftime)
     monkeypatch.setattr(progress, "time", clock)
     plan = SimpleNamespace(per_epoch=1000, total=2000, global_batch=4)
-    world = SimpleNamespace(rank=0, say=command.Distributed().print0)
+    world = SimpleNamespace(rank=0, print0=command.Distributed().print0)
 
     def walk(shown):
         for done in range(1, 1001):                          # an hour and 40 minutes
@@ -2326,7 +2326,7 @@ def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_tha
     assert not found["missing"]
     for name, value in donor.backbone.state_dict().items():
         assert torch.equal(encoder.backbone.state_dict()[name], value), name
-    said = weights.told(found)
+    said = weights.summary_of(found)
     assert all(f"under {key!r}" in said for key in keys)
     assert f"prefix '{prefix}' taken off" in said if prefix else "prefix" not in said
     assert said.startswith("120 tensors loaded (")
@@ -2789,7 +2789,7 @@ def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(f
     last = torch.load(tmp_path / "few" / "best.pt", weights_only=True)
     assert not tv.resnet18(num_classes=10).load_state_dict(last).missing_keys
 
-    world = SimpleNamespace(size=2, on_gpu=True, say=lambda text: None)
+    world = SimpleNamespace(size=2, on_gpu=True, print0=lambda text: None)
     for images, more, batch, peak in (
         (300, [], 15, 1e-2),                                 # ten steps an epoch, of 2 x 15 images
         (99_999, [], 256, 1e-2),

@@ -30,8 +30,8 @@ import torch
 # ---- the output folder ----
 
 WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt",
-           "checkpoint-previous.pt", "confusion.png", "features.npz", ".lock", "log.jsonl",
-           "loss.png", "result.json", "predictions.json", "predictions-masks.json", "detections.png",
+           "checkpoint-previous.pt", "confusion.png", "detections.png", "features.npz", ".lock",
+           "log.jsonl", "loss.png", "predictions.json", "predictions-masks.json", "result.json",
            "segmentation.png")
 locks = {}                                                   # folder -> its lock file, kept open
 
