@@ -296,7 +296,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 def test_rows_of_images_come_back_in_their_order():
     rows, parts = torch.arange(5.0)[:, None], [torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [3.0]])]
-    world = SimpleNamespace(size=2, rank=1, gather=lambda own: torch.cat(parts))
+    world = SimpleNamespace(size=2, rank=1, all_gather=lambda own: torch.cat(parts))
     close(inside.gather(list(parts[1]), 5, world), rows.double())
     close(inside.gather(list(rows), 5, Distributed()), rows.double())
 
