@@ -57,11 +57,12 @@ from extras.dense import (OPTIM_FLAGS, Scenes, left_out, listed, optimizer_for, 
 from extras.mask_rcnn import detector
 from model import build_encoder, get_family
 
-# ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images of a step ----
+# ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images
+# of a step ----
 
 SGD = dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="steps", epochs=12, milestones=(8 / 12, 11 / 12))
 RECIPES = {
-    "1x":     dict(SGD, warmup=500),                         # a folder in COCO's format, any backbone but a ViT
+    "1x":     dict(SGD, warmup=500),  # a folder in COCO's format, any backbone but a ViT
     "c4_2x":  dict(SGD, warmup=1000, epochs=24, milestones=(16 / 24, 22 / 24), neck="c4"),   # the paper's, for ResNet
     "vit":    dict(SGD, warmup=500, milestones=(9 / 12, 11 / 12), optimizer="adamw", lr=3e-4, weight_decay=0.05,
                    drop_path=0.2, image_size=512),
@@ -89,24 +90,28 @@ class Run:
     loader: DataLoader | None
     val_loader: DataLoader
     model: FasterRCNN                                        # the weights, under their plain names
-    net: nn.Module                                           # what a step calls: the model, wrapped by DDP if need be
+    net: nn.Module  # what a step calls: the model, wrapped by DDP if need be
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     broken: UnreadableImages
 
 
 def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
-    """One optimiser step; returns this process's mean losses, on the device. Randomness comes from (seed, step)."""
-    torch.manual_seed(seed_for(args.seed, step, world.rank))     # stochastic depth, sizes, samples of anchors, regions
+    """One optimiser step; returns this process's mean losses, on the device. Randomness comes from
+    (seed, step)."""
+    # stochastic depth, sizes, samples of anchors, regions
+    torch.manual_seed(seed_for(args.seed, step, world.rank))
     record = {}
     for part in range(args.accum):
         images, targets, _, broken = next(batches)
         run.broken.note(broken)
         images = [as_float(image, world) for image in images]    # (3, H, W) each
         targets = [to_learn(target, world) for target in targets]
-        sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
+        # processes average their gradients once a step
+        sync_now = part == args.accum - 1 or world.size == 1
         with contextlib.nullcontext() if sync_now else run.net.no_sync():
-            losses = run.net(images, targets)                # of proposals: 2, of their boxes and classes: 2, masks: 1
+            # of proposals: 2, of their boxes and classes: 2, masks: 1
+            losses = run.net(images, targets)
             losses = {"loss": sum(losses.values()), **losses}
             run.scaler.scale(losses["loss"] / args.accum).backward()
         record = {name: record.get(name, 0) + value.detach() / args.accum for name, value in losses.items()}
@@ -114,7 +119,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, ru
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
     run.scaler.step(run.optimizer)                           # not made if a gradient is not finite
-    run.scaler.update(None if args.amp == "fp16" else 1.0)   # the scale of fp16 adapts, else it stays 1
+    # the scale of fp16 adapts, else it stays 1
+    run.scaler.update(None if args.amp == "fp16" else 1.0)
     run.optimizer.zero_grad(set_to_none=True)
     return record
 
@@ -133,7 +139,8 @@ def as_float(image: Tensor, world: Distributed) -> Tensor:
 # ---- the run ----
 
 def train(args: SimpleNamespace, world: Distributed) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
+    Checkpointer does."""
     check_installed()
     world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
@@ -144,7 +151,8 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     args.amp = args.amp or world.default_amp()
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
-        world.print0(f"no --data given: running the demo on drawn scenes, from {args.weights or 'random weights'}{hint}")
+        start = args.weights or "random weights"
+        world.print0(f"no --data given: running the demo on drawn scenes, from {start}{hint}")
     run = prepare(args, world, saved)
     world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
               f"{len(run.val_loader.dataset)} images for validation\n"
@@ -155,7 +163,9 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
         result, found = evaluate(run.model, args, world, run)
         return report(result, found, args, world, run)
 
-    steps, peak, best, result = run.steps, args.lr * run.steps.global_batch / args.lr_batch, finetune.BestEpoch(AP=-2.0), {}
+    steps = run.steps
+    peak = args.lr * steps.global_batch / args.lr_batch
+    best, result = finetune.BestEpoch(AP=-2.0), {}
     found = []
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
     checkpointer = Checkpointer(args, world, steps, keep, saved)
@@ -176,14 +186,15 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     run.model.train()
     batches = iter(run.loader)
     with checkpointer:
-        evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
+        evaluate_after(steps.start)  # a checkpoint is written before its evaluation
         for step in checkpointer.steps():
             for group in run.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak * group["scale"], args)
             record = train_step(step, batches, args, world, run)
-            checkpointer.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
+            # undoes a non-finite step, logs, saves, stops on a signal
+            checkpointer.after(step, record)
             evaluate_after(step + 1)
-    checkpointer.finish("best.pt")                                # raises Failed if a file that was promised is not there
+    checkpointer.finish("best.pt")  # raises Failed if a file that was promised is not there
     report(result, found, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
@@ -230,17 +241,18 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
         some_usable(source, "images for training", args, world)
     if source.classes != val.classes:
         raise ValueError(f"--data {args.data}: the annotations of train and val list different classes")
-    classes, batches = val.classes[args.data == "shapes":], []           # scenes count the ground among them
+    classes, batches = val.classes[args.data == "shapes":], []  # scenes count the ground among them
     steps = None if args.eval_only else plan(args, world, len(source), saved)
     if steps:
-        batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start,
+        batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size,
+                                        world.rank, args.seed, steps.start,
                           steps.total)
     flip = v2.RandomHorizontalFlip(0.5)                      # image, boxes and masks together
     loader = make_loader(ImageDataset(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
     val_once = every_image_once(len(val), 8 if size < 256 else 1, world)
     val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
 
-    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same heads
+    torch.manual_seed(seed_for(args.seed))  # every process starts from the same heads
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
                             args.stem)
     if args.weights and not saved and not args.eval_only:
@@ -260,7 +272,8 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
         tell_outlines(source, "the loss of masks", world)
     model, net = wrapped(model, args, world)
     optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
-    # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
+    # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient
+    # that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     broken = UnreadableImages(source, args.max_bad, args.out)
     return Run(steps, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
@@ -456,7 +469,8 @@ def main(argv: list[str] | None = None) -> None:
     command_line("detect.py", parse, train, argv)
 
 
-# ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides both ----
+# ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides
+# both ----
 
 def check_part(name: str) -> None:
     """Raises ValueError unless it can be a part of file names."""
@@ -505,13 +519,15 @@ DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "milestones": (), "warmup_epo
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is off."""
+    """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is
+    off."""
     parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):
         demo |= {"weights": DEMO_WEIGHTS} if Path(DEMO_WEIGHTS).is_file() else {"init": "scratch"}
-    names = ["arch", "patch_size", "window", "stem"]                 # as pre-trained; to evaluate, the whole detector
+    # as pre-trained; to evaluate, the whole detector
+    names = ["arch", "patch_size", "window", "stem"]
     names += DETECTOR if "eval_only" in given else []
     known = {**demo, **remembered(given.get("weights", demo.get("weights")), parser, names), **given}
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))

@@ -1,11 +1,11 @@
-"""The detector: torchvision's Mask R-CNN around any encoder, with a feature pyramid or, for ResNet, C4 (as released).
+"""The detector: torchvision's Mask R-CNN around any encoder, with a feature pyramid or, for ResNet,
+C4 (as released).
 
 Without outlines to learn from it is Faster R-CNN: the same without the head of masks.
 
-FPN (Lin et al. 2017): four maps and a fifth pooled one, an anchor size each. C4 (Ren et al. 2015, He et al. 2017): one
-map of stride 16; stage 4 runs on every region. All layers learn, and BatchNorm's statistics are live: those gathered in
-pre-training are of images with 60 % hidden.
-"""
+FPN (Lin et al. 2017): four maps and a fifth pooled one, an anchor size each. C4 (Ren et al. 2015,
+He et al. 2017): one map of stride 16; stage 4 runs on every region. All layers learn, and
+BatchNorm's statistics are live: those gathered in pre-training are of images with 60 % hidden. """
 
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ class FirstStages(nn.Module):
         super().__init__()
         self.encoder, self.channels = encoder, [encoder.backbone.layer3[-1].conv3.out_channels]
 
-    def forward(self, images: Tensor) -> list[Tensor]:       # (B, 3, H, W) -> [(B, 1024, H/16, W/16)]
+    def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> [(B, 1024, H/16, W/16)]
         z = images
         for stage in range(4):
             z = self.encoder.run_stage(stage, z)
@@ -44,7 +44,8 @@ class FirstStages(nn.Module):
 class Backbone(nn.Module):
     """Normalised images (B, 3, H, W) -> {name: map (B, C, h, w), float32}, which the heads look at.
 
-    Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px to steps of 4."""
+    Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px
+    to steps of 4."""
 
     def __init__(self, encoder: Encoder, args: SimpleNamespace, world: Distributed):
         super().__init__()
@@ -58,7 +59,8 @@ class Backbone(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, AMP[self.amp], enabled=self.amp != "off"):
             maps = OrderedDict((str(i), z) for i, z in enumerate(self.maps(images)))
-            maps = self.fpn(maps) if self.fpn else maps      # FPN: "0" to "3" of strides 4 to 32, and "pool" of 64
+            # FPN: "0" to "3" of strides 4 to 32, and "pool" of 64
+            maps = self.fpn(maps) if self.fpn else maps
         return OrderedDict((name, z.float()) for name, z in maps.items())
 
 
@@ -91,7 +93,8 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
     sizes, C = tuple(args.anchor * 2**i for i in range(5)), args.width
     if args.neck == "c4":                                    # five sizes of anchors at one stride
         wide, hidden, sizes, names, cells = 2 * backbone.out_channels, 256, (sizes,), ["0"], (14, 14)
-        mask_head = nn.Sequential(encoder.backbone.layer4, nn.BatchNorm2d(wide))     # the extra norm is the authors'
+        # the extra norm is the authors'
+        mask_head = nn.Sequential(encoder.backbone.layer4, nn.BatchNorm2d(wide))
         box_head = nn.Sequential(mask_head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         before, before_test, after = 12 * n, 6 * n, 2 * n
     else:                                                    # one size a level
@@ -100,7 +103,8 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
         mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
         before, before_test, after = 2 * n, n, n
     most, shorter, longer, multiple = args.image_size, range(args.smallest, args.image_size, 32), args.longest, 32
-    if get_family(args.arch).name == "vit":                      # one grid of positions: a square, padded by mean colour
+    # one grid of positions: a square, padded by mean colour
+    if get_family(args.arch).name == "vit":
         shorter, longer, multiple = (), most, most
         after = 2 * n                                        # 2,000 in training, as released
     # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16

@@ -1,11 +1,14 @@
-"""Semantic segmentation: what pre-trained weights are worth for a class per pixel. FCN and UPerNet, and evaluation.
+"""Semantic segmentation: what pre-trained weights are worth for a class per pixel. FCN and UPerNet,
+and evaluation.
 
-    python extras/segment.py                                 the demo: drawn scenes, after the README's demo
-    torchrun --nproc_per_node=4 extras/segment.py --weights backbone.pt --data /path/to/ADEChallengeData2016
+    python extras/segment.py                                 the demo: drawn scenes, after the
+                                                             README's demo
+    torchrun --nproc_per_node=4 extras/segment.py --weights backbone.pt --data
+    /path/to/ADEChallengeData2016
 
-Recipes: RECIPES below. Leaves in --out: args.json, log.jsonl, checkpoint.pt (the last state), best.pt (the best epoch's
-weights, for --eval-only), result.json (IoU per class), segmentation.png, loss.png, confusion.png.
-"""
+Recipes: RECIPES below. Leaves in --out: args.json, log.jsonl, checkpoint.pt (the last state),
+best.pt (the best epoch's weights, for --eval-only), result.json (IoU per class), segmentation.png,
+loss.png, confusion.png. """
 
 import colorsys
 import contextlib
@@ -39,12 +42,13 @@ from extras.dense import (OPTIM_FLAGS, left_out, memory_format, optimizer_for, p
 from extras.pixels import IGNORED, ScaleCropFlip, Segmenter, open_pairs, resize, whole
 from model import build_encoder, get_family
 
-# ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global batch ----
+# ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of the global
+# batch ----
 
-ADE = dict(global_batch=16, iterations=160_000, warmup=1500, schedule="poly")            # as released
+ADE = dict(global_batch=16, iterations=160_000, warmup=1500, schedule="poly")  # as released
 SGD = dict(optimizer="sgd", lr=0.01, weight_decay=5e-4, power=0.9, min_lr=1e-4, warmup=0)
 RECIPES = {
-    "fcn":     dict(ADE, **SGD, head="fcn"),                 # the released one for ResNet: output stride 8
+    "fcn":     dict(ADE, **SGD, head="fcn"),  # the released one for ResNet: output stride 8
     "upernet": dict(ADE, head="upernet"),
     "shapes":  dict(head="upernet", width=64, aux=0.0, image_size=96, scale_min=1.0, scale_max=1.0, distort=False,
                     global_batch=8, lr_batch=8, lr=2e-3, iterations=800, warmup=50),
@@ -68,7 +72,7 @@ class Run:
     loader: DataLoader
     val_loader: DataLoader
     model: Segmenter                                         # the weights, under their plain names
-    net: nn.Module                                           # what a step calls: the model, wrapped by DDP if need be
+    net: nn.Module  # what a step calls: the model, wrapped by DDP if need be
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     broken: UnreadableImages
@@ -85,8 +89,9 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
-    """One optimiser step; returns this process's mean loss, still on the device. Randomness comes from (seed, step)."""
-    torch.manual_seed(seed_for(args.seed, step, world.rank))                 # stochastic depth, dropout
+    """One optimiser step; returns this process's mean loss, still on the device. Randomness comes
+    from (seed, step)."""
+    torch.manual_seed(seed_for(args.seed, step, world.rank))  # stochastic depth, dropout
     record = 0.0
     for part in range(args.accum):
         images, labels, _, broken = next(batches)
@@ -94,10 +99,11 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, ru
         images = normalise(images, world.device)             # (B, 3, H, W)
         images = images.contiguous(memory_format=memory_format(args, world))
         labels = labels.to(world.device, non_blocking=world.on_cuda).long()  # (B, H, W)
-        sync_now = part == args.accum - 1 or world.size == 1     # processes average their gradients once a step
+        # processes average their gradients once a step
+        sync_now = part == args.accum - 1 or world.size == 1
         with contextlib.nullcontext() if sync_now else run.net.no_sync():
             with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
-                outputs = run.net(images)                    # of the head, and of the second one: (B, classes, h, w)
+                outputs = run.net(images)  # of the head, and of the second one: (B, classes, h, w)
             losses = [pixel_loss(logits, labels) for logits in outputs]
             loss = losses[0] + sum(args.aux * extra for extra in losses[1:])
             run.scaler.scale(loss / args.accum).backward()
@@ -106,7 +112,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, ru
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
     run.scaler.step(run.optimizer)                           # not made if a gradient is not finite
-    run.scaler.update(None if args.amp == "fp16" else 1.0)   # the scale of fp16 adapts, else it stays 1
+    # the scale of fp16 adapts, else it stays 1
+    run.scaler.update(None if args.amp == "fp16" else 1.0)
     run.optimizer.zero_grad(set_to_none=True)
     return {"loss": record}
 
@@ -114,7 +121,8 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, ru
 # ---- the run ----
 
 def train(args: SimpleNamespace, world: Distributed) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
+    Checkpointer does."""
     world.set_device(args.device)
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
@@ -125,7 +133,8 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     run = prepare(args, world, saved)
     steps, best, result = run.steps, finetune.BestEpoch(miou=-1.0), {}
     peak = args.lr * steps.global_batch / args.lr_batch
-    world.print0(f"{args.arch}, {args.init or args.weights}; {args.data}: {len(run.broken.source)} images for training, "
+    images = len(run.broken.source)
+    world.print0(f"{args.arch}, {args.init or args.weights}; {args.data}: {images} images for training, "
               f"{len(run.classes)} classes, {len(run.val_loader.dataset)} images for validation\n"
               f"{'evaluation only' if args.eval_only else f'recipe {args.recipe}'}, {args.head}, {args.image_size} px; "
               f"{world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
@@ -136,7 +145,8 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
         return report(evaluate(args, world, run), args, world, run)
     keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
     checkpointer = Checkpointer(args, world, steps, keep, saved)
-    world.print0(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {steps.total} steps, {steps.per_epoch} an epoch")
+    world.print0(f"global batch {steps.global_batch}, peak lr {peak:.2e}, {steps.total} steps, "
+                 f"{steps.per_epoch} an epoch")
 
     def evaluate_after(done: int) -> None:
         """At the end of every --eval-every epochs, and of the run."""
@@ -150,14 +160,15 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     run.model.train()
     batches = iter(run.loader)
     with checkpointer:
-        evaluate_after(steps.start)                          # a checkpoint is written before its evaluation
+        evaluate_after(steps.start)  # a checkpoint is written before its evaluation
         for step in checkpointer.steps():
             for group in run.optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak * group["scale"], args)
             record = train_step(step, batches, args, world, run)
-            checkpointer.after(step, record)                      # undoes a non-finite step, logs, saves, stops on a signal
+            # undoes a non-finite step, logs, saves, stops on a signal
+            checkpointer.after(step, record)
             evaluate_after(step + 1)
-    checkpointer.finish("best.pt")                                # raises Failed if a file that was promised is not there
+    checkpointer.finish("best.pt")  # raises Failed if a file that was promised is not there
     report(result, args, world, run, best_miou=best["miou"], best_epoch=best.get("epoch"))
 
 
@@ -177,13 +188,14 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
     steps = plan(args, world, len(source), saved)
     if steps.batch < 2 and args.head == "upernet" and not args.eval_only:
         raise ValueError(f"--batch-size {steps.batch}: UPerNet's BatchNorm needs at least 2 images per process")
-    batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank, args.seed, steps.start, steps.total)
+    batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size, world.rank,
+                                    args.seed, steps.start, steps.total)
     loader = make_loader(ImageDataset(source, ScaleCropFlip(args), args.seed), batches, args.workers, world, stacked)
     val_once = every_image_once(len(val), 32 if args.data == "shapes" else 1, world)
     val_samples = ImageDataset(val, partial(whole, side=args.image_size), args.seed)
     val_loader = make_loader(val_samples, val_once, args.workers, world, stacked)
 
-    torch.manual_seed(seed_for(args.seed))                   # every process starts from the same head
+    torch.manual_seed(seed_for(args.seed))  # every process starts from the same head
     encoder = build_encoder(args.arch, args.image_size, args.drop_path, args.patch_size, args.window,
                             args.stem)
     if args.weights and not saved and not args.eval_only:
@@ -193,7 +205,8 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
         load_all(model, args.weights)
     model, net = wrapped(model, args, world)
     optimizer = optimizer_for(model, args, "maps.encoder.backbone.")
-    # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient that is not finite
+    # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient
+    # that is not finite
     scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
     return Run(steps, source.classes, loader, val_loader, model, net, optimizer, scaler,
                UnreadableImages(source, args.max_bad, args.out))
@@ -211,9 +224,11 @@ def load_all(model: Segmenter, file: str) -> None:
 # ---- evaluation ----
 
 def slide(f, images: Tensor, side: int) -> Tensor:
-    """Logits (B, C, H, W) of images (B, 3, H, W): f's of square windows every 2/3 of their side, averaged.
+    """Logits (B, C, H, W) of images (B, 3, H, W): f's of square windows every 2/3 of their side,
+    averaged.
 
-    The first starts at 0, the last ends at the border. A smaller image is padded with the mean colour."""
+    The first starts at 0, the last ends at the border. A smaller image is padded with the mean
+    colour."""
     H, W = images.shape[-2:]
     images, step = F.pad(images, (0, max(0, side - W), 0, max(0, side - H))), max(1, side * 2 // 3)
     rows, cols = ([*range(0, length - side, step), length - side] for length in images.shape[-2:])
@@ -237,7 +252,8 @@ def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world:
 
 @torch.no_grad()
 def evaluate(args: SimpleNamespace, world: Distributed, run: Run) -> dict:
-    """Exact scores over the whole validation set, on any number of processes, and a sheet. See `score`."""
+    """Exact scores over the whole validation set, on any number of processes, and a sheet. See
+    `score`."""
     run.model.eval()
     world.broadcast_buffers(run.model)
     C, missing = len(run.classes), []
@@ -262,7 +278,8 @@ def evaluate(args: SimpleNamespace, world: Distributed, run: Run) -> dict:
 
 
 def score(confusion: Tensor, classes: list[str]) -> dict:
-    """confusion (C, C): pixels of each class (row) by prediction (column). IoU of a class: both over either.
+    """confusion (C, C): pixels of each class (row) by prediction (column). IoU of a class: both
+    over either.
 
     miou is the mean over the classes that occur in either, as in mmsegmentation: a class without a
     labelled pixel counts as 0 if it is predicted somewhere. Where class 0 is a ground, `found` is
@@ -277,11 +294,13 @@ def score(confusion: Tensor, classes: list[str]) -> dict:
 
 
 def save_pictures(args: SimpleNamespace, world: Distributed, run: Run, side: int = 160) -> None:
-    """segmentation.png: image | label | prediction of the first six validation images. White is not asked for."""
+    """segmentation.png: image | label | prediction of the first six validation images. White is not
+    asked for."""
     colours = torch.tensor([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.5 + i * 0.29 % 0.5, 1 - i * 0.17 % 0.4)
                             for i in range(256)])
     colours[0], colours[IGNORED] = 0.2, 1.0
-    paint = lambda labels: colours[labels.long().cpu()].permute(0, 3, 1, 2)  # (1, H, W) -> (1, 3, H, W)
+    # (1, H, W) -> (1, 3, H, W)
+    paint = lambda labels: colours[labels.long().cpu()].permute(0, 3, 1, 2)
     rows = []
     for i in range(min(6, len(run.val_loader.dataset))):
         images, labels, _, broken = stacked([run.val_loader.dataset[0, i]])
@@ -334,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     command_line("segment.py", parse, train, argv)
 
 
-# ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides both ----
+# ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides
+# both ----
 
 FLAGS = {
     "data": {
@@ -363,14 +383,16 @@ FLAGS = {
                        "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights best.pt, and stop")},
 }
-DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "warmup_epochs": None}    # and what a recipe alone can set
+# and what a recipe alone can set
+DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "warmup_epochs": None}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is off."""
+    """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is
+    off."""
     parser = Parser("segment.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
     given = vars(parser.parse_args(argv))
-    if "resume" in given and "out" in given and "data" not in given:         # the rest is remembered
+    if "resume" in given and "out" in given and "data" not in given:  # the rest is remembered
         return SimpleNamespace(**{**DEFAULTS, **given}, program="segment.py", given=given, demo=False)
     start, demo = {}, "data" not in given
     if demo:
