@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import model
 import pretrain
-from data import (MEAN, STD, CropAndFlip, Folder, ImageDataset, Shapes, make_loader,
+from data import (MEAN, STD, CropAndFlip, Folder, ImageDataset, make_loader,
                   normalise, open_images)
 from engine.command import Distributed, command_line
 from engine.flags import AMP, MAX_SIDE, Parser, checked, defaults, number, path

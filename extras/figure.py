@@ -18,10 +18,11 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import SUFFIXES, Shapes, denormalise, eval_transform, normalise
+from data import SUFFIXES, denormalise, eval_transform, normalise
 from engine.command import Distributed, command_line
 from engine.files import printable
 from engine.flags import Parser, defaults, number, path, format_size
+from engine.shapes import Shapes
 from extras.output import check_file, free_name, writing
 from extras.paint import load_model, read_photo
 from loss import residual

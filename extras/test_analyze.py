@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import finetune
 import pretrain
-from data import Shapes
+
 from engine.command import Distributed
+from engine.shapes import Shapes
 from extras import analyze, inside
 from extras.chart import HEIGHT, WIDTH, Panel, charts, round_numbers
 from extras.run_notebook import execute
