@@ -7,6 +7,8 @@ Prints one line as each cell begins. Without --out the outputs are discarded. Th
 its own folder, as in Jupyter. Needs nbclient and ipykernel: pip install -r extras/requirements.txt
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -14,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -61,7 +65,7 @@ def execute(notebook, folder: Path) -> None:
     code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     resources = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3",
-                                     resources=resources,
+                                     resources=resources, coalesce_streams=True,
                                      extra_arguments=["--log-level=ERROR"])
     with client.setup_kernel():
         for number, i in enumerate(code_cells, 1):
@@ -76,15 +80,19 @@ def execute(notebook, folder: Path) -> None:
                 raise Failed(f"cell {number}: Python was killed (by the system, if memory ran "
                              f"out)") from None
             cell.metadata.pop("execution", None)             # the times of this run
-            keep_one_picture(cell)
+            shrink_pictures(cell)
 
 
-def keep_one_picture(cell) -> None:
-    """Pillow gives each picture as PNG and as JPEG. The PNG is enough."""
+def shrink_pictures(cell) -> None:
+    """Pillow gives each picture as PNG and as JPEG. The PNG stays, as small as it gets."""
     for output in cell.outputs:
         data = output.get("data", {})
         if "image/png" in data:
             data.pop("image/jpeg", None)
+            picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+            smaller = io.BytesIO()
+            picture.save(smaller, "PNG", optimize=True)
+            data["image/png"] = base64.b64encode(smaller.getvalue()).decode()
 
 
 def summary_of(error) -> str:
