@@ -1,13 +1,14 @@
-"""Look inside: the paper's analyses, of several weights side by side.
+"""The paper's analyses, for several weights side by side.
 
-    python extras/analyze.py fourier --weights a=FILE b=FILE     which frequencies the features hold, depth by depth
-    python extras/analyze.py interactions --weights ...          what pairs of cells say together, by order
-    python extras/analyze.py occlusion --weights ...             accuracy with cells taken away, or shuffled
-    python extras/analyze.py mim --weights run=checkpoint.pt     what the loss sees, at the start and at the end
+    python extras/analyze.py fourier --weights a=FILE b=FILE     frequencies of the features, by depth
+    python extras/analyze.py interactions --weights ...          interactions of two patches, by order
+    python extras/analyze.py occlusion --weights ...             top-1 with patches hidden or shuffled
+    python extras/analyze.py mim --weights run=checkpoint.pt     the terms of the loss, start and end
 
-`random` as a FILE is random weights. Interactions and occlusion need classifiers: best.pt of finetune.py. Images are of
-the validation set, the same for all weights. Writes table.md, results.json and plot.png into --out; files of these
-names in it are replaced. One process, or torchrun. The measures and their sources: inside.py.
+`random` as a FILE is random weights. Interactions and occlusion need classifiers: the best.pt of
+finetune.py. The images are of the validation set, the same for all weights. Writes table.md,
+results.json and plot.png into --out, and replaces files of these names. Runs as one process or
+under torchrun. The measures and their sources are in inside.py.
 """
 
 import json
@@ -27,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import NAMED, normalise, seed_for
 from engine.command import Failed, Distributed, command_line
 from engine.files import printable
-from engine.flags import RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, number, height_width, path, remembered, format_size
+from engine.flags import (RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, format_size,
+                          height_width, number, path, remembered)
 from extras import inside
-from extras.chart import Panel, charts
+from extras.chart import Panel, charts, check_matplotlib
 from extras.output import check_folder, free_name, writing
 from extras.paint import build_model, load_model
 from loss import residual
@@ -98,7 +100,9 @@ def fourier(args: SimpleNamespace, world: Distributed) -> Result:
 # ---- interactions ----
 
 def grid_of(args: SimpleNamespace) -> tuple[int, int]:
-    """--grid square cells along the shorter side. Raises ValueError if they do not divide the image."""
+    """--grid square patches along the shorter side.
+
+    Raises ValueError if they do not divide the image."""
     low, high = sorted(height_width(args.image_size))
     fit = [g for g in range(2, low + 1) if low % g == 0 and high % (low // g) == 0]
     if args.grid not in fit:
@@ -152,8 +156,8 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
     rows = {name: inside.gather(row, len(chosen), world) for name, row in rows.items()}     # (images, orders, 2)
     shares = [m / (cells - 2) for m in orders]
     about = (f"{len(chosen)} of the {int(right.sum())} images (of {len(right)}) that all weights but random ones "
-             f"classify correctly; {grid[0]} x {grid[1]} cells; {args.pairs} pairs, {args.contexts} contexts; ranges: "
-             f"95 % of a bootstrap over images")
+             f"classify correctly; {grid[0]} x {grid[1]} patches; {args.pairs} pairs, "
+             f"{args.contexts} contexts; ranges: 95 % of a bootstrap over images")
     return compared(rows, shares, about, args.seed)
 
 
@@ -178,7 +182,8 @@ def compared(rows: dict[str, Tensor], shares: list[float], about: str, seed: int
             less = (mean(inside.relative_strength(row)) - mean(inside.relative_strength(rows[first]))).item()
             less = "" if name == first else f"{less:+.2f} ({low:+.2f} to {high:+.2f})"
             lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in j) + f" | {cell} | {less} |")
-        panels.append(Panel(f"interactions, {kind.split(':')[0]}", "order: share of the other cells that are seen",
+        panels.append(Panel(f"interactions, {kind.split(':')[0]}",
+                            "order: share of the other patches that are seen",
                             "J: strength, over its mean over orders", series, floor=0.0))
     return lines, found, panels
 
@@ -231,11 +236,15 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
     by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)       # (4, seeds, 10)
                for name, row in rows.items()}
     shares, by = [count / cells for count in counts], "the object's pixels" if judge is None else f"{judge}'s gradient"
-    lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} cells, hidden ones filled with "
-             f"{args.fill}; mean of {SEEDS} seeds; cells ranked by {by}; area: mean of the curve over its shares"]
+    lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} patches, hidden "
+             f"ones filled with {args.fill}; mean of {SEEDS} seeds; patches ranked by {by}; area: "
+             f"mean of the curve over its shares"]
     found, panels = {}, []
-    for k, kind in enumerate(("random cells", "salient cells first", "the rest first", "shuffled")):
-        xs, what = (shares, "share of cells hidden") if k < 3 else (list(range(len(cuts))), "pieces a side")
+    kinds = ("random patches", "salient patches first", "the rest first", "shuffled")
+    for k, kind in enumerate(kinds):
+        xs, what = shares, "share of patches hidden"
+        if kind == "shuffled":
+            xs, what = list(range(len(cuts))), "pieces a side"
         lines += ["", f"| {kind}: {what} | " + " | ".join(f"{s:.2f}" for s in shares) + " | area |" if k < 3 else
                   f"| {kind}: {what} | " + " | ".join(map(str, cuts)) + " |", "|---" * (len(xs) + 1 + (k < 3)) + "|"]
         found[kind] = {}
@@ -290,7 +299,7 @@ def mim(args: SimpleNamespace, world: Distributed) -> Result:
                          + " | ".join(f"{norm:.3g}" for norm in norms[-1]) + " |")
         found[name] = dict(log10_power=power, log10_pull=by_frequency, batches=batches, pull_on_decoder=norms)
         panels += [Panel(f"{name}: power of the residual", "|frequency|, in pi", "log10 of the power", power),
-                   Panel(f"{name}: pull on the painted images, batch {b}", "|frequency|, in pi",
+                   Panel(f"{name}: pull on the reconstructions, batch {b}", "|frequency|, in pi",
                          "log10 of the gradient's power", by_frequency),
                    Panel(f"{name}: pull on the decoder", "images in a batch", "log10 of the gradient's norm",
                          {term: [(i, math.log10(max(n[k], 1e-20))) for i, n in enumerate(norms)]
@@ -324,9 +333,10 @@ def analyse(args: SimpleNamespace, world: Distributed) -> None:
 def choose_folder(args: SimpleNamespace) -> str:
     """--out, or runs/analyze-<what>, numbered if taken.
 
-    Raises ValueError if nothing can be written there."""
+    Raises ValueError if nothing can be written there, or no plot can be drawn."""
     out = Path(args.out) if args.out else free_name(Path("runs") / f"analyze-{args.what}")
     check_folder(out)
+    check_matplotlib()
     return str(out)
 
 
@@ -343,12 +353,13 @@ FLAGS = {
         "window": (None, count, "Swin only (as trained)"),
         "stem": (None, STEMS, "ResNet only (as trained)")},
     "interactions and occlusion": {
-        "grid": (8, number(int, 2, 64), "cells along the shorter side"),
-        "pairs": (6, count, "pairs of cells of an image"),
-        "contexts": (10, number(int, 2), "sets of other cells, of a pair and order"),
-        "fill": ("black", ("black", "zero", "mean"), "of occluded cells; mean is what A2MIM has seen in pre-training"),
-        "saliency_from": (None, path("NAME"), "weights whose gradient ranks the cells (the object of a drawn image, "
-                          "else the first)")},
+        "grid": (8, number(int, 2, 64), "patches along the shorter side"),
+        "pairs": (6, count, "pairs of patches of an image"),
+        "contexts": (10, number(int, 2), "sets of other patches, of a pair and order"),
+        "fill": ("black", ("black", "zero", "mean"), "of hidden patches; A2MIM has seen "
+                 "mean in pre-training"),
+        "saliency_from": (None, path("NAME"), "weights whose gradient ranks the patches (the "
+                          "object of a drawn image, otherwise the first)")},
     "run": {
         "device": RUN_FLAGS["device"],
         "quick": (False, SWITCH, "an eighth of the images: shows that it works"),

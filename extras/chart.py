@@ -1,86 +1,141 @@
-"""Line charts with Pillow: panels on a page, as wide as a README shows them.
+"""Line charts and bar charts with matplotlib.
 
-    charts([Panel(title, x, y, {name: [(x, y), ...]})]) -> PIL.Image
+    charts              [Panel(title, x, y, {name: [(x, y), ...]})] -> a picture of all panels
+    bars                groups of horizontal bars -> a picture
+    check_matplotlib    a program that draws at its end calls this at its start
+
+Both return a PIL image: `.save(path)` writes it, and a notebook shows it.
 """
 
+import importlib.util
 import math
+import statistics
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
-COLOURS = ("#1f5fbf", "#e08a2c", "#2e8b57", "#b0413e", "#7a5aa6", "#59636e", "#c2a400", "#17828f")
-WIDTH, HEIGHT = 430, 340                                     # of a panel, pixels
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 84, 44                    # room around the axes
+DPI = 100
 
+
+def check_matplotlib() -> None:
+    """Raises ValueError if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is missing, and the plots need it; "
+                         "pip install -r extras/requirements.txt")
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, sides in inches. It has its own canvas and needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_image(figure) -> Image.Image:
+    """Draws a figure: a PIL image, RGB."""
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())         # (H, W, 4)
+    return Image.fromarray(pixels[:, :, :3])
+
+
+# ---- lines ----
 
 @dataclass
 class Panel:
-    """One chart. series: name -> points (x, y), or (x, y, low, high) with a bar from low to high."""
+    """One chart of lines.
+
+    series  name -> points (x, y), or (x, y, low, high) with an error bar from low to high
+    ramp    the series are depths: they are coloured from dark to light
+    floor   the y axis starts here
+    ticks   x -> the word that stands there instead of the number"""
     title: str
     x: str                                                   # what the axes mean
     y: str
     series: dict[str, list[tuple[float, ...]]]
-    ramp: bool = False                                       # one colour from dark to light: series are depths
-    floor: float | None = None                               # the y axis starts here
-    ticks: dict[float, str] = field(default_factory=dict)    # words instead of numbers on the x axis
-
-
-def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
-    """At most `count` + 1 round numbers within [low, high], evenly spaced."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
+    ramp: bool = False
+    floor: float | None = None
+    ticks: dict[float, str] = field(default_factory=dict)
 
 
 def charts(panels: list[Panel], columns: int = 2) -> Image.Image:
-    """All panels on one page, row by row."""
+    """All panels in one picture, row by row."""
     columns = min(columns, len(panels))
-    page = Image.new("RGB", (columns * WIDTH, math.ceil(len(panels) / columns) * HEIGHT), "white")
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(4.5 * columns, 3.6 * rows)
     for i, panel in enumerate(panels):
-        page.paste(drawn(panel), (i % columns * WIDTH, i // columns * HEIGHT))
-    return page
+        draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
+    return as_image(figure)
 
 
-def drawn(panel: Panel) -> Image.Image:
-    page = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font, bold = ImageDraw.Draw(page), ImageFont.load_default(13), ImageFont.load_default(15)
-    points = [p for line in panel.series.values() for p in line if all(map(math.isfinite, p))]
-    xs, ys = [p[0] for p in points] or [0.0], [v for p in points for v in p[1:]] or [0.0]
-    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
-    low = low if panel.floor is None else panel.floor
-    right, high = max(right, left + 1e-9), max(high, low + 1e-9)
-    high, low = high + 0.04 * (high - low), low - 0.04 * (high - low) * (panel.floor is None)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT),
-                HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM))
-
-    draw.text((WIDTH / 2, 14), panel.title, "black", bold, "mm")
-    draw.text((8, 36), panel.y, "#59636e", font, "lm")
-    for y in round_numbers(low, high):
-        draw.line([at(left, y), at(right, y)], "#dddddd")
-        draw.text((LEFT - 6, at(left, y)[1]), f"{y:g}", "black", font, "rm")
-    for x, word in (panel.ticks or {x: f"{x:g}" for x in round_numbers(left, right)}).items():
-        draw.text((at(x, low)[0], HEIGHT - BOTTOM + 11), word, "black", font, "mm")
-    draw.text((WIDTH / 2, HEIGHT - 13), panel.x, "#59636e", font, "mm")
-    place, row = LEFT, 54
-    for i, (name, line) in enumerate(panel.series.items()):
+def draw_panel(axes, panel: Panel) -> None:
+    """Draws one panel. Points that are not finite are left out."""
+    from matplotlib import colormaps
+    for i, (name, points) in enumerate(panel.series.items()):
+        points = [point for point in points if all(map(math.isfinite, point))]
         share = i / max(1, len(panel.series) - 1)
-        ramp = tuple(round(a + share * (b - a)) for a, b in zip((20, 20, 90), (240, 170, 40)))
-        colour = ramp if panel.ramp else COLOURS[i % len(COLOURS)]
-        line = [p for p in line if all(map(math.isfinite, p))]
-        for x, y, *bar in line:
-            if bar:
-                draw.line([at(x, bar[0]), at(x, bar[1])], colour, 1)
-            (cx, cy), r = at(x, y), 2 if panel.ramp else 3
-            draw.ellipse([cx - r, cy - r, cx + r, cy + r], colour)
-        draw.line([at(*p[:2]) for p in line], colour, 2, "curve")
-        if not panel.ramp or share in (0, 1):                # of a ramp, its two ends are named
-            word = name if not panel.ramp or share == 1 else f"{name} to"
-            if place > LEFT and place + draw.textlength(word, font) > WIDTH:
-                place, row = LEFT, row + 16
-            draw.text((place, row), word, colour, font, "lm")
-            place += draw.textlength(word, font) + (5 if panel.ramp else 14)
-    return page
+        colour = colormaps["viridis"](0.9 * share) if panel.ramp else f"C{i}"
+        xs = [point[0] for point in points]
+        ys = [point[1] for point in points]
+        axes.plot(xs, ys, color=colour, label=name, marker="o", markersize=3, linewidth=1.5)
+        with_bar = [point for point in points if len(point) == 4]
+        if with_bar:
+            xs, _, lows, highs = zip(*with_bar)
+            axes.vlines(xs, lows, highs, color=colour, linewidth=1)
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    if panel.floor is not None:
+        axes.set_ylim(bottom=panel.floor)
+    if panel.ticks:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+    add_legend(axes, panel)
+
+
+def add_legend(axes, panel: Panel) -> None:
+    """The names of the series. Of a ramp with many depths only some are named."""
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    if panel.ramp and len(names) > 5:
+        chosen = [round(i * (len(names) - 1) / 4) for i in range(5)]
+        handles = [handles[i] for i in chosen]
+        names = [names[i] for i in chosen]
+    axes.legend(handles, names, fontsize=8, framealpha=0.8)
+
+
+# ---- bars ----
+
+COLOURS = {"A2MIM": "#1f5fbf", "SimMIM": "#e08a2c"}          # other names are gray
+
+
+def bars(groups: dict[str, dict[str, list[float]]], title: str, x: str) -> Image.Image:
+    """One panel per group, one below the other. A bar is the mean of its values, a dot each value.
+
+    groups: title of a panel -> name of a bar -> values. Panels without bars are left out."""
+    groups = {name: rows for name, rows in groups.items() if rows}
+    heights = [len(rows) + 1.5 for rows in groups.values()]
+    figure = new_figure(8, 0.8 + 0.3 * sum(heights))
+    figure.suptitle(title, fontsize=11)
+    if not groups:
+        return as_image(figure)
+
+    all_axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (group, rows) in zip(all_axes[:, 0], groups.items()):
+        axes.set_title(group, fontsize=10, loc="left")
+        for y, (name, values) in enumerate(rows.items()):
+            mean = statistics.mean(values)
+            axes.barh(y, mean, height=0.7, color=COLOURS.get(name.split(",")[0], "#b8b8b8"))
+            if len(values) > 1:
+                axes.plot(values, [y] * len(values), "o", color="black", markersize=3)
+            axes.annotate(f"{mean:.1f}", (max(values), y), (6, 0), textcoords="offset points",
+                          va="center", fontsize=9)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+        axes.invert_yaxis()                                  # the first row on top
+        axes.margins(x=0.1)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[-1, 0].set_xlabel(x)
+    return as_image(figure)

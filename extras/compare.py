@@ -1,17 +1,26 @@
-"""What is pre-training worth? One command: pre-train, fine-tune and probe, several seeds, on drawn or real images.
+"""How much does pre-training help? Pre-trains, fine-tunes and probes with several seeds.
 
     python extras/compare.py                            ResNet-18 on `shapes`, an hour on 2 CPU cores
     python extras/compare.py --arch deit_tiny           a small Transformer
-    python extras/compare.py --data /path/to/classes    real images: train/<class>/, val/<class>/; recipe small
-    python extras/compare.py --task segment             a class per pixel, or detect: boxes and masks, of drawn scenes
+    python extras/compare.py --data /path/to/classes    real images: train/<class>/, val/<class>/
+    python extras/compare.py --task segment             a class per pixel, on drawn scenes
+    python extras/compare.py --task detect              boxes and masks, on drawn scenes
     python extras/compare.py --quick                    the same in small, under 5 minutes
 
-Arms, all fine-tuned alike: from A2MIM, from SimMIM (`--baseline simmim`), from scratch, and from scratch with the
-compute of pre-training added to its fine-tuning. Few labels and all; linear probe and k-NN, where "scratch" are random
-features. Differences are paired by seed, with a 95 % interval. Then the paper's ablations, one change at a time.
-For --task, pre-training sees scenes without their labels, and the third arm is the same training from scratch.
-Writes table.md, results.json and plot.png into --out (with the name of a --task before). Every cell is a run of a
-stage with its own folder; a second start runs only what is missing.
+Four starts get the same fine-tuning:
+
+    A2MIM
+    SimMIM         `--baseline simmim`
+    scratch        random weights
+    scratch-long   random weights; the compute of pre-training is added to fine-tuning
+
+They are fine-tuned with few labels and with all labels. A linear probe and k-NN measure the frozen
+features. Differences are paired by seed and have a 95 % interval. Then follow the paper's
+ablations, one change at a time. With --task, pre-training sees scenes without labels, and there is
+no scratch-long.
+
+Writes table.md, results.json and plot.png into --out (with --task as a prefix). Every run has its
+own folder. If the command is started again, it runs only what is missing.
 """
 
 import contextlib
@@ -27,7 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,8 +46,10 @@ import pretrain
 from data import NAMED, open_images, split_folder
 from engine.command import Failed, Distributed, command_line
 from engine.files import printable
-from engine.flags import SIDES, SWITCH, Parser, checked, defaults, number, height_width, path, format_size
+from engine.flags import (SIDES, SWITCH, Parser, checked, defaults, format_size, height_width,
+                          number, path)
 from extras import detect, segment
+from extras.chart import bars, check_matplotlib
 from extras.dense import Scenes
 from extras.output import check_folder, writing
 from model import ARCHS, build_encoder, get_family
@@ -71,7 +82,7 @@ ABLATIONS = {  # title -> flags over the A2MIM of the first rows
     "token at stage 1": "--token-stage 1",
     "token at stage 2": "--token-stage 2",
     "token at stage 3": "--token-stage 3",
-    "token at stage 4, 32 px cells": "--token-stage 4 --mask-size 32",
+    "token at stage 4, mask units of 32 px": "--token-stage 4 --mask-size 32",
     "fill zero": "--fill zero",
     "fill random": "--fill random",
     "no Fourier term": "--fourier-weight 0",
@@ -308,7 +319,8 @@ def summary(args: SimpleNamespace, out: Path) -> str:
             "| change | top-1 | against none |",
             "|---|---|---|",
         ]
-        here = f"{BASE} ({', '.join(OWN[get_family(args.arch).name])}, fill mean, Fourier mixed with the image spectrum)"
+        own = ", ".join(OWN[get_family(args.arch).name])
+        here = f"{BASE} ({own}, fill mean, Fourier mixed with the image spectrum)"
         lines += [
             f"| {here if title == BASE else title} | {say(values)} | "
             + ("" if title == BASE else f"{statistics.mean(values) - statistics.mean(found[BASE]):+.1f}")
@@ -317,38 +329,14 @@ def summary(args: SimpleNamespace, out: Path) -> str:
         ]
     task = f"{args.task}-" * (args.task != "classify")
     (out / f"{task}results.json").write_text(json.dumps(dict(args=vars(args), **got, ablations=found), indent=1) + "\n")
-    bars = {c: {arms[a]: v for a, v in values.items()} for c, values in got.items()}
-    plot(out / f"{task}plot.png", bars, found, about)
+    groups = {}
+    for column, values in got.items():
+        groups[column] = {arms[arm]: of_seeds for arm, of_seeds in values.items()}
+    groups["ablations"] = found
+    picture = bars(groups, about.split(";")[0], "percent; a bar is the mean, a dot is one seed")
+    picture.save(out / f"{task}plot.png")
     (out / f"{task}table.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
-
-
-def plot(path: Path, main: dict, ablations: dict, title: str) -> None:
-    """Bars are means, dots are seeds."""
-    bars = [(group, name, values) for group, arms in (*main.items(), ("ablations", ablations))
-            for name, values in arms.items()]
-    step, left, width = 24, 330, 860
-    groups = list(dict.fromkeys(group for group, _, _ in bars))
-    page = Image.new("RGB", (width, 50 + step * (len(bars) + 2 * len(groups))), "white")
-    draw, font, y = ImageDraw.Draw(page), ImageFont.load_default(13), 40
-    draw.text((10, 14), title.split(";")[0], "black", font, anchor="lm")
-    top = max((v for *_, values in bars for v in values), default=1.0)
-    colours = {"A2MIM": "#1f5fbf", "SimMIM": "#e08a2c"}
-    for group in groups:
-        draw.text((10, y + step / 2), group, "black", font, anchor="lm")
-        y += step
-        for _, name, values in (b for b in bars if b[0] == group):
-            at = lambda v: left + v / top * (width - left - 60)
-            draw.text((left - 8, y + step / 2), name, "black", font, anchor="rm")
-            bar = [left, y + 4, at(statistics.mean(values)), y + step - 4]
-            draw.rectangle(bar, colours.get(name.split(",")[0], "#b8b8b8"))
-            for v in values:
-                draw.ellipse([at(v) - 3, y + step / 2 - 3, at(v) + 3, y + step / 2 + 3], "black")
-            mean = f"{statistics.mean(values):.1f}"
-            draw.text((at(max(values)) + 10, y + step / 2), mean, "black", font, anchor="lm")
-            y += step
-        y += step
-    page.save(path)
 
 
 # ---- the command ----
@@ -379,28 +367,28 @@ FLAGS = {
         "ablation_seeds": (None, number(int, 0, 1000), "0: none (shapes 1, else 0)"),
         "tune_lr": (None, number(float, 1e-12, 1e6),
                     "of fine-tuning, every arm (CNN 1e-3, Transformer 5e-4)"),
-        "quick": (False, SWITCH, "one seed, an eighth of the images: shows that it works, "
-                  "not what it is worth")},
+        "quick": (False, SWITCH, "one seed and an eighth of the images, to see that it works")},
     "run": {
-        "jobs": (None, number(int, 1, 1024), "cells at a time (a CPU core each; 1 on a GPU)"),
-        "workers": (0, number(int, 0, 256), "loader processes of a cell"),
+        "jobs": (None, number(int, 1, 1024), "runs at a time (a CPU core each; 1 on a GPU)"),
+        "workers": (0, number(int, 0, 256), "loader processes of a run"),
         "out": (None, path("DIR"), "runs/compare-<data>-<arch>[-quick]")},
 }
 
 
 def compare(args: SimpleNamespace, world: Distributed) -> None:
-    """Runs all cells that are missing, and writes the tables.
+    """Makes all runs that are missing, and writes the tables.
 
-    Raises ValueError for a mistake, Failed if a cell fails."""
+    Raises ValueError for a mistake, Failed if a run fails."""
     out, dense = Path(args.out), args.task != "classify"
     check_folder(out)
     chains = plan_dense(args) if dense else plan(args)
+    check_matplotlib()
     jobs = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
     if dense:
         with writing(out / "scenes"):
             draw_scenes(out / "scenes", args.scenes, height_width(args.image_size))
     failed, work = 0, [(chain, out, jobs) for chain in chains]
-    bar = tqdm(total=sum(map(len, chains)), unit="cell")
+    bar = tqdm(total=sum(map(len, chains)), unit="run")
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, bar:
         for count, complaint in pool.imap_unordered(run_chain, work):
             bar.update(count)

@@ -1,8 +1,8 @@
-"""The method in one picture: its three moves from left to right, for one image, as a trained model makes them.
+"""The method in one picture: its three ideas on one image, by a trained model.
 
-    python pretrain.py                       the demo, minutes on a CPU: leaves the checkpoint
+    python pretrain.py                       the demo, minutes on a CPU: writes the checkpoint
     python extras/figure.py                  writes method.png, or method-2.png if that is taken
-    python extras/figure.py --image FILE     a photograph, instead of a drawn image that the demo was not trained on
+    python extras/figure.py --image FILE     a photograph, instead of a held-out drawn image
     python extras/figure.py --out assets/method.png      replaces the picture of the README
 """
 
@@ -18,10 +18,11 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import SUFFIXES, Shapes, denormalise, eval_transform, normalise
+from data import SUFFIXES, denormalise, eval_transform, normalise
 from engine.command import Distributed, command_line
 from engine.files import printable
 from engine.flags import Parser, defaults, number, path, format_size
+from engine.shapes import Shapes
 from extras.output import check_file, free_name, writing
 from extras.paint import load_model, read_photo
 from loss import residual
@@ -37,19 +38,20 @@ PALETTE = np.array([(20, 20, 60), (48, 70, 140), (33, 144, 141), (122, 205, 90),
 @torch.no_grad()
 def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> dict[str, Image.Image]:
     """The seven pictures. image (1, 3, H, W), normalised; mask (1, gh, gw), True = hidden."""
-    seen = z = fill_hidden(image, mask, model.fill)          # move 1
+    seen = z = fill_hidden(image, mask, model.fill)          # idea 1
     for stage in range(model.token_stage):
         z = model.encoder.run_stage(stage, z)
-    before, after = z[0], model.mask_token(z, mask)[0]       # move 2: (C, h, w), on both sides of the token
-    painted = model(image, mask)
+    before = z[0]                                            # idea 2: (C, h, w), without the token
+    after = model.mask_token(z, mask)[0]
+    reconstruction = model(image, mask)
     # both maps along the first principal axis of the one before, turned so that the token is dark
     middle = before.mean((1, 2), keepdim=True)
     axis = torch.linalg.svd((before - middle).flatten(1), full_matrices=False).U[:, 0]
     maps = torch.einsum("c,nchw->nhw", axis, torch.stack([before, after]) - middle)
     maps = maps * (-1 if maps[1].mean() > maps[0].mean() else 1)
-    # move 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
+    # idea 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
     hidden = resize_mask(mask, image.shape[-2:])             # (1, 1, H, W)
-    r = residual(painted, image, hidden, run.stand_in, run.visible_weight)
+    r = residual(reconstruction, image, hidden, run.stand_in, run.visible_weight)
     D = torch.fft.fft2(r[0], norm="ortho").abs()
     weight = torch.log1p(D)
     weight = weight / weight.amax((1, 2), keepdim=True)
@@ -57,8 +59,9 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> di
     amplitude, weight = (tvf.center_crop(torch.fft.fftshift(x.mean(0)), half) for x in (torch.log(D + 1e-6), weight))
 
     low, high = maps.quantile(torch.tensor([0.02, 0.98]))
-    image, seen, painted = (tvf.to_pil_image(denormalise(x)[0]) for x in (image, seen, painted))
-    return dict(image=outline(image, mask), seen=seen, painted=painted,
+    image, seen, reconstruction = [tvf.to_pil_image(denormalise(x)[0])
+                                   for x in (image, seen, reconstruction)]
+    return dict(image=outline(image, mask), seen=seen, reconstruction=reconstruction,
                 before=colour(maps[0], low, high), after=colour(maps[1], low, high),
                 amplitude=colour(amplitude, *amplitude.aminmax()), weight=colour(weight, 0, 1))
 
@@ -71,7 +74,7 @@ def colour(x: Tensor, low: float, high: float) -> Image.Image:
 
 
 def outline(image: Image.Image, mask: Tensor) -> Image.Image:
-    """The image with its hidden cells under a thin veil, and a white line around them."""
+    """The image with its hidden patches under a thin veil, and a white line around them."""
     hidden = Image.fromarray(mask[0].byte().mul(255).numpy()).resize((BIG, BIG), Image.NEAREST)
     edge = ImageChops.subtract(hidden, hidden.filter(ImageFilter.MinFilter(5)))      # 2 pixels wide
     shade = ImageChops.lighter(edge, hidden.point(lambda v: v // 4))
@@ -85,17 +88,21 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
 
     def write(x: float, y: float, text: str, size: int, ink: str, bold: float = 0) -> None:
         draw.multiline_text((x, y), text, ink, ImageFont.load_default(size), "ma", 7, "center", stroke_width=bold)
-    for move, title, below, names in (                       # names of pictures, with a word under each
-            ("", "image", "the pale patches\nare hidden", {"image": ""}),
-            ("move 1", "what goes in", "hidden patches take the\nimage's mean colour", {"seen": ""}),
-            ("move 2", "the token enters in the middle", f"between encoder stages {stage - 1} and {stage}:\n"
-             "+ token at hidden patches", {"before": "before", "after": "after"}),
-            ("", "what is painted", "by a decoder of\none linear layer", {"painted": ""}),
-            ("move 3", "what the Fourier loss sees", "spectrum of the error:\nthe larger, the more it counts",
-             {"amplitude": "log amplitude", "weight": "weight"})):
+    parts = [                                                # names: of pictures, a word under each
+        ("", "image", "the pale patches\nare hidden", {"image": ""}),
+        ("idea 1", "what goes in", "hidden patches take the\nimage's mean colour", {"seen": ""}),
+        ("idea 2", "the token enters in the middle",
+         f"between encoder stages {stage - 1} and {stage}:\n+ token at hidden patches",
+         {"before": "before", "after": "after"}),
+        ("", "reconstruction", "by a decoder of\none linear layer", {"reconstruction": ""}),
+        ("idea 3", "what the Fourier loss sees",
+         "spectrum of the error:\nthe larger, the more it counts",
+         {"amplitude": "log amplitude", "weight": "weight"}),
+    ]
+    for idea, title, below, names in parts:
         side = BIG if len(names) == 1 else SMALL
         centre = x + (len(names) * (side + GAP) - GAP) / 2
-        write(centre, 16, move, 20, BLUE, 0.5)
+        write(centre, 16, idea, 20, BLUE, 0.5)
         write(centre, 45, title, 19, INK, 0.5)
         write(centre, 306, below, 18, GRAY)
         for name, word in names.items():

@@ -23,9 +23,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models import convnext, resnet, swin_transformer as swin
 from tqdm import tqdm
 
-from data import ImageDataset, Shapes, eval_transform, open_images, seed_for
+from data import ImageDataset, eval_transform, open_images, seed_for
 from engine.command import Distributed
 from engine.files import printable
+from engine.shapes import Shapes
 from engine.weights import load_backbone, load_head, summary_of
 from loss import fourier_loss, spatial_loss
 from masking import resize_mask

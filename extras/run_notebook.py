@@ -1,22 +1,23 @@
-"""Runs a notebook without Jupyter; its cells must be plain Python.
+"""Runs a notebook without Jupyter, by nbclient.
 
     python extras/run_notebook.py extras/demo.ipynb                     runs it, changes no file
     python extras/run_notebook.py extras/demo.ipynb --out new.ipynb     stores it with its outputs
 
-Prints a line as each cell begins. Without --out the outputs are discarded.
+Prints one line as each cell begins. Without --out the outputs are discarded. The notebook runs in
+its own folder, as in Jupyter. Needs nbclient and ipykernel: pip install -r extras/requirements.txt
 """
 
-import ast
 import base64
-import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,87 +26,81 @@ from engine.files import printable
 from engine.flags import Parser, defaults, path
 from extras.output import check_file, writing
 
+try:
+    import ipykernel
+    import nbclient
+    import nbformat
+except ImportError:                                          # see `run`
+    nbclient = None
 
-def read_notebook(file: Path) -> dict:
-    """The notebook of a file. Raises ValueError if it is none, with the reason."""
+
+def read_notebook(file: Path):
+    """The notebook of a file. Raises ValueError if the file is no notebook."""
     name = printable(str(file))
     if not file.is_file():                                   # a pipe would be waited for
         raise ValueError(f"{name}: no such file, or no regular file; give a notebook such as "
-                         "extras/demo.ipynb")
+                         f"extras/demo.ipynb")
     try:
-        notebook = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError(f"{name}: cannot be read as a notebook: it is not JSON") from None
-    cells = notebook.get("cells") if isinstance(notebook, dict) else None
-    if not isinstance(cells, list):
-        raise ValueError(f"{name}: holds no list of cells; expected a notebook of format 4, "
-                         "such as extras/demo.ipynb")
-    for place, cell in enumerate(cells, 1):
-        if not is_cell(cell):
-            raise ValueError(f"{name}: item {place} of its cells has no cell_type, or a source "
-                             "that is not text")
+    if not isinstance(content, dict) or content.get("nbformat") != 4:
+        raise ValueError(f"{name}: is no notebook of format 4; give a notebook such as "
+                         f"extras/demo.ipynb")
+    try:
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:                               # nbformat has no one type for this
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: is a damaged notebook ({printable(reason)[:100]}); give a "
+                         f"notebook such as extras/demo.ipynb") from None
     return notebook
 
 
-def is_cell(cell) -> bool:
-    """A cell has a type, and a source: a string, or a list of strings."""
-    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
-        return False
-    source = cell.get("source")
-    lines = source if isinstance(source, list) else [source]
-    return all(isinstance(line, str) for line in lines)
+def execute(notebook, folder: Path) -> None:
+    """Runs all code cells in `folder`; their outputs are put into the notebook.
+
+    Raises Failed if a cell does, with its number and line."""
+    code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    resources = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3",
+                                     resources=resources, coalesce_streams=True,
+                                     extra_arguments=["--log-level=ERROR"])
+    with client.setup_kernel():
+        for number, i in enumerate(code_cells, 1):
+            cell = notebook.cells[i]
+            first = next((line for line in cell.source.splitlines() if line.strip()), "(empty)")
+            print(f"cell {number} of {len(code_cells)}: {printable(first)}", flush=True)
+            try:
+                client.execute_cell(cell, i, execution_count=number)
+            except nbclient.exceptions.CellExecutionError as error:
+                raise Failed(f"cell {number}, {summary_of(error)}") from None
+            except nbclient.exceptions.DeadKernelError:
+                raise Failed(f"cell {number}: Python was killed (by the system, if memory ran "
+                             f"out)") from None
+            cell.metadata.pop("execution", None)             # the times of this run
+            shrink_pictures(cell)
 
 
-def execute(notebook: dict) -> dict:
-    """Runs all code cells in one namespace, which is returned; their outputs are put into the notebook.
-
-    An output is what was printed, then the value of a last line that is an expression: a picture if it has
-    `_repr_png_`, else its text. Raises Failed if a cell does, with its number and line."""
-    space = {"__name__": "__main__"}
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    for number, cell in enumerate(cells, 1):
-        source = "".join(cell["source"])
-        first = next((line for line in source.splitlines() if line.strip()), "(empty)")
-        print(f"cell {number} of {len(cells)}: {printable(first)}", flush=True)
-        try:
-            printed, value = run_cell(source, f"cell {number}", space)
-        except (Exception, SystemExit) as error:
-            raise Failed(summary_of(error, f"cell {number}")) from None
-
-        cell["execution_count"], cell["outputs"] = number, []
-        if printed:
-            lines = printed.splitlines(keepends=True)
-            cell["outputs"].append(dict(output_type="stream", name="stdout", text=lines))
-        if value is not None:
-            png = getattr(value, "_repr_png_", lambda: None)()
-            data = {"image/png": base64.b64encode(png).decode()} if png else {}
-            data["text/plain"] = ["a picture" if png else repr(value)]
-            cell["outputs"].append(dict(output_type="execute_result", data=data, metadata={}, execution_count=number))
-    return space
+def shrink_pictures(cell) -> None:
+    """Pillow gives each picture as PNG and as JPEG. The PNG stays, as small as it gets."""
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "image/png" in data:
+            data.pop("image/jpeg", None)
+            picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+            smaller = io.BytesIO()
+            picture.save(smaller, "PNG", optimize=True)
+            data["image/png"] = base64.b64encode(smaller.getvalue()).decode()
 
 
-def run_cell(source: str, name: str, space: dict) -> tuple[str, object]:
-    """What a cell prints, and the value of its last line if that is an expression, else None."""
-    tree = ast.parse(source, name)
-    ends_in_value = tree.body and isinstance(tree.body[-1], ast.Expr)
-    last = tree.body.pop() if ends_in_value else None
-    printed, value = io.StringIO(), None
-    with contextlib.redirect_stdout(printed):
-        exec(compile(tree, name, "exec"), space)
-        if last:
-            value = eval(compile(ast.Expression(last.value), name, "eval"), space)
-    return printed.getvalue(), value
-
-
-def summary_of(error: BaseException, cell: str) -> str:
-    """An error of a cell in one line: which cell, which line of it, what went wrong."""
-    if isinstance(error, SyntaxError) and error.filename == cell:
-        where = f"{cell}, line {error.lineno}"
-        return f"{where}: {error.msg}; a cell must be plain Python, without % and ! commands"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == cell]
-    text = (str(error).splitlines() or [""])[0]
-    return f"{cell}, line {lines[-1] if lines else 1}: {type(error).__name__}: {printable(text)}"
+def summary_of(error) -> str:
+    """An error of a cell in one line: which line of the cell, and what went wrong."""
+    traceback = re.sub(r"\x1b\[[\d;]*m", "", error.traceback)              # without colours
+    line = re.search(r"Cell In\[\d+\], line (\d+)", traceback)
+    text = (error.evalue.splitlines() or [""])[0]
+    return f"line {line[1] if line else 1}: {error.ename}: {printable(text)}"
 
 
 # ---- the command ----
@@ -114,19 +109,23 @@ def run(args: SimpleNamespace, world: Distributed) -> None:
     """Runs the notebook; writes it if asked.
 
     Raises ValueError for a mistake, Failed if a cell fails."""
-    notebook = read_notebook(Path(args.notebook))
-    out = Path(args.out).absolute() if args.out else None    # a cell may change the current folder
+    if nbclient is None:
+        raise ValueError("nbclient or ipykernel is missing; "
+                         "pip install -r extras/requirements.txt")
+    file = Path(args.notebook)
+    notebook = read_notebook(file)
+    out = Path(args.out) if args.out else None
     if out:
         check_file(out, (".ipynb",))
     began = time.time()
-    execute(notebook)
+    execute(notebook, file.absolute().parent)
     print(f"{time.time() - began:.0f} seconds")
     if not out:
         print("the outputs are not stored; --out FILE.ipynb stores them")
         return
 
     beside = out.with_name(out.name + ".tmp")
-    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    text = nbformat.writes(notebook) + "\n"
     with writing(out):                                       # surrogates become JSON's \udc80
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, out)

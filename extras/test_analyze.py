@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib.util
 import itertools
 import json
 import math
@@ -25,16 +26,17 @@ sys.path.insert(0, str(ROOT))
 
 import finetune
 import pretrain
-from data import Shapes
 from engine.command import Distributed
-from extras import analyze, inside
-from extras.chart import HEIGHT, WIDTH, Panel, charts, round_numbers
-from extras.run_notebook import execute
+from engine.shapes import Shapes
+from extras import analyze, chart, inside, run_notebook
+from extras.chart import Panel, bars, charts
 from masking import fill_hidden
 from model import A2MIM, Classifier, build_encoder
 
 close = torch.testing.assert_close
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
+                                      reason="matplotlib is missing")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -262,24 +264,26 @@ def tuned(tmp_path_factory) -> Path:
 
 
 def results(out: Path) -> dict:
-    assert (out / "table.md").read_text().count("|") > 10 and Image.open(out / "plot.png").width >= WIDTH
+    assert (out / "table.md").read_text().count("|") > 10 and Image.open(out / "plot.png").width > 500
     return json.loads((out / "results.json").read_text())["found"]
 
 
+@needs_matplotlib
 def test_nothing_hidden_is_plain_accuracy_and_more_hidden_is_counted(tuned, tmp_path):
     weights = f"tuned={tuned / 'run' / 'best.pt'} chance=random"
     analyze.main(f"occlusion --weights {weights} --data {tuned / 'data'} --grid 4 --fill mean --out {tmp_path}".split())
     found, top1 = results(tmp_path), json.loads((tuned / "again" / "result.json").read_text())["top1"]
     for kind in found.values():
         assert math.isclose(kind["tuned"]["top1"][0], 100 * top1) and kind["tuned"]["std"][0] == 0
-    assert found["random cells"]["tuned"]["x"] == [k * 16 // 10 / 16 for k in range(10)]
-    for curve in found["salient cells first"].values():      # the area by hand: trapezoids
+    assert found["random patches"]["tuned"]["x"] == [k * 16 // 10 / 16 for k in range(10)]
+    for curve in found["salient patches first"].values():      # the area by hand: trapezoids
         y, x = curve["top1"], curve["x"]
         area = sum((y[k] + y[k + 1]) / 2 * (x[k + 1] - x[k]) for k in range(9)) / x[-1]
         assert math.isclose(area, curve["area"], rel_tol=1e-9, abs_tol=1e-9)
     assert "tuned's gradient" in (tmp_path / "table.md").read_text()
 
 
+@needs_matplotlib
 def test_two_processes_find_what_one_finds(tmp_path):
     flags = "--weights a=random --image-size 32 --images 3 --pairs 2 --contexts 2 --grid 4 --out"
     analyze.main(["interactions", *flags.split(), str(tmp_path / "one")])
@@ -301,6 +305,7 @@ def test_rows_of_images_come_back_in_their_order():
     close(inside.gather(list(rows), 5, Distributed()), rows.double())
 
 
+@needs_matplotlib
 def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
     analyze.main(f"fourier --weights a=random b=random --images 4 --image-size 64 --out {tmp_path / 'f'}".split())
     found = results(tmp_path / "f")
@@ -329,6 +334,7 @@ def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
     ("zip --weights a=random", "invalid choice")])
 def test_a_mistake_is_answered_in_one_line(flags, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(analyze, "check_matplotlib", lambda: None)
     with pytest.raises(SystemExit) as end:
         analyze.main([*flags.split(), "--images", "2", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err.replace("\r", "\n")
@@ -346,6 +352,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_analysis(out, capsy
     assert end.value.code == 2 and f"--out {out}: cannot be written" in capsys.readouterr().err
 
 
+@needs_matplotlib
 def test_results_without_a_folder_are_numbered_and_names_that_are_not_text_are_told(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = {}, [Panel("t", "", "", {})]
@@ -357,30 +364,80 @@ def test_results_without_a_folder_are_numbered_and_names_that_are_not_text_are_t
                                                                       "runs/analyze-fourier-2/table.md"}
 
 
+def test_without_matplotlib_an_analysis_says_so_before_it_begins(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chart.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(analyze.ANALYSES, "fourier", lambda *_: pytest.fail("the analysis began"))
+    with pytest.raises(SystemExit) as end:
+        analyze.main(["fourier", "--weights", "a=random"])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1
+    assert "pip install -r extras/requirements.txt" in message and not os.listdir(tmp_path)
+
+
 # ---- charts, and the notebook ----
 
-def test_axes_have_round_numbers_and_a_page_its_panels():
-    assert round_numbers(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1] and round_numbers(-3.2, 7) == [-2.5, 0, 2.5, 5]
-    assert all(len(round_numbers(low, low + span)) in range(2, 7) for low in (-0.31, 0, 17) for span in (1e-3, 0.7, 44))
-    page = charts([Panel("t", "x", "y", {"flat": [(0, 1), (1, 1)], "one": [(0.5, math.nan), (0.5, 2, 1, 3)]})] * 3)
-    assert page.size == (2 * WIDTH, 2 * HEIGHT)
+def shares_of(image: Image.Image, *colour: int) -> float:
+    """The share of pixels that are near a colour."""
+    near = np.abs(np.asarray(image).astype(int) - colour).max(-1) < 40
+    return near.mean()
 
 
-def test_the_notebook_runs_as_plain_python_and_keeps_its_pictures(monkeypatch):
+@needs_matplotlib
+def test_a_chart_draws_each_series_and_leaves_out_points_that_are_not_finite():
+    flat = {"flat": [(0, 1), (1, 1)]}
+    with_gap = {"one": [(0.5, math.nan), (0.5, 2, 1, 3), (0.7, math.inf)]}
+    page = charts([Panel("t", "x", "y", flat | with_gap)] * 3)
+    one = charts([Panel("t", "x", "y", flat)])
+    assert page.width == 2 * one.width and page.height == 2 * one.height     # 2 columns, 2 rows
+    blue, orange = (31, 119, 180), (255, 127, 14)            # matplotlib's first two colours
+    assert shares_of(page, *blue) > 0.001 and shares_of(page, *orange) > 0.0001
+    assert shares_of(one, *orange) == 0
+    assert charts([Panel("nothing", "x", "y", {})]).size == one.size
+
+
+@needs_matplotlib
+def test_a_bar_is_as_long_as_the_mean_of_its_values():
+    def longest(values: list[float]) -> int:
+        """The length in pixels of A2MIM's bar beside a gray bar of 100."""
+        page = bars({"g": {"A2MIM": values, "other": [100.0]}}, "title", "x")
+        blue = np.abs(np.asarray(page).astype(int) - (31, 95, 191)).max(-1) < 20
+        return blue.sum(1).max()
+    assert longest([40.0, 60.0]) == pytest.approx(longest([50.0]), abs=3)
+    assert longest([80.0]) == pytest.approx(2 * longest([40.0]), abs=4)
+    assert bars({}, "title", "x").width == 800
+
+
+def test_the_notebook_has_stored_outputs_of_its_own_code():
     path = ROOT / "extras" / "demo.ipynb"
-    notebook = json.loads(path.read_text())
-    assert path.stat().st_size < 500_000 and (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 4)
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    cells = json.loads(path.read_text())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
     for cell in cells:
-        ast.parse("".join(cell["source"]))
-    stored = [o for cell in cells for o in cell["outputs"]]
-    assert sum("image/png" in o.get("data", {}) for o in stored) == 6 and all(cell["execution_count"] for cell in cells)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("DEMO_STEPS", "20")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    space = execute(notebook)
-    fresh = [o for cell in cells for o in cell["outputs"]]
-    assert [o["output_type"] for o in fresh] == [o["output_type"] for o in stored]
-    assert len(space["losses"]) == 20 and np.mean(space["losses"][-5:]) < np.mean(space["losses"][:5])
-    assert space["painted"].shape == (1, 3, 96, 96) and space["own"].sum() == 2 * 13
-    assert set(space["accuracy"]) == {"random weights", "pre-trained"} and min(space["accuracy"].values()) >= 0.03
+        ast.parse("".join(cell["source"]))                   # plain Python
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert path.stat().st_size < 500_000
+
+
+FACTS = """
+assert len(losses) == 8 and sum(losses[-3:]) < sum(losses[:3])
+assert reconstruction.shape == (2, 3, 96, 96) and own_mask.sum() == 2 * 13
+assert set(accuracy) == {"random weights", "pre-trained"} and min(accuracy.values()) >= 0.03
+"""
+
+
+@needs_matplotlib
+@pytest.mark.skipif(run_notebook.nbclient is None, reason="nbclient or ipykernel is missing")
+def test_the_notebook_runs_and_its_variables_hold_what_its_text_says(monkeypatch):
+    notebook = run_notebook.read_notebook(ROOT / "extras" / "demo.ipynb")
+    stored = {cell.execution_count: [output.output_type for output in cell.outputs]
+              for cell in notebook.cells if cell.cell_type == "code"}
+    facts = run_notebook.nbformat.v4.new_code_cell(FACTS)
+    notebook.cells.append(facts)
+    monkeypatch.setenv("DEMO_STEPS", "8")
+    run_notebook.execute(notebook, ROOT / "extras")          # raises Failed if a fact is wrong
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell is not facts:
+            assert [output.output_type for output in cell.outputs] == stored[cell.execution_count]

@@ -3,6 +3,8 @@
     pytest        from the root: these, and the tests of the method
 """
 
+import base64
+import importlib.util
 import io
 import json
 import math
@@ -22,7 +24,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import bench, compare, detect, faults, figure, paint, run_notebook, segment
+from extras import (bench, chart, compare, detect, faults, figure, paint, run_notebook, segment)
 from extras.dense import Scenes
 from extras.output import check_folder, free_name
 
@@ -195,53 +197,106 @@ def notebook(*sources: str) -> str:
     return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4))
 
 
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
+                                      reason="matplotlib is missing")
+needs_nbclient = pytest.mark.skipif(run_notebook.nbclient is None,
+                                    reason="nbclient or ipykernel is missing")
+CELLS = b'{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": '
+
+
+@needs_nbclient
 @pytest.mark.parametrize("content, code, words", [
     (b"", 2, "cannot be read as a notebook: it is not JSON"),
     (b"\xff\x00\x01", 2, "it is not JSON"),
     (b"x = 1", 2, "it is not JSON"),
     (b"[" * 100_000, 2, "it is not JSON"),
-    (b"[]", 2, "holds no list of cells"),
-    (b"{}", 2, "holds no list of cells"),
-    (b'{"cells": 5}', 2, "holds no list of cells"),
-    (b'{"cells": [5]}', 2, "item 1 of its cells has no cell_type"),
-    (b'{"cells": [{"cell_type": "code"}]}', 2, "or a source that is not text"),
-    (b'{"cells": [{"cell_type": "code", "source": [1]}]}', 2, "or a source that is not text"),
-    (notebook("1 +").encode(), 1, "cell 1, line 1: invalid syntax; a cell must be plain Python"),
-    (notebook("!ls").encode(), 1, "a cell must be plain Python, without % and ! commands"),
-    (notebook("x = 1", "y = 2\n\nx / 0\nz = 3").encode(), 1, "cell 2, line 3: ZeroDivisionError: division by zero"),
-    (notebook("def f():\n    raise OSError('a\\nb')", "f()").encode(), 1, "cell 2, line 1: OSError: a"),
+    (b"[]", 2, "is no notebook of format 4"),
+    (b"{}", 2, "is no notebook of format 4"),
+    (b'{"cells": [], "nbformat": 3}', 2, "is no notebook of format 4"),
+    (CELLS + b"5}", 2, "is a damaged notebook"),
+    (CELLS + b"[5]}", 2, "is a damaged notebook"),
+    (CELLS + b'[{"cell_type": "code"}]}', 2, "is a damaged notebook"),
+    (CELLS + b'[{"cell_type": "code", "source": [1]}]}', 2, "is a damaged notebook"),
+    (notebook("1 +").encode(), 1, "cell 1, line 1: SyntaxError: invalid syntax"),
+    (notebook("x = 1", "y = 2\n\nx / 0\nz = 3").encode(), 1,
+     "cell 2, line 3: ZeroDivisionError: division by zero"),
+    (notebook("def f():\n    raise OSError('a\\nb')", "f()").encode(), 1,
+     "cell 2, line 1: OSError: a"),
     (notebook("import sys; sys.exit(0)").encode(), 1, "cell 1, line 1: SystemExit: 0"),
     (None, 2, "no such file, or no regular file; give a notebook")])
-def test_a_notebook_that_does_not_run_is_answered_in_one_line(content, code, words, tmp_path, capsys):
+def test_a_notebook_that_does_not_run_is_answered_in_one_line(content, code, words, tmp_path,
+                                                              capsys):
     file = tmp_path / "book.ipynb"
     if content is None:
         os.mkfifo(file)
     else:
         file.write_bytes(content)
-    found, said = answer(run_notebook.main, capsys, str(file), "--out", str(tmp_path / "new.ipynb"))
-    assert found == code and words in said and os.listdir(tmp_path) == ["book.ipynb"]
+    out = str(tmp_path / "new.ipynb")
+    found, message = answer(run_notebook.main, capsys, str(file), "--out", out)
+    assert found == code and words in message
+    assert os.listdir(tmp_path) == ["book.ipynb"]
 
 
-def test_a_notebook_is_told_cell_by_cell_and_stored_only_where_asked(tmp_path, monkeypatch, capsys):
-    file, out = tmp_path / "book.ipynb", tmp_path / "new" / "out.ipynb"
-    file.write_text(notebook("\n# a comment\nimport os", "os.chdir('/'); print('hello \\udc80'); 6 * 7"))
+@needs_nbclient
+def test_a_notebook_prints_a_line_per_cell_and_is_stored_only_where_asked(tmp_path, monkeypatch,
+                                                                          capsys):
+    file = tmp_path / "book.ipynb"
+    out = tmp_path / "new" / "out.ipynb"
+    picture = "from PIL import Image; Image.new('RGB', (8, 4), 'red')"
+    sources = ("\n# a comment\nimport os", "os.chdir('/'); print('hello'); 6 * 7", picture)
+    file.write_text(notebook(*sources))
     before = file.read_bytes()
     monkeypatch.chdir(tmp_path)
     run_notebook.main(["book.ipynb"])
-    said = capsys.readouterr().out
-    assert said.startswith("cell 1 of 2: # a comment\ncell 2 of 2: os.chdir") and "the outputs are not stored" in said
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:3]] == [f"cell {i} of 3" for i in (1, 2, 3)]
+    assert printed[0] == "cell 1 of 3: # a comment"
+    assert printed[-1].startswith("the outputs are not stored")
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["book.ipynb"]
 
-    monkeypatch.chdir(tmp_path)
     run_notebook.main(["book.ipynb", "--out", "new/out.ipynb"])
     cells = json.loads(out.read_text())["cells"]
-    assert [cell.get("execution_count") for cell in cells] == [None, 1, 2] and file.read_bytes() == before
-    assert [o.get("text") or o["data"]["text/plain"] for o in cells[2]["outputs"]] == [["hello \udc80\n"], ["42"]]
-    assert os.listdir(out.parent) == ["out.ipynb"]
-    for wrong, words in (("book.txt", "must be a file name that ends in .ipynb"),
-                         ("/proc/a.ipynb", "cannot be written")):
-        code, said = answer(run_notebook.main, capsys, str(file), "--out", wrong)
-        assert code == 2 and words in said
+    assert [cell.get("execution_count") for cell in cells] == [None, 1, 2, 3]
+    stream, value = cells[2]["outputs"]
+    assert stream["text"] == ["hello\n"] and value["data"]["text/plain"] == ["42"]
+    [shown] = cells[3]["outputs"]
+    png = base64.b64decode(shown["data"]["image/png"])
+    assert Image.open(io.BytesIO(png)).getpixel((0, 0)) == (255, 0, 0)
+    assert "image/jpeg" not in shown["data"]                 # one picture is enough
+    assert file.read_bytes() == before and os.listdir(out.parent) == ["out.ipynb"]
+
+
+@needs_nbclient
+@pytest.mark.parametrize("out, words", [
+    ("book.txt", "must be a file name that ends in .ipynb"),
+    ("/proc/a.ipynb", "cannot be written")])
+def test_a_notebook_checks_its_out_before_it_runs(out, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "book.ipynb").write_text(notebook("1"))
+    monkeypatch.setattr(run_notebook, "execute", lambda *_: pytest.fail("the notebook began"))
+    file = str(tmp_path / "book.ipynb")
+    code, message = answer(run_notebook.main, capsys, file, "--out", out)
+    assert code == 2 and words in message
+
+
+def test_without_nbclient_one_line_names_what_to_install(tmp_path, monkeypatch, capsys):
+    (tmp_path / "book.ipynb").write_text(notebook("1"))
+    monkeypatch.setattr(run_notebook, "nbclient", None)
+    code, message = answer(run_notebook.main, capsys, str(tmp_path / "book.ipynb"))
+    assert code == 2 and "pip install -r extras/requirements.txt" in message
+
+
+@pytest.mark.parametrize("main, flags", [
+    (compare.main, "--quick"), (bench.main, "--rows scaling"), (bench.main, "")])
+def test_without_matplotlib_a_program_that_draws_says_so_before_it_begins(main, flags, tmp_path,
+                                                                          monkeypatch, capsys):
+    began = lambda *_: pytest.fail("the work began")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chart.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare, "run_chain", began)
+    monkeypatch.setattr(bench, "ROWS", dict.fromkeys(bench.ROWS, began))
+    code, message = answer(main, capsys, *flags.split())
+    assert code == 2 and "matplotlib is missing" in message
+    assert "pip install -r extras/requirements.txt" in message and not os.listdir(tmp_path)
 
 
 # ---- where scripts write ----
@@ -286,7 +341,7 @@ def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
     (bench.main, "--rounds 0", "--rounds: 0: must be an integer of at least 1"),
     (bench.main, "--rounds x", "--rounds: x: must be an integer of at least 1"),
     (bench.main, "--batch-size -1", "--batch-size: -1: must be an integer of at least 1"),
-    (bench.main, "--image-size 100", "not a multiple of the 32-pixel mask cell; use 96 or 128"),
+    (bench.main, "--image-size 100", "not a multiple of the 32-pixel mask unit; use 96 or 128"),
     (bench.main, "--rows loader --data nowhere", "--data nowhere: no such folder"),
     (bench.main, "--rows loader --data .", "--data .: no images below it"),
     (bench.main, "--rows sleep", "invalid choice: 'sleep'"),
@@ -323,6 +378,7 @@ def test_a_comparison_runs_in_folders_whose_names_hold_spaces(tmp_path):
     assert compare.run_chain((chains[0][:1], out, 1)) == (1, None)
 
 
+@needs_matplotlib
 def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypatch, capsys):
     class Pool:                                              # in this process
         def __init__(self, jobs): pass
@@ -442,6 +498,7 @@ def test_the_unlabelled_scenes_are_those_of_the_training_split(tmp_path):
     assert len(files) == 3 and not (tmp_path / "scenes.part").exists()
 
 
+@needs_matplotlib
 def test_the_table_of_a_task_holds_every_arms_mean_spread_and_difference(tmp_path, capsys):
     for arm, scores in (("a2mim", (0.5, 0.6)), ("simmim", (0.5, 0.58)), ("scratch", (0.1, 0.21))):
         for seed, score in enumerate(scores):
@@ -453,5 +510,6 @@ def test_the_table_of_a_task_holds_every_arms_mean_spread_and_difference(tmp_pat
     text = compare.summary(args, tmp_path)
     assert "| A2MIM | 55.0 ± 7.1 | 27.5 ± 3.5 | 90.0 ± 0.0 | 55.0 ± 7.1 | 27.5 ± 3.5 |" in text
     assert "box AP50, A2MIM: better than scratch (+39.5 points" in text and "both stages" not in text
-    assert {f.name for f in tmp_path.iterdir()} == {"detect", "detect-table.md", "detect-results.json",
-                                                    "detect-plot.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {"detect", "detect-table.md",
+                                                    "detect-results.json", "detect-plot.png"}
+    assert Image.open(tmp_path / "detect-plot.png").width == 800
