@@ -391,6 +391,10 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if args.weights and not checkpoint:
         found = load_backbone(encoder, args.weights)
         world.print0(f"{args.weights}: {summary_of(found, head)}")
+        if args.eval_only and found["missing"]:
+            names = ", ".join(found["missing"][:3])
+            raise ValueError(f"{args.weights}: lacks {names}; evaluate it with the --arch, --stem "
+                             f"and --patch-size that it was trained with")
 
     is_cnn = get_family(args.arch).convolutional             # channels_last is faster on a CNN
     channels_last = args.channels_last and is_cnn and not world.on_mps

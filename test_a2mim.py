@@ -1265,7 +1265,8 @@ QUICK = ["--arch", "shufflenet_v2_x0_5", "--image-size", "32"]   # where any net
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """`shapes` with 32 images: an epoch of four steps."""
+    """`shapes` with 32 images, an epoch of four steps; and a DeiT-T of three blocks, so that it is fast."""
+    monkeypatch.setitem(model.VITS, "deit_tiny", (192, 3, 3, 384))
     init = data.Shapes.__init__
     def small(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -2109,6 +2110,11 @@ def test_a_run_on_small_images_says_what_it_chose_and_fine_tuning_remembers_it(f
     tune(tmp_path / "tuned", "--weights", tmp_path / "run" / "backbone.pt", "--epochs", "0.25")
     assert "conv1.weight" not in capsys.readouterr().err     # it was loaded, not made new
     assert torch.load(tmp_path / "tuned" / "best.pt")["conv1.weight"].shape == (64, 3, 3, 3)
+    alone = tmp_path / "best.pt"                             # without args.json the stem is not known
+    alone.write_bytes((tmp_path / "tuned" / "best.pt").read_bytes())
+    flags = ["--weights", alone, "--data", "shapes", "--arch", "resnet18", "--image-size", "32", "--eval-only"]
+    code, said = complaint(capsys, *flags, "--workers", "0", "--out", tmp_path / "eval", main=finetune.main)
+    assert code == 2 and "lacks conv1.weight; evaluate it with the --arch, --stem" in said
 
 
 def test_few_cells_get_a_warning_and_one_cell_is_refused(few_images, capsys, tmp_path):
