@@ -419,7 +419,7 @@ def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypa
         def imap_unordered(self, run, jobs): return map(run, jobs)
 
     monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=Pool))
-    monkeypatch.setattr(compare, "run_cell", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(compare, "run_one", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit) as exit:
         compare.main(["--quick", "--seeds", "1", "--ablation-seeds", "0", "--out", str(tmp_path)])
     said = capsys.readouterr().err
