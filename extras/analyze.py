@@ -1,9 +1,9 @@
 """The paper's analyses, for several weights side by side.
 
-    python extras/analyze.py fourier --weights a=FILE b=FILE     frequencies of the features, by depth
-    python extras/analyze.py interactions --weights ...          interactions of two patches, by order
-    python extras/analyze.py occlusion --weights ...             top-1 with patches hidden or shuffled
-    python extras/analyze.py mim --weights run=checkpoint.pt     the terms of the loss, start and end
+    python extras/analyze.py fourier --weights a=FILE b=FILE     frequencies of features, by depth
+    python extras/analyze.py interactions --weights ...          interactions of two patches
+    python extras/analyze.py occlusion --weights ...             top-1 with patches hidden, shuffled
+    python extras/analyze.py mim --weights run=checkpoint.pt     the loss at the start and the end
 
 `random` as a FILE is random weights. Interactions and occlusion need classifiers: the best.pt of
 finetune.py. The images are of the validation set, the same for all weights. Writes table.md,
@@ -236,9 +236,9 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
     by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)       # (4, seeds, 10)
                for name, row in rows.items()}
     shares, by = [count / cells for count in counts], "the object's pixels" if judge is None else f"{judge}'s gradient"
-    lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} patches, hidden "
-             f"ones filled with {args.fill}; mean of {SEEDS} seeds; patches ranked by {by}; area: "
-             f"mean of the curve over its shares"]
+    lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} patches, "
+             f"hidden ones filled with {args.fill}; mean of {SEEDS} seeds; patches ranked by {by}; "
+             f"area: mean of the curve over its shares"]
     found, panels = {}, []
     kinds = ("random patches", "salient patches first", "the rest first", "shuffled")
     for k, kind in enumerate(kinds):

@@ -81,9 +81,13 @@ def row(what: str, against: str, a: list[float], b: list[float], unit: str) -> d
     ratios = [x / y for x, y in zip(a, b)]
     found = dict(what=what, against=against, ratio=statistics.median(ratios), low=min(ratios),
                  high=max(ratios),
-                 note=f"{statistics.median(a):.3g} against {statistics.median(b):.3g} {unit}")
+                 note=f"{short(statistics.median(a))} against {short(statistics.median(b))} {unit}")
     print(line(found), flush=True)
     return found
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def line(r: dict) -> str:
@@ -303,7 +307,7 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
     """Measures, prints, writes. Raises ValueError for a mistake."""
     out = Path(args.out) if args.out else free_name(Path("runs/bench"))
     check_folder(out)
-    mask_grid((args.image_size, args.image_size), 32)        # the recipe's mask size
+    random_mask(1, mask_grid((args.image_size, args.image_size), 32))        # raises if too small
     if args.data and "loader" in args.rows:
         Folder(Path(args.data), "train")
     if "scaling" in args.rows:

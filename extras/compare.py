@@ -97,7 +97,7 @@ OWN = {  # what A2MIM has here already
     "vit": ("token at stage 1", "token add"), "swin": ("token at stage 1", "token add"),
 }
 PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "segment": segment, "detect": detect}
-# column of the table -> folder of the cells, keys of their result.json
+# column of the table -> folder of the runs, keys of their result.json
 COLUMNS = {
     "segment": {"mIoU": ("segment", "miou"), "pixel accuracy": ("segment", "pixel_accuracy"),
                 "IoU of any object": ("segment", "found")},
@@ -113,7 +113,7 @@ def slug(title: str) -> str:
 
 def plan_dense(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     """As `plan`, for --task: pre-training on pictures of scenes, then segmentation or detection in scenes."""
-    out = shlex.quote(str(args.out))                         # run_cell splits flags as a shell does
+    out = shlex.quote(str(args.out))                         # run_one splits flags as a shell does
     both, chains = f"--arch {args.arch} --workers {args.workers} --log-every 50", []
     dense = f"{both} --data shapes" + " --epochs 0.08" * args.quick
     for seed in range(args.seeds):
@@ -141,8 +141,8 @@ def draw_scenes(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
-    """Chains of cells (name, program, flags); within a chain each cell needs the one before it, or none."""
-    data = shlex.quote(args.data)                            # run_cell splits flags as a shell does
+    """Chains of runs (name, program, flags). A run may need an earlier run of its chain."""
+    data = shlex.quote(args.data)                            # run_one splits flags as a shell does
     out = shlex.quote(str(args.out))
     named = printable(args.data)
     if args.data not in NAMED and not Path(args.data).is_dir():
@@ -201,9 +201,11 @@ def plan(args: SimpleNamespace) -> list[list[tuple[str, str, str]]]:
     return chains
 
 
-def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
-    """Runs one cell in its folder, which gets its name when all is done: half a cell is continued, not believed."""
-    name, program, flags = cell
+def run_one(planned: tuple[str, str, str], out: Path, jobs: int) -> None:
+    """Makes one run in the folder <name>.part, which is renamed to <name> when the run is complete.
+
+    A run that was stopped is continued."""
+    name, program, flags = planned
     done, part = out / name, out / f"{name}.part"
     if done.exists():
         before = done / "flags.txt"
@@ -228,19 +230,20 @@ def run_cell(cell: tuple[str, str, str], out: Path, jobs: int) -> None:
 
 
 def run_chain(job: tuple) -> tuple[int, str | None]:
-    """How many cells were to do, and where one failed its last words, for the parent process to say."""
+    """(number of runs, None), or the name of the run that failed and the last line it printed."""
     chain, out, jobs = job
-    for cell in chain:
+    for planned in chain:
+        name = planned[0]
         try:
-            run_cell(cell, out, jobs)
+            run_one(planned, out, jobs)
         except SystemExit as exit:
-            if exit.code in (130, 143):                      # Ctrl-C: the cell is saved, the pool is being closed
+            if exit.code in (130, 143):                      # Ctrl-C: the run has been saved
                 os._exit(exit.code)
-            said = out / f"{cell[0]}.part" / "said.txt"
+            said = out / f"{name}.part" / "said.txt"
             words = said.read_text().splitlines() if isinstance(exit.code, int) else [exit.code]
-            return len(chain), f"{cell[0]}: {words[-1] if words else 'failed'}"
+            return len(chain), f"{name}: {words[-1] if words else 'failed'}"
         except OSError as error:                             # such as a full disk
-            return len(chain), f"{cell[0]}: {printable(str(error))}"
+            return len(chain), f"{name}: {printable(str(error))}"
     return len(chain), None
 
 

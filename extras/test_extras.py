@@ -342,6 +342,7 @@ def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
     (bench.main, "--rounds x", "--rounds: x: must be an integer of at least 1"),
     (bench.main, "--batch-size -1", "--batch-size: -1: must be an integer of at least 1"),
     (bench.main, "--image-size 100", "not a multiple of the 32-pixel mask unit; use 96 or 128"),
+    (bench.main, "--image-size 32", "hides all of 1 mask units"),
     (bench.main, "--rows loader --data nowhere", "--data nowhere: no such folder"),
     (bench.main, "--rows loader --data .", "--data .: no images below it"),
     (bench.main, "--rows sleep", "invalid choice: 'sleep'"),
@@ -360,6 +361,36 @@ def test_a_long_program_checks_its_flags_before_it_begins(main, flags, words, tm
     monkeypatch.setattr(faults, "PARTS", dict.fromkeys(faults.PARTS, began))
     code, said = answer(main, capsys, *flags.split())
     assert code == 2 and words in said and os.listdir() == ["file"]
+
+
+def test_the_memory_that_a_call_allocates_is_counted_at_its_peak():
+    def three_then_two_megabytes():
+        first = torch.empty(3 * 2**20, dtype=torch.uint8)
+        del first
+        second = torch.empty(2 * 2**20, dtype=torch.uint8)
+        return second
+    assert bench.allocated(three_then_two_megabytes) == pytest.approx(3, abs=0.1)
+
+
+def test_the_benchmark_takes_turns_and_shows_the_median_ratio(capsys):
+    calls = []
+    a, b = bench.in_turns(lambda: calls.append("a"), lambda: calls.append("b"), rounds=3, warm=1)
+    assert calls == ["a", "b"] * 4 and len(a) == len(b) == 3
+    found = bench.row("one", "the other", [1.0, 6.0, 4.0], [1.0, 2.0, 2.0], "s")
+    assert (found["ratio"], found["low"], found["high"]) == (2, 1, 3)
+    assert capsys.readouterr().out == "| one | the other | 2 (1 to 3) | 4 against 2 s |\n"
+
+
+def test_the_benchmark_measures_real_steps_and_writes_a_row_for_each(tmp_path):
+    tiny = "--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 2 --rounds 1"
+    bench.main([*f"--rows memory fourier {tiny} --out".split(), str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    memory, *shares = rows
+    assert memory["ratio"] > 1                               # a decoder is more than a linear head
+    assert len(shares) == 2 and all(0 < share["ratio"] < 1 for share in shares)
+    table = (tmp_path / "table.md").read_text()
+    assert all(row["what"] in table for row in rows)
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "table.md"]
 
 
 def test_a_comparison_runs_in_folders_whose_names_hold_spaces(tmp_path):
@@ -387,7 +418,7 @@ def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypa
         def imap_unordered(self, run, jobs): return map(run, jobs)
 
     monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=Pool))
-    monkeypatch.setattr(compare, "run_cell", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(compare, "run_one", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit) as exit:
         compare.main(["--quick", "--seeds", "1", "--ablation-seeds", "0", "--out", str(tmp_path)])
     said = capsys.readouterr().err
