@@ -3014,8 +3014,8 @@ def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_image
     )
     said = capsys.readouterr().err
     assert (
-        "13 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said
-    )  # 12 bias tables and the positions
+        "4 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said
+    )  # 3 bias tables and the positions
     assert (
         json.loads((tmp_path / "tuned" / "args.json").read_text())["patch_size"] == 8
     )  # remembered from beside the weights
