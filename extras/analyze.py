@@ -38,7 +38,8 @@ from loss import residual
 from masking import fill_hidden, mask_grid, random_mask, resize_mask
 from model import STEMS, get_family
 
-ORDERS = (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)       # of an interaction: cells seen, as a share of the others
+# orders of an interaction: how many of the other patches are seen, as a share
+ORDERS = (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)
 SEEDS = 3                                                    # of an occlusion
 IMAGES = {"fourier": 200, "interactions": 24, "occlusion": 200, "mim": 64}
 BATCH = 128                                                  # images per forward pass
@@ -116,11 +117,11 @@ def grid_of(args: SimpleNamespace) -> tuple[int, int]:
 def interactions(args: SimpleNamespace, world: Distributed) -> Result:
     """J by order, on images that all weights but random ones classify correctly. Cells not seen are ImageNet's mean.
 
-    The order m of a share r of the other n - 2 cells is round((n - 2) r). The released code
+    The order m of a share r of the other n - 2 patches is round((n - 2) r). The released code
     truncates, int((n - 2) r): with n = 64, three of the nine ORDERS (0.35, 0.8 and 0.95) have one
-    cell less there."""
+    patch less there."""
     size, grid = height_width(args.image_size), grid_of(args)
-    cells, data = math.prod(grid), inside.load_images(args, size, 10 * args.images)
+    patches, data = math.prod(grid), inside.load_images(args, size, 10 * args.images)
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
     right = torch.ones(len(data.labels), dtype=torch.bool)
     for name, net in nets.items():                           # random weights are right by chance: they have no vote
@@ -130,7 +131,8 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
     chosen = right.nonzero()[:, 0].tolist()[:args.images]
     if not chosen:
         raise Failed(f"none of {len(right)} images is classified correctly by all of {', '.join(nets)}")
-    orders, mine = [round(share * (cells - 2)) for share in ORDERS], chosen[world.rank::world.size]
+    orders = [round(share * (patches - 2)) for share in ORDERS]
+    mine = chosen[world.rank::world.size]
     orders, rows = sorted(set(orders)), {}
     bar = tqdm(total=len(nets) * len(mine), unit="image", disable=args.quiet)
     for name, net in nets.items():
@@ -138,7 +140,7 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
         for i in mine:
             image, label = normalise(data.images[i, None], world.device), data.labels[i, None]
 
-            def v(kept: Tensor) -> Tensor:                   # (B, cells) -> (B,)
+            def v(kept: Tensor) -> Tensor:                   # (B, patches) -> (B,)
                 odds = []
                 for part in kept.to(world.device).view(-1, *grid).split(BATCH):
                     logits = net(fill_hidden(image.expand(len(part), -1, -1, -1), ~part, "zero"))
@@ -148,13 +150,14 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
             key, found = (args.seed, data.indices[i]), []    # the same pairs and contexts for all weights
             pairs = inside.near_pairs(grid, args.pairs, np.random.default_rng(key))
             for m in orders:
-                of = inside.interactions_of(v, cells, pairs, m, args.contexts, np.random.default_rng((*key, m)))
+                rng = np.random.default_rng((*key, m))
+                of = inside.interactions_of(v, patches, pairs, m, args.contexts, rng)
                 found.append(torch.stack([of[:, 0].abs().mean(), (of[:, 1] * of[:, 2]).mean()]))
             rows[name].append(torch.stack(found))            # (orders, 2)
             bar.update()
     bar.close()
     rows = {name: inside.gather(row, len(chosen), world) for name, row in rows.items()}     # (images, orders, 2)
-    shares = [m / (cells - 2) for m in orders]
+    shares = [m / (patches - 2) for m in orders]
     about = (f"{len(chosen)} of the {int(right.sum())} images (of {len(right)}) that all weights but random ones "
              f"classify correctly; {grid[0]} x {grid[1]} patches; {args.pairs} pairs, "
              f"{args.contexts} contexts; ranges: 95 % of a bootstrap over images")
@@ -177,11 +180,12 @@ def compared(rows: dict[str, Tensor], shares: list[float], about: str, seed: int
             series[name] = list(zip(shares, j.tolist(), *bars.tolist()))
             mean = lambda x: x[..., middle, k].mean(-1)
             low, high = mean(drawn[name]).quantile(ends).tolist()
-            cell = f"{j[middle].mean():.2f} ({low:.2f} to {high:.2f})"
+            entry = f"{j[middle].mean():.2f} ({low:.2f} to {high:.2f})"
             low, high = (mean(drawn[name]) - mean(drawn[first])).quantile(ends).tolist()
             less = (mean(inside.relative_strength(row)) - mean(inside.relative_strength(rows[first]))).item()
             less = "" if name == first else f"{less:+.2f} ({low:+.2f} to {high:+.2f})"
-            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in j) + f" | {cell} | {less} |")
+            strengths = " | ".join(f"{x:.2f}" for x in j)
+            lines.append(f"| {name} | {strengths} | {entry} | {less} |")
         panels.append(Panel(f"interactions, {kind.split(':')[0]}",
                             "order: share of the other patches that are seen",
                             "J: strength, over its mean over orders", series, floor=0.0))
@@ -191,10 +195,12 @@ def compared(rows: dict[str, Tensor], shares: list[float], about: str, seed: int
 # ---- occlusion ----
 
 def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
-    """Top-1 with a share of the cells filled: at random, the object's first, or last; and with pieces shuffled."""
+    """Top-1 with a share of the patches filled (at random, the object's first, or the object's
+    last), and with pieces shuffled."""
     size, grid = height_width(args.image_size), grid_of(args)
-    cells, data = math.prod(grid), inside.load_images(args, size, args.images)
-    counts, cuts = [k * cells // 10 for k in range(10)], [g for g in (1, 2, 4, 8) if not any(s % g for s in size)]
+    patches, data = math.prod(grid), inside.load_images(args, size, args.images)
+    counts = [k * patches // 10 for k in range(10)]
+    cuts = [g for g in (1, 2, 4, 8) if not any(side % g for side in size)]
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
     if args.saliency_from not in (None, *nets):
         typed = printable(args.saliency_from)
@@ -207,7 +213,7 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
     for part in parts:
         images, labels = normalise(data.images[part], world.device), data.labels[part].to(world.device)
         matter = (inside.relevance(images, labels, grid, nets[judge]) if judge else
-                  inside.per_cell(data.covered[part], grid))             # (B, cells)
+                  inside.per_patch(data.covered[part], grid))             # (B, patches)
         hits = {name: torch.zeros(len(part), 4, SEEDS, len(counts)) for name in nets}
 
         @torch.no_grad()
@@ -223,7 +229,8 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
 
         see(images, slice(None), slice(None), 0)             # nothing taken away, nothing moved
         for seed in range(SEEDS):
-            for kind, order in enumerate(inside.cell_orders(matter, noise(seed, cells)).values()):
+            orders = inside.patch_orders(matter, noise(seed, patches))
+            for kind, order in enumerate(orders.values()):
                 for step, count in enumerate(counts[1:], 1):
                     mask = inside.hidden_first(order, count, grid).to(world.device)
                     see(torch.where(resize_mask(mask, size), black, images) if args.fill == "black"
@@ -235,7 +242,8 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
     bar.close()
     by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)       # (4, seeds, 10)
                for name, row in rows.items()}
-    shares, by = [count / cells for count in counts], "the object's pixels" if judge is None else f"{judge}'s gradient"
+    shares = [count / patches for count in counts]
+    by = "the object's pixels" if judge is None else f"{judge}'s gradient"
     lines = [f"top-1 in percent of {len(data.images)} images, {grid[0]} x {grid[1]} patches, "
              f"hidden ones filled with {args.fill}; mean of {SEEDS} seeds; patches ranked by {by}; "
              f"area: mean of the curve over its shares"]

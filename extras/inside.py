@@ -1,13 +1,14 @@
-"""What analyze.py measures: spectra, interactions, occlusions, losses; and the images and models it measures them on.
+"""The measures of analyze.py, and the images and models for them.
 
     load_images, load, gather                      validation images, weights; results of all processes
     log_amplitude, tapped                          frequencies of feature maps, at every depth
-    log_odds, interactions_of, relative_strength   what two cells say together, given others
-    cell_orders, hidden_first, shuffled            images with cells taken away, or moved
-    bands, spectrum, pulls                         what the losses of pre-training see, and how hard they pull
+    log_odds, interactions_of, relative_strength   interactions of two patches, given others
+    patch_orders, hidden_first, shuffled           images with patches hidden, or moved
+    bands, spectrum, pulls                         spectra of the error, gradients of the loss terms
 
-Sources: Park & Kim, ICLR 2022 (spectra of features); Deng et al., ICLR 2022 (interactions); Naseer et al., NeurIPS 2021
-(occlusion). Masks are boolean, (B, gh, gw); sets of cells (B, cells), boolean too.
+Sources: Park & Kim, ICLR 2022 (spectra of features); Deng et al., ICLR 2022 (interactions); Naseer
+et al., NeurIPS 2021 (occlusion). Masks are boolean, (B, gh, gw). Sets of patches are boolean, too,
+(B, patches).
 """
 
 import contextlib
@@ -117,7 +118,7 @@ def tapped(encoder: Encoder, see):
             hook.remove()
 
 
-# ---- interactions of pairs of cells, by order ----
+# ---- interactions of pairs of patches, by order ----
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, classes), (B,) -> log(p / (1 - p)) of the true class (B,): its score over the log-sum-exp of the others."""
@@ -126,7 +127,9 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def near_pairs(grid: tuple[int, int], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Distinct pairs (i, j) of cells: i anywhere, j at most two rows and columns off, brought back to the border."""
+    """Distinct pairs (i, j) of patches: i anywhere, j at most two rows and two columns away.
+
+    A j outside the image is moved to the border."""
     (h, w), pairs = grid, []
     there_are = sum(abs(i // w - j // w) < 3 and abs(i % w - j % w) < 3 for i in range(h * w) for j in range(i))
     while len(pairs) < min(count, there_are):
@@ -137,34 +140,38 @@ def near_pairs(grid: tuple[int, int], count: int, rng: np.random.Generator) -> l
     return pairs
 
 
-def contexts(cells: int, pair: tuple[int, int], order: int, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` random sets of `order` cells without the pair, (count, cells); all there are, if they are no more."""
-    others = [c for c in range(cells) if c not in pair]
+def contexts(patches: int, pair: tuple[int, int], order: int, count: int,
+             rng: np.random.Generator) -> Tensor:
+    """`count` random sets of `order` patches without the pair, (count, patches).
+
+    If there are no more than `count` sets, all of them are returned."""
+    others = [c for c in range(patches) if c not in pair]
     if math.comb(len(others), order) <= count:
         chosen = list(itertools.combinations(others, order))
     else:
         chosen = [rng.permutation(others)[:order].tolist() for _ in range(count)]
-    sets = torch.zeros(len(chosen), cells, dtype=torch.bool)
+    sets = torch.zeros(len(chosen), patches, dtype=torch.bool)
     for row, members in zip(sets, chosen):
         row[list(members)] = True
     return sets
 
 
-def interactions_of(v, cells: int, pairs: list[tuple[int, int]], order: int, count: int, rng) -> Tensor:
-    """I^(m)(i, j): the mean over contexts S of m cells of v(S+i+j) - v(S+i) - v(S+j) + v(S).
+def interactions_of(v, patches: int, pairs: list[tuple[int, int]], order: int, count: int,
+                    rng: np.random.Generator) -> Tensor:
+    """I^(m)(i, j): the mean over contexts S of m patches of v(S+i+j) - v(S+i) - v(S+j) + v(S).
 
     (pairs, 3): by all contexts drawn, and by either half of them. If all there are were taken, the value is exact, and
-    the three are equal. v: kept cells (B, cells) -> what the net says of them (B,)."""
+    the three are equal. v: kept patches (B, patches) -> what the net says of them (B,)."""
     kept = []
     for i, j in pairs:
-        none = contexts(cells, (i, j), order, count, rng)
+        none = contexts(patches, (i, j), order, count, rng)
         with_i, with_j, both = none.clone(), none.clone(), none.clone()
         with_i[:, i] = with_j[:, j] = both[:, i] = both[:, j] = True
         kept.append(torch.stack([none, with_i, with_j, both], 1))
-    kept = torch.stack(kept)                                 # (pairs, contexts, 4, cells)
+    kept = torch.stack(kept)                                 # (pairs, contexts, 4, patches)
     none, with_i, with_j, both = v(kept.flatten(0, 2)).view(kept.shape[:3]).unbind(2)
     delta = both - with_i - with_j + none                    # (pairs, contexts)
-    exact, half = math.comb(cells - 2, order) <= count, delta.shape[1] // 2
+    exact, half = math.comb(patches - 2, order) <= count, delta.shape[1] // 2
     parts = (delta, delta, delta) if exact else (delta, delta[:, :half], delta[:, half:])
     return torch.stack([part.mean(1) for part in parts], 1)
 
@@ -182,29 +189,31 @@ def relative_strength(rows: Tensor) -> Tensor:
 
 # ---- occlusion ----
 
-def cell_orders(matter: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """In which order cells are taken away, (B, cells) each: at random, those that matter first, or those that do not.
+def patch_orders(matter: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """The orders in which patches are hidden, (B, patches) each: at random, those that matter first
+    ('salient'), or those that matter last ('rest').
 
-    matter (B, cells), at least 0; noise (B, cells) in [0, 1) breaks ties."""
+    matter (B, patches), at least 0; noise (B, patches) in [0, 1) breaks ties."""
     matter = matter / matter.amax(1, keepdim=True).clamp(min=1e-12)
     return {"random": noise.argsort(1), "salient": (1e-9 * noise - matter).argsort(1),
             "rest": (1e-9 * noise + matter).argsort(1)}
 
 
 def relevance(images: Tensor, labels: Tensor, grid: tuple[int, int], judge) -> Tensor:
-    """How much each cell matters to a classifier, (B, cells): |gradient of the true class's score|, over its pixels."""
+    """How much each patch matters to a classifier, (B, patches): the mean over its pixels of
+    |gradient of the true class's score|."""
     images = images.clone().requires_grad_()
     score = judge(images).gather(1, labels[:, None]).sum()
-    return per_cell(torch.autograd.grad(score, images)[0].abs().sum(1, keepdim=True), grid)
+    return per_patch(torch.autograd.grad(score, images)[0].abs().sum(1, keepdim=True), grid)
 
 
-def per_cell(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, 1, H, W) -> its mean over every cell, (B, cells)."""
+def per_patch(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, 1, H, W) -> its mean over every patch, (B, patches)."""
     return adaptive_avg_pool2d(pixels.cpu().double(), grid).flatten(1)
 
 
 def hidden_first(order: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
-    """Cells in some order (B, cells) -> a mask (B, gh, gw) of the first `count` of each row."""
+    """Cells in some order (B, patches) -> a mask (B, gh, gw) of the first `count` of each row."""
     mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True)
     return mask.view(-1, *grid)
 
@@ -234,18 +243,23 @@ def spectrum(r: Tensor) -> Tensor:
 
 
 def pulls(model: A2MIM, run: SimpleNamespace, images: Tensor, mask: Tensor) -> list[tuple[float, Tensor]]:
-    """How hard the terms of the loss pull: the norm of their gradient on the decoder, and their gradient on the painted
-    images (B, 3, H, W). The terms: pixels; Fourier with one spectrum per image; Fourier with that of the batch, both
-    weighted as in the run (0.5 if it has none)."""
-    painted, weight = model(images, mask), run.fourier_weight or 0.5
+    """The gradients of the terms of the loss. For each term: the norm of its gradient on the
+    decoder, and its gradient on the reconstructions (B, 3, H, W).
+
+    The terms are the pixel loss, the Fourier loss with one spectrum per image, and the Fourier loss
+    with the spectrum of the batch. Both are weighted as in the run (0.5 if the run has none)."""
+    pred = model(images, mask)                               # (B, 3, H, W)
+    weight = run.fourier_weight or 0.5
     hidden = resize_mask(mask, images.shape[-2:])            # (B, 1, H, W)
-    losses = [spatial_loss(painted, images, hidden, run.focal_pixels)]
+    losses = [spatial_loss(pred, images, hidden, run.focal_pixels)]
     for kind in ("image", "batch"):
-        fourier = fourier_loss(painted, images, hidden, stand_in=run.stand_in, spectrum=kind,
+        fourier = fourier_loss(pred, images, hidden, stand_in=run.stand_in, spectrum=kind,
                                visible_weight=run.visible_weight, focal=run.fourier_focal)
         losses.append(weight * fourier)
     found = []
     for loss in losses:
-        on_painted, *on_decoder = torch.autograd.grad(loss, (painted, *model.decoder.parameters()), retain_graph=True)
-        found.append((torch.cat([g.flatten() for g in on_decoder]).norm().item(), on_painted))
+        inputs = (pred, *model.decoder.parameters())
+        on_pred, *on_decoder = torch.autograd.grad(loss, inputs, retain_graph=True)
+        norm = torch.cat([gradient.flatten() for gradient in on_decoder]).norm().item()
+        found.append((norm, on_pred))
     return found

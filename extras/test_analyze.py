@@ -97,10 +97,10 @@ def test_every_depth_is_seen_as_the_net_computes_it(arch, depths):
 ALL_PAIRS = list(itertools.combinations(range(9), 2))
 
 
-def exact(v, cells: int, pairs) -> torch.Tensor:
+def exact(v, patches: int, pairs) -> torch.Tensor:
     """Every I^(m)(i, j) over all contexts: (orders, pairs)."""
-    count = math.comb(cells - 2, (cells - 2) // 2)
-    rows = [inside.interactions_of(v, cells, pairs, m, count, None) for m in range(cells - 1)]
+    count = math.comb(patches - 2, (patches - 2) // 2)
+    rows = [inside.interactions_of(v, patches, pairs, m, count, None) for m in range(patches - 1)]
     assert all(torch.equal(row[:, 0], row[:, k]) for row in rows for k in (1, 2))    # nothing is estimated
     return torch.stack([row[:, 0] for row in rows])
 
@@ -133,7 +133,7 @@ def test_interactions_of_all_orders_add_up_to_what_the_whole_says(game):
     close(table[-1] - table[0], alone + 2 * (weight @ I).sum(), atol=1e-10, rtol=1e-10)
 
 
-def test_cells_that_only_add_do_not_interact_and_a_product_does_at_every_order():
+def test_patches_that_only_add_do_not_interact_and_a_product_does_at_every_order():
     weight = torch.randn(9, dtype=torch.double, generator=generator())
     assert exact(lambda sets: sets.double() @ weight, 9, ALL_PAIRS).abs().max() < 1e-12
     I = exact(lambda sets: 2.5 * (sets[:, 1] & sets[:, 5]).double(), 9, ALL_PAIRS)
@@ -168,10 +168,10 @@ def test_pairs_are_near_and_distinct_and_contexts_leave_them_out():
 
 # ---- occlusion ----
 
-def test_cells_go_in_order_of_what_matters_and_as_many_as_asked():
+def test_patches_go_in_order_of_what_matters_and_as_many_as_asked():
     matter = torch.tensor([[0.0, 3.0, 0.0, 1.0, 2.0, 0.0]]).double()
     noise = torch.tensor([[0.5, 0.1, 0.2, 0.9, 0.3, 0.7]]).double()
-    orders = {name: order[0].tolist() for name, order in inside.cell_orders(matter, noise).items()}
+    orders = {name: order[0].tolist() for name, order in inside.patch_orders(matter, noise).items()}
     assert orders == {"random": [1, 2, 4, 0, 5, 3], "salient": [1, 4, 3, 2, 0, 5], "rest": [2, 0, 5, 3, 4, 1]}
     for k in range(10):
         mask = inside.hidden_first(torch.randperm(49, generator=generator())[None], k * 49 // 10, (7, 7))
@@ -264,7 +264,8 @@ def tuned(tmp_path_factory) -> Path:
 
 
 def results(out: Path) -> dict:
-    assert (out / "table.md").read_text().count("|") > 10 and Image.open(out / "plot.png").width > 500
+    assert (out / "table.md").read_text().count("|") > 10
+    assert Image.open(out / "plot.png").width >= 450         # at least one panel
     return json.loads((out / "results.json").read_text())["found"]
 
 
@@ -276,7 +277,7 @@ def test_nothing_hidden_is_plain_accuracy_and_more_hidden_is_counted(tuned, tmp_
     for kind in found.values():
         assert math.isclose(kind["tuned"]["top1"][0], 100 * top1) and kind["tuned"]["std"][0] == 0
     assert found["random patches"]["tuned"]["x"] == [k * 16 // 10 / 16 for k in range(10)]
-    for curve in found["salient patches first"].values():      # the area by hand: trapezoids
+    for curve in found["salient patches first"].values():    # the area by hand: trapezoids
         y, x = curve["top1"], curve["x"]
         area = sum((y[k] + y[k + 1]) / 2 * (x[k + 1] - x[k]) for k in range(9)) / x[-1]
         assert math.isclose(area, curve["area"], rel_tol=1e-9, abs_tol=1e-9)
@@ -294,7 +295,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for kind in one:
         close(torch.tensor(one[kind]["a"]), torch.tensor(two[kind]["a"]), rtol=1e-3, atol=1e-4)
         assert math.isclose(np.mean([j for _, j, *_ in one[kind]["a"]]), 1, rel_tol=1e-6)    # J: over its mean
-    # 16 cells, 14 others: 0.05 of them are 0.7, so 1; the released code truncates to 0
+    # 16 patches, 14 others: 0.05 of them are 0.7, so 1; the released code truncates to 0
     assert [round(14 * share) for share, *_ in one["as released"]["a"]] == [0, 1, 3, 5, 7, 9, 11, 13, 14]
 
 
