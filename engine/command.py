@@ -331,10 +331,12 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     sys.stderr = stderr
 
     if failed and world.size > 1:
-        os._exit(code)                     # the others may wait for this one; torchrun ends them
+        # not by sys.exit, which may wait for the others; torchrun ends them
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()                       # DDP keeps the group, whose threads must end first
+        # DDP still holds the group, whose threads must end before Python does
+        gc.collect()
     if code:
         sys.exit(code)
 

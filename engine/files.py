@@ -271,10 +271,10 @@ def trim_log(log: Path, epoch: float) -> None:
 # ---- text from outside ----
 
 UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f"                                   # controls: ESC, line breaks, tabs, NUL
-    "\u2028\u2029"                                          # line and paragraph separators
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"         # marks that turn the direction of text
-    "\ud800-\udfff]"  # half characters, and bytes that are no UTF-8
+    "[\x00-\x1f\x7f-\x9f"                                    # controls: ESC, line breaks, tabs, NUL
+    "\u2028\u2029"                                           # line and paragraph separators
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"           # marks that turn the direction of text
+    "\ud800-\udfff]"                                         # half characters, bytes not in UTF-8
 )
 
 

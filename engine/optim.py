@@ -44,7 +44,7 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     if schedule == "cosine-by-epoch":
         step = step // per_epoch
         total = total / per_epoch
-    floor = min(floor, base)               # the token's lr may be lower, with a small batch
+    floor = min(floor, base)                                 # a token's lr may lie below the floor
     angle = math.pi * (step - warmup) / max(1, total - warmup)               # 0 to pi
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(angle)))
 
@@ -82,8 +82,8 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
 
     `scale` multiplies the lr: layer_decay^(n - i) for level i of n, where level 0 is the stem or
     the patch embedding, and 1 for the head. The levels are those of model.Encoder. A ViT's block i
-    is level i + 1, so its scale is layer_decay^(L - i) with L blocks, as in BEiT; its class token
-    and position embedding belong to level 0.
+    is level i + 1, so with L blocks its scale is layer_decay^(L - i). A ViT's class token and
+    position embedding belong to level 0.
 
     prefix: of the backbone's names in `model`. It ends in '.backbone.', below the Encoder."""
     encoder = model.get_submodule(prefix.removesuffix(".backbone."))

@@ -46,7 +46,8 @@ RENAMES = [
     (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
     (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
     (r"^layers\.(\d+)\.", r"blocks.\1."),
-    (r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2."),  # torchvision's own files of DenseNet
+    # torchvision's own files of DenseNet
+    (r"(\.denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2."),
 ]
 
 
@@ -256,7 +257,8 @@ def load_backbone(encoder: nn.Module, path: str | Path,
         shown = printable(str(path), None)
         raise ValueError(f"{shown}: fits {found} of this backbone's {len(parameters)} parameters; "
                          f"is it another architecture? {side_by_side(stored, own, used)}")
-    full.update(used)                      # full holds the version notes that MNASNet asks for
+    # this dict is updated, because it holds the version notes that MNASNet asks for
+    full.update(used)
     encoder.backbone.load_state_dict(full)
 
     taken_off = [f"under {key!r}" for key in stored.keys[-1:]]
