@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -32,7 +31,7 @@ from engine.command import Distributed, command_line
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
                           defaults, format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages, name_some
-from engine.optim import Lamb, layer_groups, lr_at, moving_average
+from engine.optim import Lamb, MovingAverage, layer_groups, lr_at
 from engine.results import report, score, write_features
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
@@ -103,7 +102,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     memory_format: torch.memory_format
     unreadable: UnreadableImages
-    ema: AveragedModel | None
+    ema: MovingAverage | None
 
     @property
     def evaluated(self) -> Classifier:
@@ -415,7 +414,7 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
     scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
     scaler = torch.amp.GradScaler(world.device.type, **scale)
-    ema = moving_average(model, args.ema, 20 * plan.per_epoch) if args.ema else None
+    ema = MovingAverage(model, args.ema, 20 * plan.per_epoch) if args.ema else None
     unreadable = UnreadableImages(source, args.max_bad, args.out)
     labels = torch.from_numpy(source.labels).long()
     val_labels = torch.from_numpy(val.labels).long()

@@ -587,7 +587,7 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     assert torch.equal(again(x), net(x)) and set(report["skipped"]) == head and not report["missing"]
     with pytest.raises(ValueError, match="its head tells 3 classes apart, the data has 4"):
         weights.load_head(model.Classifier(arch, build_encoder(arch, 64), 4), tmp_path / "best.pt")
-    copied = optim.moving_average(net, 0.9, 10).module        # the head of the average is the average's
+    copied = optim.MovingAverage(net, 0.9, 10).module        # the head of the average is the average's
     assert copied.head is copied.get_submodule(f"encoder.backbone.{net.encoder.head_name}") is not net.head
 
 
@@ -2598,7 +2598,7 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
 def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     ema, weights, expected = (
-        optim.moving_average(net, 0.99, ramp=4),
+        optim.MovingAverage(net, 0.99, ramp=4),
         [3.0, 5.0, -1.0, 2.0, 0.5, 7.0],
         net[0].weight.item(),
     )

@@ -4,7 +4,7 @@
     parameter_groups   pre-training: the mask token has an lr of its own
     layer_groups       fine-tuning: layer-wise lr decay
     Lamb               an optimiser that torch lacks
-    moving_average     of the weights (EMA)
+    MovingAverage      of the weights (EMA)
 """
 
 import copy
@@ -205,7 +205,3 @@ class MovingAverage(nn.Module):
         for copied, buffer in zip(self.module.buffers(), model.buffers()):
             copied.copy_(buffer)
         self.n_averaged += 1
-
-
-def moving_average(model: nn.Module, decay: float, ramp: int) -> MovingAverage:
-    return MovingAverage(model, decay, ramp)
