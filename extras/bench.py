@@ -325,8 +325,10 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
     about = (f"{device_name()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
              f"amp {args.amp}, {args.image_size} px, {args.rounds} turns; "
              f"{(time.time() - began) / 60:.0f} minutes")
-    lines = [about, "", "| row | measured against | ratio: median (range) | values |",
-             "|---|---|---|---|", *map(line, rows)]
+    lines = [about]
+    if rows:
+        lines += ["", "| row | measured against | ratio: median (range) | values |",
+                  "|---|---|---|---|", *map(line, rows)]
     if speeds:
         lines += ["", "| what grows | value | images/s |", "|---|---|---|"]
     for grows, values in speeds.items():
