@@ -397,7 +397,7 @@ def damaged(work: Path) -> list[tuple[str, bool]]:
             break                                            # it has no such moment
         kills += 1
         code, said = finish(start("pretrain.py", " ".join(flags)))
-        goes_on += code == 0 and "going on from" in said and usable(out / "checkpoint.pt")
+        goes_on += code == 0 and "resuming from" in said and usable(out / "checkpoint.pt")
     what = (f"checkpoint.pt is damaged, SIGKILL before each of {kills} changes of a checkpoint: "
             f"{goes_on} go on")
     checks.append((what, kills > 0 and goes_on == kills))
