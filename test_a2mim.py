@@ -1,6 +1,6 @@
 """What A2MIM claims, checked: each test is a fact about the method or this code, against an independent derivation.
 
-    pytest test_a2mim.py        under 5 minutes on 2 CPU cores
+    pytest test_a2mim.py        6 to 8 minutes on 2 CPU cores
 """
 
 import copy
