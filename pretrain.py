@@ -476,7 +476,8 @@ def print_start(args: SimpleNamespace, world: Distributed, state: TrainState,
     hidden = hidden_count(units, args.mask_ratio)
     images = len(state.unreadable.source)
     resumed = f", from step {from_step}" if from_step is not None else ""
-    reason = "" if "recipe" in args.given else f" (small: under {FEW_IMAGES:,} images)"
+    is_chosen = args.recipe == "small" and "recipe" not in args.given
+    reason = f" (small: under {FEW_IMAGES:,} images)" if is_chosen else ""
     world.print0(
         f"{args.arch}: {millions:.1f} M parameters{stem}{patches}, "
         f"token before stage {model.token_stage}\n"
