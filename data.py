@@ -16,7 +16,6 @@ import stat
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -206,21 +205,24 @@ def check_classes(source: Folder, data: str) -> None:
                          f"{shown}/train/<class>/*.jpg or {shown}/<class>/*.jpg")
 
 
-def hold_out(source, args: SimpleNamespace, size: tuple[int, int]):
+def hold_out(source, asked: dict):
     """For pre-training: (images to train on, 16 to 2,000 held-out images, None if --val is 0).
 
-    The held-out images are of val/ if it is there, and otherwise chosen by the seed."""
+    asked: the settings of the run, as a dict. The held-out images are of val/ if it is there, and
+    otherwise chosen by the seed."""
+    data, val, seed = asked["data"], asked["val"], asked["seed"]
     count = 0
-    if args.val:
-        count = min(max(16, round(args.val * len(source))), 2000, len(source) // 4)
+    if val:
+        count = min(max(16, round(val * len(source))), 2000, len(source) // 4)
     if count == 0:
         return source, None
-    has_val = args.data in NAMED or all(
-        split_folder(Path(args.data), split) for split in ("train", "val"))
+    has_val = data in NAMED or all(
+        split_folder(Path(data), split) for split in ("train", "val"))
     others = source
     if has_val:
-        others = open_images(args.data, "val", size, args.data_root, crop_min=args.crop_min)
-    order = np.random.default_rng((args.seed, len(others))).permutation(len(others))
+        others = open_images(data, "val", height_width(asked["image_size"]), asked["data_root"],
+                             crop_min=asked["crop_min"])
+    order = np.random.default_rng((seed, len(others))).permutation(len(others))
     held_out = Subset(others, np.sort(order[:count]))
     if has_val:
         return source, held_out
@@ -365,14 +367,14 @@ class RandAugment(nn.Module):
         return image
 
 
-def augment(args: SimpleNamespace) -> v2.Transform:
+def augment(settings) -> v2.Transform:
     """For fine-tuning, uint8 in and out: crop, flip, RandAugment, colour jitter."""
-    size = height_width(args.image_size)
-    steps = [CropAndFlip(size, args.crop_min, InterpolationMode.BICUBIC)]
-    if args.randaug:
-        steps.append(RandAugment(args.randaug))
-    if args.jitter:
-        steps.append(v2.ColorJitter(args.jitter, args.jitter, args.jitter))
+    size = height_width(settings.image_size)
+    steps = [CropAndFlip(size, settings.crop_min, InterpolationMode.BICUBIC)]
+    if settings.randaug:
+        steps.append(RandAugment(settings.randaug))
+    if settings.jitter:
+        steps.append(v2.ColorJitter(settings.jitter, settings.jitter, settings.jitter))
     return v2.Compose(steps)
 
 
@@ -467,6 +469,12 @@ def every_image_once(count: int, batch: int, world: Distributed) -> list[list[tu
 
 # ---- 6. loaded ----
 
+def default_workers(world: Distributed) -> int:
+    """Loader processes of each process: its share of the cores, less one; 1 to 8."""
+    cores = (os.cpu_count() or 1) // world.local_size
+    return min(8, max(1, cores - 1))
+
+
 def make_loader(samples: Dataset, batches, workers: int | None, world: Distributed,
                 collate=None) -> DataLoader:
     """One loader for the whole run: workers start once, and there is no pause between epochs.
@@ -474,7 +482,7 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: Distribut
     It gives [images (B, 3, H, W), index (B,), broken (B,)]. `collate` makes a batch of samples
     that are more than an image and two numbers."""
     if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // world.local_size - 1))
+        workers = default_workers(world)
     ahead = 4                                                # batches that wait, of each worker
     kind = DataLoader
     if collate is None:

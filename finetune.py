@@ -4,17 +4,19 @@
     torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data IMAGENET --recipe rsb_a2
 
 In the order of this file: the recipes, one training step, the loop, the evaluation, the set-up,
-the flags. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the last state),
-best.pt (the best epoch's weights under torchvision's names, head included), result.json
-(accuracies, also per class) and confusion.png. The recipe `features` writes features.npz.
+the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the
+last state), best.pt (the best epoch's weights under torchvision's names, head included),
+result.json (accuracies, also per class) and confusion.png. The recipe `features` writes
+features.npz.
 """
+
+from __future__ import annotations
 
 import contextlib
 import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,21 +26,23 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data import (NAMED, ImageDataset, ResumableBatchSampler, augment, eval_transform,
-                  every_image_once, make_loader, normalise, open_images, seed_for, some_labels)
+from data import (NAMED, ImageDataset, ResumableBatchSampler, augment, default_workers,
+                  eval_transform, every_image_once, make_loader, normalise, open_images, seed_for,
+                  some_labels)
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          defaults, format_size, height_width, number, path, remembered)
+                          format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at
 from engine.results import report, score, write_features
+from engine.settings import all_defaults, resolve_batch, resolve_warmup, settings_class
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
 
 # ---- recipes. Every value has a flag of the same name; lr is per `lr_batch` images of a step ----
 
-LONG = dict(global_batch=None, eval_every=1, crop_min=0.08)
+LONG = dict(recipe_batch=None, eval_every=1, crop_min=0.08)
 RSB = dict(LONG, optimizer="lamb", lr_batch=2048, weight_decay=0.02, schedule="cosine-by-epoch",
            warmup_epochs=5, loss="bce", mixup=0.1, cutmix=1.0, test_size=224, test_crop=0.95)
 STRONG = dict(LONG, image_size=224, warmup_epochs=20, mixup=0.8, cutmix=1.0, randaug=9.0,
@@ -110,34 +114,35 @@ class TrainState:
         return self.ema.module if self.ema else self.model
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
+def train_step(step: int, batches, settings: Settings, world: Distributed,
                state: TrainState) -> dict[str, Tensor]:
     """One optimiser step. Returns the loss of this process, on the device.
 
     All randomness comes from (seed, step): stochastic depth, erasing, mixup, cutmix."""
-    torch.manual_seed(seed_for(args.seed, step, world.rank))
+    torch.manual_seed(seed_for(settings.seed, step, world.rank))
     total = 0.0
-    for i in range(args.accum):                              # forward passes
+    for i in range(settings.accum):                              # forward passes
         images, index, broken = next(batches)
         state.unreadable.note(broken)
-        images = erase(normalise(images, world.device), args.erasing)        # (B, 3, H, W)
+        images = erase(normalise(images, world.device), settings.erasing)        # (B, 3, H, W)
         labels = state.labels[index].to(world.device, non_blocking=world.on_cuda)        # (B,)
-        images, targets = mix_batch(images, labels, len(state.classes), args.mixup, args.cutmix)
+        images, targets = mix_batch(images, labels, len(state.classes), settings.mixup,
+                                    settings.cutmix)
         images = images.contiguous(memory_format=state.memory_format)
-        is_last = i == args.accum - 1
+        is_last = i == settings.accum - 1
         average_gradients = is_last or world.size == 1       # over the processes, once a step
         with contextlib.nullcontext() if average_gradients else state.net.no_sync():
-            with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
+            with torch.autocast(world.device.type, AMP[settings.amp], settings.amp != "off"):
                 logits = state.net(images)                   # (B, classes)
-            loss = class_loss(logits.float(), targets, args.loss, args.smoothing)
-            state.scaler.scale(loss / args.accum).backward()
-        total = total + loss.detach() / args.accum
+            loss = class_loss(logits.float(), targets, settings.loss, settings.smoothing)
+            state.scaler.scale(loss / settings.accum).backward()
+        total = total + loss.detach() / settings.accum
 
-    if args.clip_grad:
+    if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+        nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)
     state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
-    state.scaler.update(None if args.amp == "fp16" else 1.0)                 # adapts for fp16 only
+    state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema:
         state.ema.update_parameters(state.model)
@@ -180,90 +185,97 @@ def erase(images: Tensor, probability: float) -> Tensor:
 
 # ---- the loop ----
 
-def train(args: SimpleNamespace, world: Distributed) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
-    Checkpointer does."""
-    args, checkpoint = start(args, world)
-    state = prepare(args, world, checkpoint)
-    print_start(args, world, state)
-    if not is_training(args):
-        evaluate_only(args, world, state)
+def train(typed: dict, world: Distributed) -> None:
+    """The whole run, from the flags that were typed.
+
+    Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    settings, checkpoint, source, val = start(typed, world)
+    state = prepare(settings, world, checkpoint, source, val)
+    print_start(settings, world, state)
+    if not is_training(settings):
+        evaluate_only(settings, world, state)
         return
 
     plan = state.plan
-    peak = args.lr * plan.global_batch / args.lr_batch
     best = BestEpoch(top1=-1.0)
     saved = dict(model=state.model, optimizer=state.optimizer, scaler=state.scaler,
                  broken=state.unreadable, best=best)
     if state.ema:
         saved["ema"] = state.ema
-    checkpointer = Checkpointer(args, world, plan, saved, checkpoint)
-    world.print0(f"global batch {plan.global_batch}, peak lr {peak:.2e}, "
-                 f"{args.epochs:g} x {plan.per_epoch} steps")
+    checkpointer = Checkpointer(settings, world, plan, saved, checkpoint)
+    world.print0(f"global batch {settings.global_batch}, peak lr {settings.peak_lr:.2e}, "
+                 f"{settings.epochs:g} x {plan.per_epoch} steps")
 
     batches = iter(state.loader)
     state.model.train()
     with checkpointer:
         # a checkpoint is written before the evaluation of its step
-        result = evaluate_epoch(plan.start, args, world, state, best, checkpointer)
+        result = evaluate_epoch(plan.start, settings, world, state, best, checkpointer)
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
-                group["lr"] = lr_at(step, plan.total, plan.warmup, peak * group["scale"],
-                                    args.min_lr, args.schedule, plan.per_epoch)
-            record = train_step(step, batches, args, world, state)
+                peak = settings.peak_lr * group["scale"]
+                group["lr"] = lr_at(step, plan.total, plan.warmup, peak, settings.min_lr,
+                                    settings.schedule, plan.per_epoch)
+            record = train_step(step, batches, settings, world, state)
             checkpointer.after(step, record)                 # logs, saves, stops on a signal
-            result = evaluate_epoch(step + 1, args, world, state, best, checkpointer)
+            result = evaluate_epoch(step + 1, settings, world, state, best, checkpointer)
     checkpointer.finish("best.pt")                           # raises Failed if a file is missing
-    report(result, args, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
-    world.print0(f"done: {args.out}/best.pt holds the weights of the best epoch\n"
-                 f"next: {evaluation_command(args)}")
+    report(result, settings, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
+    world.print0(f"done: {settings.out}/best.pt holds the weights of the best epoch\n"
+                 f"next: {evaluation_command(settings)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     command_line("finetune.py", parse, train, argv)
 
 
-def is_training(args: SimpleNamespace) -> bool:
-    return not args.eval_only and args.recipe not in ("knn", "features")
+def is_training(settings: Settings) -> bool:
+    return trains(settings.recipe, settings.eval_only)
 
 
-def evaluation_command(args: SimpleNamespace) -> str:
+def trains(recipe: str, eval_only: bool) -> bool:
+    """False if nothing is trained: with --eval-only, and for the recipes knn and features."""
+    return not eval_only and recipe not in ("knn", "features")
+
+
+def evaluation_command(settings: Settings) -> str:
     """The command that evaluates best.pt of this run."""
-    words = ["python", "finetune.py", "--weights", f"{args.out}/best.pt", "--data", args.data]
-    if args.data_root != DEFAULTS["data_root"]:
-        words += ["--data-root", args.data_root]
+    words = ["python", "finetune.py", "--weights", f"{settings.out}/best.pt", "--data",
+             settings.data]
+    if settings.data_root != DEFAULTS["data_root"]:
+        words += ["--data-root", settings.data_root]
     return shlex.join([*words, "--eval-only"])
 
 
 # ---- evaluation ----
 
-def evaluate_epoch(done: int, args: SimpleNamespace, world: Distributed, state: TrainState,
+def evaluate_epoch(done: int, settings: Settings, world: Distributed, state: TrainState,
                    best: BestEpoch, checkpointer: Checkpointer) -> dict | None:
     """At the end of every --eval-every epochs and of the run: the accuracies; keeps best.pt."""
     plan = state.plan
     epoch, inside = divmod(done, plan.per_epoch)
-    is_due = inside == 0 and epoch % args.eval_every == 0
+    is_due = inside == 0 and epoch % settings.eval_every == 0
     if done == 0 or done < plan.total and not is_due:
         return None
-    result = evaluate(state.evaluated, args, world, state)
+    result = evaluate(state.evaluated, settings, world, state)
     world.print0(f"epoch {done / plan.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
     weights = state.evaluated.torchvision_state_dict()
     checkpointer.keep_best(best, "top1", result["top1"], weights)
     return result
 
 
-def evaluate_only(args: SimpleNamespace, world: Distributed, state: TrainState) -> None:
+def evaluate_only(settings: Settings, world: Distributed, state: TrainState) -> None:
     """--eval-only and the recipes knn and features: no training."""
-    make_folder(args, world, state.plan.global_batch)
+    make_folder(settings, world)
     model = state.evaluated
-    if args.recipe == "features":
-        write_all_features(model, args, world, state)
+    if settings.recipe == "features":
+        write_all_features(model, settings, world, state)
         return
-    measure = evaluate if args.eval_only else neighbours
-    report(measure(model, args, world, state), args, world, state)
+    measure = evaluate if settings.eval_only else neighbours
+    report(measure(model, settings, world, state), settings, world, state)
 
 
-def outputs(f, loader: DataLoader, labels: Tensor, args: SimpleNamespace, world: Distributed,
+def outputs(f, loader: DataLoader, labels: Tensor, settings: Settings, world: Distributed,
             state: TrainState) -> tuple[Tensor, Tensor]:
     """f(images) in float32, (N, C), and the labels, (N,), of this process's part of a set.
 
@@ -274,7 +286,7 @@ def outputs(f, loader: DataLoader, labels: Tensor, args: SimpleNamespace, world:
         images, index = images[is_read], index[is_read]
         bad.append(broken[~is_read])
         images = normalise(images, world.device).contiguous(memory_format=state.memory_format)
-        with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
+        with torch.autocast(world.device.type, AMP[settings.amp], settings.amp != "off"):
             z = f(images)
         parts.append((z.float(), labels[index].to(world.device)))
     bad = sorted(world.all_gather(torch.cat(bad)).tolist())
@@ -285,20 +297,20 @@ def outputs(f, loader: DataLoader, labels: Tensor, args: SimpleNamespace, world:
 
 
 @torch.no_grad()
-def evaluate(model: Classifier, args: SimpleNamespace, world: Distributed,
+def evaluate(model: Classifier, settings: Settings, world: Distributed,
              state: TrainState) -> dict:
     """Exact accuracies over the whole validation set, on any number of processes. See `score`."""
     training = model.training
     model.eval()
     world.broadcast_buffers(model)
-    logits, labels = outputs(model, state.val_loader, state.val_labels, args, world, state)
+    logits, labels = outputs(model, state.val_loader, state.val_labels, settings, world, state)
     model.train(training)
     likeliest = logits.topk(min(5, logits.shape[1])).indices                 # (N, 5)
     return score(likeliest, labels, logits.shape[1], world)
 
 
 @torch.no_grad()
-def neighbours(model: Classifier, args: SimpleNamespace, world: Distributed, state: TrainState,
+def neighbours(model: Classifier, settings: Settings, world: Distributed, state: TrainState,
                temperature: float = 0.07) -> dict:
     """Weighted k-nearest-neighbour accuracy on frozen, mean-pooled features.
 
@@ -306,11 +318,11 @@ def neighbours(model: Classifier, args: SimpleNamespace, world: Distributed, sta
     training images for the neighbours of all validation images. See `score`. Source: Wu et al.
     2018."""
     model.eval()
-    bank, bank_labels = outputs(model.features, state.loader, state.labels, args, world, state)
-    own = outputs(model.features, state.val_loader, state.val_labels, args, world, state)
+    bank, bank_labels = outputs(model.features, state.loader, state.labels, settings, world, state)
+    own = outputs(model.features, state.val_loader, state.val_labels, settings, world, state)
     queries, labels = (world.all_gather(column) for column in own)
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    k, classes = args.neighbours, len(state.classes)
+    k, classes = settings.neighbours, len(state.classes)
 
     near = []                                                # of this process's part of the bank
     for some in queries.split(256):
@@ -327,165 +339,157 @@ def neighbours(model: Classifier, args: SimpleNamespace, world: Distributed, sta
 
 
 @torch.no_grad()
-def write_all_features(model: Classifier, args: SimpleNamespace, world: Distributed,
+def write_all_features(model: Classifier, settings: Settings, world: Distributed,
                        state: TrainState) -> None:
     """The mean-pooled features of every image of --data, as for knn, into features.npz."""
     model.eval()
     positions = torch.arange(len(state.labels))
-    z, index = outputs(model.features, state.loader, positions, args, world, state)
-    write_features(z, index, args, world, state.unreadable.source)
+    z, index = outputs(model.features, state.loader, positions, settings, world, state)
+    write_features(z, index, settings, world, state.unreadable.source)
 
 
 # ---- set-up ----
 
-def start(args: SimpleNamespace, world: Distributed) -> tuple[SimpleNamespace, dict | None]:
-    """Joins the processes and opens the output folder: (settings, checkpoint to resume from)."""
-    world.set_device(args.device)
+def start(typed: dict, world: Distributed) -> tuple:
+    """Joins the processes, opens the output folder and the data.
+
+    Returns (settings, checkpoint to resume from, images to train on, images for validation)."""
+    world.set_device(typed.get("device"))
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
                                 world_size=world.size)
-    kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
-    name = f"{Path(args.data or '').resolve().name}-{args.arch}-{kind}"
-    args, checkpoint = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
-    args.amp = args.amp or world.default_amp()
-    return args, checkpoint
+    asked = ask(typed)
+    kind = "eval" if asked["eval_only"] else asked["recipe"]
+    kind += "-scratch" if asked["init"] and not asked["eval_only"] else ""
+    name = f"{Path(asked['data'] or '').resolve().name}-{asked['arch']}-{kind}"
+    out, checkpoint = open_run(typed, world, "finetune.py", name, FLAGS)
+    if checkpoint:
+        asked = ask_again(typed, checkpoint["args"])
+    asked["out"] = out
+    source, val = open_data(asked, world)
+    settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
+    is_probe = settings.recipe == "linear" and settings.optimizer == "adamw"
+    if is_probe and not checkpoint and "optimizer" not in settings.typed:
+        world.print0(f"linear probe on fewer than {FEW_IMAGES:,} images: AdamW with a peak lr of "
+                     f"{settings.peak_lr:g}, instead of the released SGD")
+    return settings, checkpoint, source, val
 
 
-def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
-    """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
-    size = height_width(args.image_size)                     # (H, W)
-    test_size = height_width(args.test_size or args.image_size)
-    source, val = open_data(args, world, size, test_size)
-    if not checkpoint:
-        choose_linear(args, len(source), world)
-    if not is_training(args):
-        args.batch_size = 1  # no steps: any number of images will do
-    elif args.global_batch and not args.batch_size:
-        args.global_batch = min(args.global_batch, len(source))
-    plan = StepPlan.plan(args, world, len(source), checkpoint)
+def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, source,
+            val) -> TrainState:
+    """Model, weights, optimiser and loaders. Raises ValueError if they do not fit."""
+    size = height_width(settings.image_size)                 # (H, W)
+    test_size = height_width(settings.test_size or settings.image_size)
+    plan = StepPlan.plan(settings, world, len(source), checkpoint)
 
     at_once = 256 if world.on_gpu else 64                    # images of an evaluation's batch
-    if is_training(args):
-        batches = ResumableBatchSampler(len(source), plan.batch, args.accum, world.size,
-                                        world.rank, args.seed, plan.start, plan.total,
-                                        args.repeats)
-        transform = augment(args)
+    if is_training(settings):
+        batches = ResumableBatchSampler(len(source), plan.batch, settings.accum, world.size,
+                                        world.rank, settings.seed, plan.start, plan.total,
+                                        settings.repeats)
+        transform = augment(settings)
     else:
         batches = every_image_once(len(source), at_once, world)
-        transform = eval_transform(size, args.test_crop)
-    loader = make_loader(ImageDataset(source, transform, args.seed), batches, args.workers, world)
+        transform = eval_transform(size, settings.test_crop)
+    samples = ImageDataset(source, transform, settings.seed)
+    loader = make_loader(samples, batches, settings.workers, world)
     val_batches = every_image_once(len(val), at_once, world)
-    val_samples = ImageDataset(val, eval_transform(test_size, args.test_crop), args.seed)
-    val_loader = make_loader(val_samples, val_batches, args.workers, world)
+    val_samples = ImageDataset(val, eval_transform(test_size, settings.test_crop), settings.seed)
+    val_loader = make_loader(val_samples, val_batches, settings.workers, world)
 
-    torch.manual_seed(seed_for(args.seed))                   # all processes: the same head
-    encoder = build_encoder(args.arch, size if is_training(args) else test_size, args.drop_path,
-                            args.patch_size, args.window, args.stem)
-    model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
+    torch.manual_seed(seed_for(settings.seed))                   # all processes: the same head
+    encoder = build_encoder(settings.arch, size if is_training(settings) else test_size,
+                            settings.drop_path, settings.patch_size, settings.window,
+                            settings.stem)
+    model = Classifier(settings.arch, encoder, len(source.classes), settings.frozen)
     head = set()                                             # the names of a loaded head
-    if args.eval_only:
-        head = load_head(model, args.weights)
-    elif args.recipe == "features":
+    if settings.eval_only:
+        head = load_head(model, settings.weights)
+    elif settings.recipe == "features":
         head = None                                          # none is needed
-    if args.weights and not checkpoint:
-        found = load_backbone(encoder, args.weights)
-        world.print0(f"{args.weights}: {summary_of(found, head)}")
-        if args.eval_only and found["missing"]:
+    if settings.weights and not checkpoint:
+        found = load_backbone(encoder, settings.weights)
+        world.print0(f"{settings.weights}: {summary_of(found, head)}")
+        if settings.eval_only and found["missing"]:
             names = ", ".join(found["missing"][:3])
-            raise ValueError(f"{args.weights}: lacks {names}; evaluate it with the --arch, --stem "
-                             f"and --patch-size that it was trained with")
+            raise ValueError(f"{settings.weights}: lacks {names}; evaluate it with the --arch, "
+                             f"--stem and --patch-size that it was trained with")
 
-    is_cnn = get_family(args.arch).convolutional             # channels_last is faster on a CNN
-    channels_last = args.channels_last and is_cnn and not world.on_mps
+    is_cnn = get_family(settings.arch).convolutional             # channels_last is faster on a CNN
+    channels_last = settings.channels_last and is_cnn and not world.on_mps
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(world.device).to(memory_format=memory_format)
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
+    if settings.compile:
         model.compile()
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         net = DDP(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    groups = layer_groups(model, args.weight_decay, args.layer_decay)
+    groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     sgd = partial(torch.optim.SGD, momentum=0.9)
-    optimizer = {"lamb": Lamb, "sgd": sgd, "adamw": adamw}[args.optimizer](groups, lr=0.0)
+    optimizer = {"lamb": Lamb, "sgd": sgd, "adamw": adamw}[settings.optimizer](groups, lr=0.0)
     # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
-    scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
+    scale = {} if settings.amp == "fp16" else {"init_scale": 1.0}
     scaler = torch.amp.GradScaler(world.device.type, **scale)
-    ema = MovingAverage(model, args.ema, 20 * plan.per_epoch) if args.ema else None
-    unreadable = UnreadableImages(source, args.max_bad, args.out)
+    ema = MovingAverage(model, settings.ema, 20 * plan.per_epoch) if settings.ema else None
+    unreadable = UnreadableImages(source, settings.max_bad, settings.out)
     labels = torch.from_numpy(source.labels).long()
     val_labels = torch.from_numpy(val.labels).long()
     return TrainState(plan, source.classes, loader, labels, val_loader, val_labels, model, net,
                       optimizer, scaler, memory_format, unreadable, ema)
 
 
-def open_data(args: SimpleNamespace, world: Distributed, size: tuple[int, int],
-              test_size: tuple[int, int]) -> tuple:
+def open_data(asked: dict, world: Distributed) -> tuple:
     """(images to train on, images for validation). `features` has one set, labelled or not.
 
-    Raises ValueError if they do not fit each other or the flags."""
-    one_set = args.recipe == "features"
-    is_named = args.data in NAMED
-    opened = partial(open_images, args.data, root=args.data_root, labelled=is_named or not one_set)
-    if args.download:                                        # one process fetches for all
+    asked: see `ask`. Raises ValueError if they do not fit each other or the flags."""
+    data, arch, test_crop = asked["data"], asked["arch"], asked["test_crop"]
+    size = height_width(asked["image_size"])                 # (H, W)
+    test_size = height_width(asked["test_size"] or asked["image_size"])
+    training = trains(asked["recipe"], asked["eval_only"])
+    one_set = asked["recipe"] == "features"
+    is_named = data in NAMED
+    opened = partial(open_images, data, root=asked["data_root"], labelled=is_named or not one_set)
+    if asked["download"]:                                        # one process fetches for all
         world.broadcast_from_rank0(lambda: len(opened("train", size, download=True)))
-    smallest_crop = args.crop_min if is_training(args) else args.test_crop**2
+    smallest_crop = asked["crop_min"] if training else test_crop**2
     split = "all" if one_set and not is_named else "train"
     source = opened(split, size, crop_min=smallest_crop)
     val = source
     if not one_set:
-        val = opened("val", test_size, crop_min=args.test_crop**2)
+        val = opened("val", test_size, crop_min=test_crop**2)
 
     different = sorted(set(source.classes) ^ set(val.classes))
     if different:
         more = ", ..." if len(different) > 3 else ""
-        raise ValueError(f"--data {args.data}: train/ and val/ hold different classes "
+        raise ValueError(f"--data {data}: train/ and val/ hold different classes "
                          f"({', '.join(different[:3])}{more})")
-    one_grid = get_family(args.arch).name == "vit" or args.arch.startswith("maxvit")
-    if test_size != size and one_grid and is_training(args):
-        raise ValueError(f"--test-size of {format_size(test_size)}: {args.arch} has one grid of "
+    one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
+    if test_size != size and one_grid and training:
+        raise ValueError(f"--test-size of {format_size(test_size)}: {arch} has one grid of "
                          f"positions; use that of --image-size, {format_size(size)}")
     if len(val) < world.size:
         kind = "" if one_set else "validation "
-        raise ValueError(f"--data {args.data}: {len(val)} {kind}images are too few for "
+        raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for "
                          f"{world.size} processes")
-    return some_labels(source, args.labels, args.seed), val
+    return some_labels(source, asked["labels"], asked["seed"]), val
 
 
-def choose_linear(args: SimpleNamespace, images: int, world: Distributed) -> None:
-    """Puts LINEAR_SMALL into args for a linear probe on few images.
-
-    The optimiser stays the released one if its name or its lr was typed. The batch is at most a
-    tenth of the images, so that an epoch has at least ten steps."""
-    typed = {"optimizer", "lr", "lr_batch"} & set(args.given)
-    if args.recipe != "linear" or not is_training(args) or images >= FEW_IMAGES or typed:
-        return
-    if not args.batch_size:
-        tenth = images // (10 * args.accum * world.size)
-        args.batch_size = max(1, min(256 if world.on_gpu else 32, tenth))
-    settings = dict(LINEAR_SMALL, lr_batch=args.batch_size * args.accum * world.size)
-    for name, value in settings.items():
-        if name not in args.given:
-            setattr(args, name, value)
-    world.print0(f"linear probe on fewer than {FEW_IMAGES:,} images: AdamW with a peak lr of "
-                 f"{args.lr:g}, instead of the released SGD")
-
-
-def print_start(args: SimpleNamespace, world: Distributed, state: TrainState) -> None:
-    if args.recipe == "features":
-        size = format_size(args.test_size or args.image_size)
+def print_start(settings: Settings, world: Distributed, state: TrainState) -> None:
+    if settings.recipe == "features":
+        size = format_size(settings.test_size or settings.image_size)
         data = f"{len(state.labels)} images at {size}"
     else:
-        labelled = f"{len(state.labels)} labelled images at {format_size(args.image_size)}, "
-        data = "" if args.eval_only else labelled
+        labelled = f"{len(state.labels)} labelled images at {format_size(settings.image_size)}, "
+        data = "" if settings.eval_only else labelled
         data += f"{len(state.classes)} classes, {len(state.val_labels)} images for validation"
-    how = "evaluation only" if args.eval_only else f"recipe {args.recipe}"
-    world.print0(f"{args.arch}, {args.init or args.weights}; {args.data}: {data}\n"
-                 f"{how}; {world.size} x {world.device.type}, amp {args.amp}; "
-                 f"writing {args.out}/")
+    how = "evaluation only" if settings.eval_only else f"recipe {settings.recipe}"
+    world.print0(f"{settings.arch}, {settings.init or settings.weights}; {settings.data}: {data}\n"
+                 f"{how}; {world.size} x {world.device.type}, amp {settings.amp}; "
+                 f"writing {settings.out}/")
 
 
 # ---- flags: name -> (default, kind, help). A recipe overrides a default, a typed flag both ----
@@ -554,41 +558,97 @@ FLAGS = {
         "eval_every": (10, count, "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights that hold a head (best.pt), and stop")},
 }
-DEFAULTS = {**defaults(FLAGS), "global_batch": 16}           # and what a recipe alone can set
+Settings = settings_class(FLAGS)                             # frozen, with a field for each flag
+DEFAULTS = all_defaults("finetune.py", FLAGS, recipe_batch=16)
 
 
-def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Flags over the recipe; `given` holds what was typed. Raises ValueError for a wrong value."""
-    parser = Parser("finetune.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
-                    RECIPES)
-    given = vars(parser.parse_args(argv))
-    recipe = {**DEFAULTS, **RECIPES[given.get("recipe", "default")]}
-    as_pre_trained = ["arch", "patch_size", "window", "stem"]
-    if not recipe["image_size"]:
-        as_pre_trained.append("image_size")
-    if "eval_only" in given:
-        as_pre_trained += ["test_size", "test_crop"]
-    recipe |= remembered(given.get("weights"), parser, as_pre_trained)
-    arch = given.get("arch", recipe["arch"])
-    recipe |= EXCEPTIONS.get((given.get("recipe"), arch), {})
-    settings = {**recipe, **given}
-    args = SimpleNamespace(**settings, program="finetune.py", given=given, demo=False)
-    if args.resume and args.out:                             # the rest is in the checkpoint
-        return args
-    if args.data is None:
+def parse(argv: list[str] | None) -> dict:
+    """The flags that were typed, with their values. Raises ValueError for a wrong or missing
+    one."""
+    typed = vars(make_parser().parse_args(argv))
+    if typed.get("resume") and "out" in typed:               # the rest is in the checkpoint
+        return typed
+    if "data" not in typed:
         raise ValueError(f"--data is missing: a folder of labelled images, or one of "
                          f"{', '.join(NAMED)}")
-    if (args.weights is None) == (args.init is None):
+    if ("weights" in typed) == ("init" in typed):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
-    if args.arch is None:
+    if ask(typed)["arch"] is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try "
                          "--arch resnet18")
-    args.image_size = args.image_size or 224
-    if args.init:
-        for name, value in settings_for_size(args.arch, args.image_size).items():
-            if name not in given:
-                setattr(args, name, value)
-    return args
+    return typed
+
+
+def make_parser() -> Parser:
+    return Parser("finetune.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
+                  RECIPES)
+
+
+# ---- settings: resolved once, before the run begins ----
+
+def ask(typed: dict) -> dict:
+    """What is known of a new run before its images are counted. Each overrides those before it:
+    defaults, the recipe, the settings of the run that wrote the weights, exceptions, what was
+    typed."""
+    recipe = typed.get("recipe", DEFAULTS["recipe"])
+    values = {**DEFAULTS, **RECIPES[recipe]}
+    as_pre_trained = ["arch", "patch_size", "window", "stem"]
+    if not values["image_size"]:
+        as_pre_trained.append("image_size")
+    if "eval_only" in typed:
+        as_pre_trained += ["test_size", "test_crop"]
+    values |= remembered(typed.get("weights"), make_parser(), as_pre_trained)
+    arch = typed.get("arch", values["arch"])
+    values |= EXCEPTIONS.get((recipe, arch), {})
+    values |= typed
+    values["image_size"] = values["image_size"] or 224
+    if values["init"] and arch:
+        values |= {**settings_for_size(arch, values["image_size"]), **typed}
+    return {**values, "typed": sorted(typed)}
+
+
+def ask_again(typed: dict, saved: dict) -> dict:
+    """The same of a resumed run: its own settings, then what is typed now."""
+    names = sorted({*saved.get("typed", []), *typed})
+    return {**DEFAULTS, **saved, **typed, "typed": names}
+
+
+def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
+    """The settings of a run, from `ask` or `ask_again`, the number of images and the processes.
+
+    Nothing changes them afterwards."""
+    values = dict(asked)
+    training = trains(values["recipe"], values["eval_only"])
+    if not training:
+        values |= dict(batch_size=1, recipe_batch=None)      # no steps: any number of images
+    elif values["recipe_batch"]:
+        values["recipe_batch"] = min(values["recipe_batch"], images)
+    is_linear = values["recipe"] == "linear" and training and images < FEW_IMAGES
+    if is_linear and not is_resumed:
+        values |= choose_linear(values, images, world)
+    values |= resolve_batch(values, world)
+    values["amp"] = values["amp"] or world.default_amp()
+    if values["workers"] is None:
+        values["workers"] = default_workers(world)
+    values["warmup_epochs"] = resolve_warmup(values)
+    values["peak_lr"] = values["lr"] * values["global_batch"] / values["lr_batch"]
+    return Settings(**values)
+
+
+def choose_linear(asked: dict, images: int, world: Distributed) -> dict:
+    """LINEAR_SMALL, for a linear probe on few images; {} to keep the released optimiser, if its
+    name or its lr was typed.
+
+    The batch is at most a tenth of the images, so that an epoch has at least ten steps."""
+    typed = asked["typed"]
+    if {"optimizer", "lr", "lr_batch"} & {*typed}:
+        return {}
+    batch = asked["batch_size"]
+    if not batch:
+        tenth = images // (10 * asked["accum"] * world.size)
+        batch = max(1, min(256 if world.on_gpu else 32, tenth))
+    chosen = dict(LINEAR_SMALL, batch_size=batch, lr_batch=batch * asked["accum"] * world.size)
+    return {name: value for name, value in chosen.items() if name not in typed}
 
 
 if __name__ == "__main__":

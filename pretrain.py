@@ -4,16 +4,17 @@
     torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet   the paper's ResNet-50 run
 
 In the order of this file: the recipes, one training step, the loop, the held-out loss, the set-up,
-the flags. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt, backbone.pt (the
-encoder, under torchvision's names) and reconstruction-*.png.
+the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt,
+backbone.pt (the encoder, under torchvision's names) and reconstruction-*.png.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -22,20 +23,21 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 import masking
-from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, denormalise,
-                  eval_transform, every_image_once, hold_out, make_loader, normalise, open_images,
-                  seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, open_run
+from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, default_workers,
+                  denormalise, eval_transform, every_image_once, hold_out, make_loader, normalise,
+                  open_images, seed_for)
+from engine.checkpointer import Checkpointer, StepPlan, open_run, steps_per_epoch
 from engine.command import Distributed, command_line
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          defaults, format_size, height_width, number, path)
+                          format_size, height_width, number, path)
 from engine.images import UnreadableImages
 from engine.optim import lr_at, parameter_groups
 from engine.pictures import save_sheet
+from engine.settings import all_defaults, resolve_batch, resolve_warmup, settings_class
 from engine.weights import load_backbone, summary_of
 from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
 from masking import fill_hidden, hidden_count, mask_grid, random_mask, resize_mask
-from model import (FEW_UNITS, STEMS, A2MIM, Encoder, build_encoder, choose_mask_size_and_stage,
+from model import (FEW_UNITS, STEMS, A2MIM, build_encoder, choose_mask_size_and_stage,
                    get_family, settings_for_size)
 
 # ---- recipes. Every value has a flag of the same name; lr is per 512 images of a step ----
@@ -75,7 +77,7 @@ SMALL_STEPS = 1500
 SMALL_PEAK = 1e-3                                            # three times as much for a ResNet
 
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1,
-            global_batch=16, log_every=5)
+            recipe_batch=16, log_every=5)
 # --quick: the first run of a fork, to see its loss fall
 QUICK = dict(DEMO, image_size=64, epochs=0.1634, sheets=2)   # 100 steps
 
@@ -109,80 +111,81 @@ def draw_masks(count: int, grid: tuple[int, int], ratio: float, device: torch.de
     return random_mask(count, grid, ratio, device, generator)
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
+def train_step(step: int, batches, settings: Settings, world: Distributed,
                state: TrainState) -> dict[str, Tensor]:
     """One optimiser step. Returns the loss and its parts, of this process and on the device.
 
     All randomness comes from (seed, step), so a resumed run equals one that never stopped."""
     plan, model = state.plan, state.model
-    torch.manual_seed(seed_for(args.seed, step, world.rank))                 # stochastic depth
+    torch.manual_seed(seed_for(settings.seed, step, world.rank))                 # stochastic depth
     # Every process draws the masks of all processes and takes its own: (accum, batch, gh, gw)
-    masks = draw_masks(plan.global_batch, model.grid, args.mask_ratio, world.device,
-                       args.seed, step)
-    masks = masks.view(args.accum, world.size, plan.batch, *model.grid)[:, world.rank]
+    masks = draw_masks(plan.global_batch, model.grid, settings.mask_ratio, world.device,
+                       settings.seed, step)
+    masks = masks.view(settings.accum, world.size, plan.batch, *model.grid)[:, world.rank]
     record = {}
     for i, mask in enumerate(masks):                         # --accum forward passes
         images, _, broken = next(batches)
         state.unreadable.note(broken)
         images = normalise(images, world.device)             # (B, 3, H, W)
         images = images.contiguous(memory_format=state.memory_format)
-        is_last = i == args.accum - 1
+        is_last = i == settings.accum - 1
         average_gradients = is_last or world.size == 1       # over the processes, once a step
         with contextlib.nullcontext() if average_gradients else state.net.no_sync():
-            with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
+            with torch.autocast(world.device.type, AMP[settings.amp], settings.amp != "off"):
                 target = make_target(images, model)
                 pred = state.net(images, mask)               # (B, 3, H, W)
             hidden = resize_mask(mask, target.shape[-2:])    # (B, 1, H, W)
             loss, parts = a2mim_loss(                        # in float32
                 pred, target, hidden,
-                fourier_weight=args.fourier_weight, focal_fourier=args.fourier_focal,
-                focal_pixels=args.focal_pixels, stand_in=args.stand_in,
-                visible_weight=args.visible_weight, spectrum=args.spectrum)
-            state.scaler.scale(loss / args.accum).backward()
+                fourier_weight=settings.fourier_weight, focal_fourier=settings.fourier_focal,
+                focal_pixels=settings.focal_pixels, stand_in=settings.stand_in,
+                visible_weight=settings.visible_weight, spectrum=settings.spectrum)
+            state.scaler.scale(loss / settings.accum).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
-            record[name] = record.get(name, 0) + value / args.accum
+            record[name] = record.get(name, 0) + value / settings.accum
 
-    if args.clip_grad:
+    if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
     state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
-    state.scaler.update(None if args.amp == "fp16" else 1.0)                 # adapts for fp16 only
+    state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
     state.optimizer.zero_grad(set_to_none=True)
     return record                                            # an EMA of the weights goes here
 
 
 # ---- the loop ----
 
-def train(args: SimpleNamespace, world: Distributed) -> None:
-    """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
-    Checkpointer does."""
-    args, checkpoint = start(args, world)
-    state, held, previews = prepare(args, world, checkpoint)
+def train(typed: dict, world: Distributed) -> None:
+    """The whole run, from the flags that were typed.
+
+    Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
+    settings, checkpoint, source, others = start(typed, world)
+    state, held, previews = prepare(settings, world, checkpoint, source, others)
     model, plan = state.model, state.plan
     # Any object with state_dict and load_state_dict in `saved` is saved and resumed exactly.
     saved = dict(model=model, optimizer=state.optimizer, scaler=state.scaler,
                  broken=state.unreadable)
     exports = {"backbone.pt": model.encoder.backbone.state_dict}
-    checkpointer = Checkpointer(args, world, plan, saved, checkpoint, exports)
-    print_start(args, world, state, from_step=plan.start if checkpoint else None)
+    checkpointer = Checkpointer(settings, world, plan, saved, checkpoint, exports)
+    print_start(settings, world, state, from_step=plan.start if checkpoint else None)
 
-    peak = peak_lr(args, plan)
     batches = iter(state.loader)
     model.train()
     with checkpointer:
-        save_reconstructions(plan.start, args, world, state, previews, checkpointer)
+        save_reconstructions(plan.start, settings, world, state, previews, checkpointer)
         if not checkpointer.has("held_out"):                 # stopped between step and evaluation
-            evaluate(plan.start, args, world, state, held, checkpointer)
+            evaluate(plan.start, settings, world, state, held, checkpointer)
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
-                group["lr"] = lr_at(step, plan.total, plan.warmup, peak * group["scale"],
-                                    args.min_lr, args.schedule)
-            record = train_step(step, batches, args, world, state)
+                peak = settings.peak_lr * group["scale"]
+                group["lr"] = lr_at(step, plan.total, plan.warmup, peak, settings.min_lr,
+                                    settings.schedule)
+            record = train_step(step, batches, settings, world, state)
             checkpointer.after(step, record)                 # logs, saves, stops on a signal
-            save_reconstructions(step + 1, args, world, state, previews, checkpointer)
-            evaluate(step + 1, args, world, state, held, checkpointer)
+            save_reconstructions(step + 1, settings, world, state, previews, checkpointer)
+            evaluate(step + 1, settings, world, state, held, checkpointer)
     checkpointer.finish()                                    # raises Failed if a file is missing
-    print_end(args, world, held)
+    print_end(settings, world, held)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,7 +208,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(reconstruct, held: HeldOut, args: SimpleNamespace, world: Distributed,
+def held_out_loss(reconstruct, held: HeldOut, settings: Settings, world: Distributed,
                   model: A2MIM) -> Tensor:
     """The pixel loss of reconstruct(images, mask) on each held-out image: (count,), on the CPU.
 
@@ -219,7 +222,7 @@ def held_out_loss(reconstruct, held: HeldOut, args: SimpleNamespace, world: Dist
         hidden = resize_mask(mask, target.shape[-2:])
         for i in range(len(images)):
             one = slice(i, i + 1)
-            losses.append(spatial_loss(pred[one], target[one], hidden[one], args.focal_pixels))
+            losses.append(spatial_loss(pred[one], target[one], hidden[one], settings.focal_pixels))
     mine = torch.stack(losses) if losses else torch.zeros(0)
     return world.all_gather(mine).cpu().double()
 
@@ -234,7 +237,7 @@ def evaluation_interval(plan: StepPlan, held_out: int) -> int:
     return max(often, math.ceil(plan.total / max(affordable, 1)))
 
 
-def evaluate(done: int, args: SimpleNamespace, world: Distributed, state: TrainState,
+def evaluate(done: int, settings: Settings, world: Distributed, state: TrainState,
              held: HeldOut | None, checkpointer: Checkpointer) -> None:
     """Logs the held-out loss beside its baselines; after the last step, says what it means."""
     is_last = done == state.plan.total
@@ -244,7 +247,7 @@ def evaluate(done: int, args: SimpleNamespace, world: Distributed, state: TrainS
         return
     state.model.eval()
     world.broadcast_buffers(state.model)
-    losses = held_out_loss(state.model, held, args, world, state.model)      # of each image
+    losses = held_out_loss(state.model, held, settings, world, state.model)      # of each image
     state.model.train()
     loss = losses.mean().item()
     if held.blur is None:                                    # the target is no image
@@ -261,132 +264,141 @@ def evaluate(done: int, args: SimpleNamespace, world: Distributed, state: TrainS
         verdict = skill(loss, mean_colour, blur, error)
         is_better = verdict.endswith("better than a blur")
         world.print0(f"hidden pixels of {len(losses)} held-out images: {verdict}\n"
-                     f"{next_step(is_better, args)}")
+                     f"{next_step(is_better, settings)}")
 
 
-def next_step(better: bool, args: SimpleNamespace) -> str:
+def next_step(better: bool, settings: Settings) -> str:
     """What to do after pre-training. better: the reconstructions are better than a blur."""
     if not better:
         return "next: train longer (--epochs) or use larger mask units (--mask-size)"
-    weights = shlex.quote(f"{args.out}/backbone.pt")
-    if args.data not in NAMED:
+    weights = shlex.quote(f"{settings.out}/backbone.pt")
+    if settings.data not in NAMED:
         return (f"next: python finetune.py --weights {weights} --data DIR\n"
                 f"      (DIR: labelled images, in a folder for each class)")
-    data = args.data
-    if args.data_root != DEFAULTS["data_root"]:
-        data += f" --data-root {shlex.quote(args.data_root)}"
+    data = settings.data
+    if settings.data_root != DEFAULTS["data_root"]:
+        data += f" --data-root {shlex.quote(settings.data_root)}"
     return f"next: python finetune.py --weights {weights} --data {data}"
 
 
-def save_reconstructions(done: int, args: SimpleNamespace, world: Distributed, state: TrainState,
+def save_reconstructions(done: int, settings: Settings, world: Distributed, state: TrainState,
                          previews: Tensor | None, checkpointer: Checkpointer) -> None:
     """--sheets times in a run, a picture of the same images under the same masks."""
-    gaps = max(1, args.sheets - 1)
-    steps = {round(i / gaps * state.plan.total) for i in range(args.sheets)}
+    gaps = max(1, settings.sheets - 1)
+    steps = {round(i / gaps * state.plan.total) for i in range(settings.sheets)}
     if world.rank or previews is None or done not in steps:
         return
     model = state.model
-    mask = draw_masks(len(previews), model.grid, args.mask_ratio, world.device, args.seed)
+    mask = draw_masks(len(previews), model.grid, settings.mask_ratio, world.device, settings.seed)
     seen, reconstruction, pasted = model.reconstruct(previews, mask)
     columns = {"image": previews, "encoder sees": seen, "reconstruction": reconstruction,
                "hidden patches pasted": pasted,
                "a blur of what is seen": fill_hidden(previews, mask, "blur")}
     columns = {title: denormalise(images) for title, images in columns.items()}
-    note = UNTRAINED if args.visible_weight < 0.01 else ""
+    note = UNTRAINED if settings.visible_weight < 0.01 else ""
     file = checkpointer.out / f"reconstruction-{done:06d}.png"
     checkpointer.write("a picture", save_sheet, file, columns, note)
 
 
 # ---- set-up ----
 
-def start(args: SimpleNamespace, world: Distributed) -> tuple[SimpleNamespace, dict | None]:
-    """Joins the processes and opens the output folder: (settings, checkpoint to resume from)."""
-    world.set_device(args.device)
+def start(typed: dict, world: Distributed) -> tuple:
+    """Joins the processes, opens the output folder and the data.
+
+    Returns (settings, checkpoint to resume from, images to train on, held-out images)."""
+    world.set_device(typed.get("device"))
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
                                 world_size=world.size)
-    name = f"{Path(args.data).resolve().name}-{args.arch}"
-    name += f"-{args.baseline}" if args.baseline else ""
-    args, checkpoint = open_run(args, world, own={**DEFAULTS, **DEFAULTS_OF_OLD_RUNS}, name=name,
-                                flags=FLAGS)
-    args.amp = args.amp or world.default_amp()
-    if args.demo and not args.quick:
+    asked = ask(typed)
+    name = f"{Path(asked['data']).resolve().name}-{asked['arch']}"
+    name += f"-{asked['baseline']}" if asked["baseline"] else ""
+    out, checkpoint = open_run(typed, world, "pretrain.py", name, FLAGS)
+    if checkpoint:
+        asked = ask_again(typed, checkpoint["args"])
+    elif "data" not in typed and not asked["quick"]:
         world.print0("no --data given: running the demo on drawn shapes; the paper's run is\n"
                      "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
-    return args, checkpoint
+    asked["out"] = out
+
+    if asked["download"]:                                    # one process fetches for all
+        world.broadcast_from_rank0(lambda: len(open_source(asked, download=True)))
+    source, others = hold_out(open_source(asked), asked)
+    settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
+    if settings.crop_min != asked["crop_min"]:               # large files are decoded to fit it
+        source, others = hold_out(open_source(vars(settings)), vars(settings))
+    return settings, checkpoint, source, others
 
 
-def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None
+def open_source(asked: dict, download: bool = False):
+    """All images of --data, before some of them are held out."""
+    return open_images(asked["data"], "train", height_width(asked["image_size"]),
+                       asked["data_root"], download, crop_min=asked["crop_min"])
+
+
+def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, source, others
             ) -> tuple[TrainState, HeldOut | None, Tensor | None]:
-    """Data, model and optimiser; held-out images; six images for pictures, (6, 3, H, W).
+    """Model, optimiser and loader; held-out images; six images for pictures, (6, 3, H, W).
 
     Raises ValueError if they do not fit together."""
-    size = height_width(args.image_size)                     # (H, W)
-    if args.download:                                        # one process fetches for all
-        world.broadcast_from_rank0(
-            lambda: len(open_images(args.data, "train", size, args.data_root, download=True)))
-    source = open_images(args.data, "train", size, args.data_root, crop_min=args.crop_min)
-    source, others = hold_out(source, args, size)
-    plan = StepPlan.plan(args, world, len(source), checkpoint)
+    size = height_width(settings.image_size)                 # (H, W)
+    plan = StepPlan.plan(settings, world, len(source), checkpoint)
+    warn_of_few_units(settings, world)
 
-    torch.manual_seed(seed_for(args.seed))                   # all processes: the same weights
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
-                            args.stem)
-    if checkpoint:
-        keep_peak_lr(args, plan)
-    else:
-        choose_recipe(args, len(source), plan, encoder)
-        plan = StepPlan.plan(args, world, len(source), checkpoint)
-    check_mask(args, world)
-    if args.weights and not checkpoint:
-        found = load_backbone(encoder, args.weights)
-        world.print0(f"{args.weights}: {summary_of(found)}")
-    model = A2MIM(encoder, size, args.mask_size, args.token_stage, args.token, args.fill)
+    torch.manual_seed(seed_for(settings.seed))                   # all processes: the same weights
+    encoder = build_encoder(settings.arch, size, settings.drop_path, settings.patch_size,
+                            settings.window, settings.stem)
+    if settings.weights and not checkpoint:
+        found = load_backbone(encoder, settings.weights)
+        world.print0(f"{settings.weights}: {summary_of(found)}")
+    model = A2MIM(encoder, size, settings.mask_size, settings.token_stage, settings.token,
+                  settings.fill)
     model = model.to(world.device)
 
-    batches = ResumableBatchSampler(len(source), plan.batch, args.accum, world.size, world.rank,
-                                    args.seed, plan.start, plan.total)
-    samples = ImageDataset(source, CropAndFlip(size, args.crop_min), args.seed)
-    loader = make_loader(samples, batches, args.workers, world)
+    batches = ResumableBatchSampler(len(source), plan.batch, settings.accum, world.size, world.rank,
+                                    settings.seed, plan.start, plan.total)
+    samples = ImageDataset(source, CropAndFlip(size, settings.crop_min), settings.seed)
+    loader = make_loader(samples, batches, settings.workers, world)
 
-    is_cnn = get_family(args.arch).convolutional             # channels_last is faster on a CNN
-    channels_last = args.channels_last and is_cnn and not world.on_mps
+    is_cnn = get_family(settings.arch).convolutional             # channels_last is faster on a CNN
+    channels_last = settings.channels_last and is_cnn and not world.on_mps
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(memory_format=memory_format)
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
+    if settings.compile:
         model.compile()
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         net = DDP(model, device_ids=devices, gradient_as_bucket_view=True)
-    groups = parameter_groups(model, args.weight_decay, args.token_lr)
+    groups = parameter_groups(model, settings.weight_decay, settings.token_lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
-    scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
+    scale = {} if settings.amp == "fp16" else {"init_scale": 1.0}
     scaler = torch.amp.GradScaler(world.device.type, **scale)
-    unreadable = UnreadableImages(source, args.max_bad, args.out)
+    unreadable = UnreadableImages(source, settings.max_bad, settings.out)
     state = TrainState(plan, loader, model, net, optimizer, scaler, memory_format, unreadable)
 
-    centred = ImageDataset(others or source, eval_transform(size), args.seed)
+    centred = ImageDataset(others or source, eval_transform(size), settings.seed)
     previews = torch.stack([centred[0, i * len(centred) // 6][0] for i in range(6)])
     previews = normalise(previews, world.device)
     is_image = make_target(previews, model).shape == previews.shape
     held = None
     if others:
-        held = read_held_out(centred, args, world, model, with_baselines=is_image)
+        held = read_held_out(centred, settings, world, model, with_baselines=is_image)
     return state, held, previews if is_image else None
 
 
-def read_held_out(samples: ImageDataset, args: SimpleNamespace, world: Distributed, model: A2MIM,
+def read_held_out(samples: ImageDataset, settings: Settings, world: Distributed, model: A2MIM,
                   with_baselines: bool) -> HeldOut:
     """This process's part of the held-out images, and what two baselines that learn nothing get."""
     mine = every_image_once(len(samples), 64, world)
     images = [torch.zeros(0, *samples[0, 0][0].shape, dtype=torch.uint8)]    # a process may have 0
-    for batch, _, broken in make_loader(samples, mine, args.workers, world):
+    for batch, _, broken in make_loader(samples, mine, settings.workers, world):
         images.append(batch[broken < 0])
     images = torch.cat(images)
-    masks = draw_masks(len(samples), model.grid, args.mask_ratio, world.device, args.seed, 1)
+    masks = draw_masks(len(samples), model.grid, settings.mask_ratio, world.device,
+                       settings.seed, 1)
     masks = masks[world.rank::world.size][:len(images)]
     held = HeldOut(images, masks, len(samples))
     if with_baselines:
@@ -395,107 +407,57 @@ def read_held_out(samples: ImageDataset, args: SimpleNamespace, world: Distribut
 
         def blur(images, mask):
             return fill_hidden(images, mask, "blur")
-        held.mean_colour = held_out_loss(mean_colour, held, args, world, model)
-        held.blur = held_out_loss(blur, held, args, world, model)
+        held.mean_colour = held_out_loss(mean_colour, held, settings, world, model)
+        held.blur = held_out_loss(blur, held, settings, world, model)
     return held
 
 
-def choose_recipe(args: SimpleNamespace, images: int, plan: StepPlan, encoder: Encoder) -> None:
-    """Chooses the recipe if --recipe was not given, and fills in its values for every setting that
-    the user did not type. Raises ValueError if no mask size was typed and none fits the image."""
-    if args.recipe is None:
-        args.recipe = "small" if images < FEW_IMAGES else "imagenet"
-    preset = {**(SIMMIM if args.baseline else {})}
-    if args.demo:
-        preset |= QUICK if args.quick else DEMO
-    fixed = {*args.given, *preset}
-    chosen = {}
-    kind = get_family(args.arch).name
-    if args.recipe == "small":
-        peak = SMALL_PEAK * (3 if kind == "resnet" else 1)
-        args.peak_lr = None if "lr" in fixed else peak
-        chosen = dict(SMALL, lr=peak * 512 / plan.global_batch, min_lr=peak / 100,
-                      crop_min=RECIPES[kind]["crop_min"], epochs=SMALL_STEPS / plan.per_epoch)
-    if args.recipe == "small" or has_few_units(args) and "mask_size" not in fixed:
-        unit = args.patch_size if kind == "vit" else 8       # pixels
-        typed = args.given.get("mask_size")
-        size, stage = choose_mask_size_and_stage(encoder, height_width(args.image_size), unit,
-                                                 typed)
-        chosen |= dict(mask_size=size, token_stage=stage)
-    for name, value in chosen.items():
-        if name not in fixed:
-            setattr(args, name, value)
-
-
-def has_few_units(args: SimpleNamespace) -> bool:
-    """Has the image fewer than FEW_UNITS mask units, or no whole number of them?"""
-    try:
-        grid = mask_grid(height_width(args.image_size), args.mask_size)
-    except ValueError:
-        return True
-    return math.prod(grid) < FEW_UNITS
-
-
-def keep_peak_lr(args: SimpleNamespace, plan: StepPlan) -> None:
-    """A resumed run of the small recipe has the same peak lr at any batch size."""
-    if "lr" in args.given:
-        args.peak_lr = None
-    elif args.peak_lr:
-        args.lr = args.peak_lr * 512 / plan.global_batch
-
-
-def check_mask(args: SimpleNamespace, world: Distributed) -> None:
-    """Raises ValueError if mask units do not fit the image; warns if they are few."""
-    units = math.prod(mask_grid(height_width(args.image_size), args.mask_size))
-    hidden_count(units, args.mask_ratio)
+def warn_of_few_units(settings: Settings, world: Distributed) -> None:
+    units = math.prod(mask_grid(height_width(settings.image_size), settings.mask_size))
     if units < FEW_UNITS:
-        world.print0(f"warning: {units} mask units of {args.mask_size} px are too few to learn "
+        world.print0(f"warning: {units} mask units of {settings.mask_size} px are too few to learn "
                      f"much from; use a smaller --mask-size or a larger --image-size")
 
 
-def peak_lr(args: SimpleNamespace, plan: StepPlan) -> float:
-    return args.lr * plan.global_batch / 512
-
-
-def print_start(args: SimpleNamespace, world: Distributed, state: TrainState,
+def print_start(settings: Settings, world: Distributed, state: TrainState,
                 from_step: int | None) -> None:
     """What is trained, on what, and how. from_step: of a resumed run."""
     model, plan = state.model, state.plan
-    peak = peak_lr(args, plan)
+    peak = settings.peak_lr
     if peak * plan.total < 0.1:                              # about as far as AdamW moves a weight
         cure = "raise --lr (per 512 images) or --epochs"
-        cure += ", or use --recipe small" if args.recipe != "small" else ""
+        cure += ", or use --recipe small" if settings.recipe != "small" else ""
         world.print0(f"peak lr {peak:.1e} x {plan.total} steps = {peak * plan.total:.1g}: no "
                      f"weight moves further, so little will be learned; {cure}")
 
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    stem = ", small stem (3x3, stride 1)" if args.stem == "small" else ""
-    is_vit = get_family(args.arch).name == "vit"
-    patches = f", patches of {args.patch_size} px" if is_vit else ""
+    stem = ", small stem (3x3, stride 1)" if settings.stem == "small" else ""
+    is_vit = get_family(settings.arch).name == "vit"
+    patches = f", patches of {settings.patch_size} px" if is_vit else ""
     units = math.prod(model.grid)
-    hidden = hidden_count(units, args.mask_ratio)
+    hidden = hidden_count(units, settings.mask_ratio)
     images = len(state.unreadable.source)
     resumed = f", from step {from_step}" if from_step is not None else ""
-    is_chosen = args.recipe == "small" and "recipe" not in args.given
+    is_chosen = settings.recipe == "small" and "recipe" not in settings.typed
     reason = f" (small: under {FEW_IMAGES:,} images)" if is_chosen else ""
     world.print0(
-        f"{args.arch}: {millions:.1f} M parameters{stem}{patches}, "
+        f"{settings.arch}: {millions:.1f} M parameters{stem}{patches}, "
         f"token before stage {model.token_stage}\n"
-        f"{args.data}: {images} images at {format_size(args.image_size)}, "
-        f"{hidden} of {units} mask units hidden ({args.mask_size} px)\n"
-        f"{world.size} x {world.device.type}, amp {args.amp}, {state.loader.num_workers} workers "
-        f"each; global batch {plan.global_batch}, peak lr {peak:.2e}, {args.epochs:g} epochs of "
+        f"{settings.data}: {images} images at {format_size(settings.image_size)}, "
+        f"{hidden} of {units} mask units hidden ({settings.mask_size} px)\n"
+        f"{world.size} x {world.device.type}, amp {settings.amp}, {settings.workers} workers each; "
+        f"global batch {settings.global_batch}, peak lr {peak:.2e}, {settings.epochs:g} epochs of "
         f"{plan.per_epoch} steps{resumed}\n"
-        f"recipe {args.recipe}{reason}; writing {args.out}/")
+        f"recipe {settings.recipe}{reason}; writing {settings.out}/")
 
 
-def print_end(args: SimpleNamespace, world: Distributed, held: HeldOut | None) -> None:
+def print_end(settings: Settings, world: Distributed, held: HeldOut | None) -> None:
     pictures = ""
-    if args.sheets:
-        pictures = f", {args.out}/reconstruction-*.png show its reconstructions"
+    if settings.sheets:
+        pictures = f", {settings.out}/reconstruction-*.png show its reconstructions"
     said_already = held is not None and held.blur is not None
-    after = "" if said_already else f"\n{next_step(True, args)}"
-    world.print0(f"done: {args.out}/backbone.pt holds the encoder{pictures}{after}")
+    after = "" if said_already else f"\n{next_step(True, settings)}"
+    world.print0(f"done: {settings.out}/backbone.pt holds the encoder{pictures}{after}")
 
 
 # ---- flags: name -> (default, kind, help). A recipe overrides a default, a typed flag both ----
@@ -562,34 +524,109 @@ FLAGS = {
         "quick": (False, SWITCH, "100 steps on drawn shapes in under a minute, to try a change"),
         "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
 }
-# What a flag or a recipe can set. peak_lr: of the small recipe, None if --lr was typed
-DEFAULTS = {**defaults(FLAGS), "global_batch": None, "peak_lr": None}
+Settings = settings_class(FLAGS)                             # frozen, with a field for each flag
+DEFAULTS = all_defaults("pretrain.py", FLAGS)
 # of runs that were begun before these flags were there
 DEFAULTS_OF_OLD_RUNS = dict(val=0.0, recipe="imagenet", stem="imagenet")
 
 
-def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Flags over the recipe of the backbone; `given` holds what was typed.
-
-    Raises ValueError for a wrong value."""
+def parse(argv: list[str] | None) -> dict:
+    """The flags that were typed, with their values. Raises ValueError for a wrong one."""
     parser = Parser("pretrain.py", "%(prog)s [--data DIR] [--arch NAME] [options]", __doc__, FLAGS,
                     RECIPES)
-    given = vars(parser.parse_args(argv))
-    if "quick" in given and "data" in given:
+    typed = vars(parser.parse_args(argv))
+    if "quick" in typed and "data" in typed:
         raise ValueError("--quick runs on drawn shapes; leave out --data, or leave out --quick")
-    demo = {}
-    if "data" not in given:
-        demo = QUICK if "quick" in given else DEMO
-    arch = given.get("arch", demo.get("arch", DEFAULTS["arch"]))
-    kind = get_family(arch)
+    return typed
+
+
+# ---- settings: resolved once, before the run begins ----
+
+def ask(typed: dict) -> dict:
+    """What is known of a new run before its images are counted. Each overrides those before it:
+    defaults, recipe of the backbone, exceptions, the demo, the baseline, what was typed."""
+    demo = demo_of(typed)
+    arch = typed.get("arch", demo.get("arch", DEFAULTS["arch"]))
+    family = get_family(arch)
     baseline = {}
-    if "baseline" in given:
-        baseline = {**SIMMIM, **(SIMMIM_CNN if kind.convolutional else {})}
-    recipe = {**RECIPES[kind.name], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
-    image_size = given.get("image_size", recipe["image_size"])
+    if "baseline" in typed:
+        baseline = {**SIMMIM, **(SIMMIM_CNN if family.convolutional else {})}
+    recipe = {**RECIPES[family.name], **EXCEPTIONS.get(arch, {}), **demo, **baseline}
+    image_size = typed.get("image_size", recipe["image_size"])
     sized = settings_for_size(arch, image_size)
-    settings = {**DEFAULTS, "arch": arch, **recipe, **sized, **given}
-    return SimpleNamespace(**settings, program="pretrain.py", given=given, demo=bool(demo))
+    return {**DEFAULTS, "arch": arch, **recipe, **sized, **typed, "typed": sorted(typed)}
+
+
+def ask_again(typed: dict, saved: dict) -> dict:
+    """The same of a resumed run: its own settings, then what is typed now."""
+    names = sorted({*saved.get("typed", []), *typed})
+    return {**DEFAULTS, **DEFAULTS_OF_OLD_RUNS, **saved, **typed, "typed": names}
+
+
+def demo_of(typed: dict) -> dict:
+    """The settings of the demo if no data were typed, otherwise {}."""
+    if "data" in typed:
+        return {}
+    return QUICK if "quick" in typed else DEMO
+
+
+def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
+    """The settings of a run, from `ask` or `ask_again`, the number of images and the processes.
+
+    Nothing changes them afterwards. Raises ValueError if the mask does not fit the image."""
+    values = {**asked, **resolve_batch(asked, world)}
+    values["amp"] = values["amp"] or world.default_amp()
+    if values["workers"] is None:
+        values["workers"] = default_workers(world)
+    if not is_resumed:
+        if values["recipe"] is None:
+            values["recipe"] = "small" if images < FEW_IMAGES else "imagenet"
+        fixed = {*values["typed"]}
+        if values["baseline"]:
+            fixed |= {*SIMMIM}
+        fixed |= {*demo_of(dict.fromkeys(values["typed"]))}
+        for name, value in chosen_for(values, images).items():
+            if name not in fixed:
+                values[name] = value
+    elif values["recipe"] == "small" and values["peak_lr"] and "lr" not in values["typed"]:
+        values["lr"] = values["peak_lr"] * 512 / values["global_batch"]
+    values["warmup_epochs"] = resolve_warmup(values)
+    values["peak_lr"] = values["lr"] * values["global_batch"] / 512
+    units = math.prod(mask_grid(height_width(values["image_size"]), values["mask_size"]))
+    hidden_count(units, values["mask_ratio"])                # raises if none is hidden or visible
+    return Settings(**values)
+
+
+def chosen_for(values: dict, images: int) -> dict:
+    """What the recipe `small` and small images set, unless it was typed.
+
+    Raises ValueError if no mask size was typed and none fits the image."""
+    is_small = values["recipe"] == "small"
+    kind = get_family(values["arch"]).name
+    chosen = {}
+    if is_small:
+        peak = SMALL_PEAK * (3 if kind == "resnet" else 1)
+        per_epoch = steps_per_epoch(images, values["global_batch"])
+        chosen = dict(SMALL, lr=peak * 512 / values["global_batch"], min_lr=peak / 100,
+                      crop_min=RECIPES[kind]["crop_min"], epochs=SMALL_STEPS / per_epoch)
+    typed_size = values["mask_size"] if "mask_size" in values["typed"] else None
+    if is_small or typed_size is None and has_few_units(values):
+        size = height_width(values["image_size"])
+        encoder = build_encoder(values["arch"], size, 0.0, values["patch_size"], values["window"],
+                                values["stem"])
+        unit = values["patch_size"] if kind == "vit" else 8  # pixels
+        mask_size, stage = choose_mask_size_and_stage(encoder, size, unit, typed_size)
+        chosen |= dict(mask_size=mask_size, token_stage=stage)
+    return chosen
+
+
+def has_few_units(values: dict) -> bool:
+    """Has the image fewer than FEW_UNITS mask units, or no whole number of them?"""
+    try:
+        grid = mask_grid(height_width(values["image_size"]), values["mask_size"])
+    except ValueError:
+        return True
+    return math.prod(grid) < FEW_UNITS
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torchvision
@@ -21,42 +20,41 @@ from torch import Tensor
 
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
-                    read_checkpoint, read_lines, refuse_odd_files, save_atomically, settings,
+                    read_checkpoint, read_lines, refuse_odd_files, save_atomically,
                     trim_log, write_text_atomically)
 from .flags import accepts, format_size
 from .pictures import save_curve
 from .progress import Progress, RunningMeans
+from .settings import to_save
 
 # ---- the start of a run ----
 
-def open_run(args: SimpleNamespace, world: Distributed, own: dict, name: str,
-             flags: dict) -> tuple[SimpleNamespace, dict | None]:
-    """(settings, checkpoint): with --resume the checkpoint in --out and the settings of its run.
+def open_run(typed: dict, world: Distributed, program: str, name: str,
+             flags: dict) -> tuple[str, dict | None]:
+    """(output folder, checkpoint): with --resume the checkpoint in --out, if there is one.
 
-    own    the program's default settings
+    typed  the flags that were typed
     name   of the folder in runs/, if there is no --out
     flags  the program's table of flags (engine/flags.py)
 
     All processes take part. Raises ValueError if the folder is taken, not writable or of another
     program, or if the checkpoint holds settings that the flags would refuse."""
-    args.out = world.broadcast_from_rank0(lambda: choose_folder(args, name))
-    checkpoint = read_checkpoint(Path(args.out)) if args.resume else None
+    is_resumed = typed.get("resume", False)
+    out = world.broadcast_from_rank0(lambda: choose_folder(typed.get("out"), name, is_resumed))
+    checkpoint = read_checkpoint(Path(out)) if is_resumed else None
     step = checkpoint["step"] if checkpoint else -1
     if world.all_reduce_max(step, -step) != [step, -step]:
-        raise ValueError(f"--resume: the processes see different checkpoints in {args.out}; --out "
+        raise ValueError(f"--resume: the processes see different checkpoints in {out}; --out "
                          f"must be one folder that all nodes share")
     if checkpoint:
-        check_settings(checkpoint, args.program, flags)
+        check_settings(checkpoint, program, flags)
         world.print0(f"resuming from {checkpoint['path']}, step {step}")
-        recent = dict(given=args.given, demo=False, out=args.out)
-        # the run's own settings, then what was typed now
-        return SimpleNamespace(**{**own, **checkpoint["args"], **args.given, **recent}), checkpoint
-    if args.resume:
-        if "data" not in args.given:
-            raise ValueError(f"--resume: no checkpoint in {args.out}; give the run's folder with "
+    elif is_resumed:
+        if "data" not in typed:
+            raise ValueError(f"--resume: no checkpoint in {out}; give the run's folder with "
                              f"--out, or --data and the flags of the run to start it")
-        world.print0(f"{args.out}: no checkpoint yet, starting from the beginning")
-    return args, None
+        world.print0(f"{out}: no checkpoint yet, starting from the beginning")
+    return out, checkpoint
 
 
 def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
@@ -72,7 +70,7 @@ def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
                              f"move the file away to start from the beginning")
 
 
-def choose_folder(args: SimpleNamespace, name: str) -> str:
+def choose_folder(out: str | None, name: str, resume: bool) -> str:
     """--out; by default runs/<name>, numbered if taken, and the newest of them with --resume.
 
     A refused command makes no folder. Raises ValueError if the folder cannot be used."""
@@ -80,20 +78,20 @@ def choose_folder(args: SimpleNamespace, name: str) -> str:
 
     def numbered(n: int) -> Path:
         return Path("runs") / (name if n == 1 else f"{name}-{n}")
-    if args.out is None:
+    if out is None:
         taken = [0]
         for n in range(1, 1000):
             if any((numbered(n) / file).exists() for file in ("log.jsonl", *results)):
                 taken.append(n)
         newest = max(taken)
-        args.out = str(numbered(max(newest, 1) if args.resume else newest + 1))
+        out = str(numbered(max(newest, 1) if resume else newest + 1))
 
-    out = Path(os.path.normpath(args.out))                   # "new/../runs" makes no folder "new"
+    out = Path(os.path.normpath(out))                        # "new/../runs" makes no folder "new"
     if out.is_dir():
         refuse_odd_files(out)
         lock_folder(out)
     begun = (out / "log.jsonl").exists()
-    if begun and not args.resume:
+    if begun and not resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
                          f"choose another folder")
     there = [file for file in results if (out / file).exists()]
@@ -110,17 +108,18 @@ def choose_folder(args: SimpleNamespace, name: str) -> str:
     return str(out)
 
 
-def make_folder(args: SimpleNamespace, world: Distributed, global_batch: int) -> None:
+def make_folder(settings, world: Distributed) -> None:
     """Makes and locks the output folder. Writes every setting and the versions to args.json.
 
     All processes take part. Raises ValueError if another run writes there."""
-    world.broadcast_from_rank0(lambda: make_and_lock(Path(args.out)))
+    out = Path(settings.out)
+    world.broadcast_from_rank0(lambda: make_and_lock(out))
     if world.rank == 0:
-        used = dict(global_batch=global_batch, torch=torch.__version__,
+        used = dict(workers=settings.workers, torch=torch.__version__,
                     torchvision=torchvision.__version__, world=world.size,
                     device=world.device.type)
-        text = json.dumps({**settings(args), **used}, indent=1) + "\n"
-        write_text_atomically(Path(args.out) / "args.json", text)
+        text = json.dumps({**to_save(settings), **used}, indent=1) + "\n"
+        write_text_atomically(out / "args.json", text)
 
 
 @dataclass
@@ -134,28 +133,16 @@ class StepPlan:
     warmup: int
 
     @classmethod
-    def plan(cls, args: SimpleNamespace, world: Distributed, images: int,
+    def plan(cls, settings, world: Distributed, images: int,
              checkpoint: dict | None) -> "StepPlan":
         """From the settings and the number of images.
 
         Raises ValueError if the data set is smaller than one step."""
-        if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-            if "warmup_epochs" in args.given:
-                raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be less than "
-                                 f"--epochs {args.epochs:g}")
-            args.warmup_epochs = None                        # a short run of a long recipe
-        batch = args.batch_size or (256 if world.on_gpu else 32)
-        if args.global_batch and not args.batch_size:
-            if args.global_batch % world.size:
-                raise ValueError(f"{world.size} processes do not divide the global batch of "
-                                 f"{args.global_batch}; give --batch-size, images per process")
-            batch = args.global_batch // world.size
-        global_batch = batch * args.accum * world.size
-        per_epoch = steps_per_epoch(images, global_batch)
-        total = max(1, round(per_epoch * args.epochs))
+        per_epoch = steps_per_epoch(images, settings.global_batch)
+        total = max(1, round(per_epoch * settings.epochs))
         start = cls.resume_step(checkpoint, per_epoch, total, world) if checkpoint else 0
-        warmup = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
-        return cls(batch, global_batch, per_epoch, total, start, round(per_epoch * warmup))
+        warmup = round(per_epoch * settings.warmup_epochs)
+        return cls(settings.batch_size, settings.global_batch, per_epoch, total, start, warmup)
 
     @staticmethod
     def resume_step(checkpoint: dict, per_epoch: int, total: int, world: Distributed) -> int:
@@ -195,16 +182,16 @@ class Checkpointer:
     statistics are put back. Raises Failed if the run cannot go on, Stopped after a signal. If the
     loader fails (the data are gone, a worker was killed), the last whole step is saved first."""
 
-    def __init__(self, args: SimpleNamespace, world: Distributed, plan: StepPlan, saved: dict,
+    def __init__(self, settings, world: Distributed, plan: StepPlan, saved: dict,
                  checkpoint: dict | None, exports: dict | None = None):
         """saved    name -> an object with state_dict and load_state_dict that checkpoints hold
 
         checkpoint  fills them, to resume
         exports     file name -> a function that gives its content, written with every checkpoint"""
-        self.args = args
+        self.settings = settings
         self.world = world
         self.plan = plan
-        self.out = Path(args.out)
+        self.out = Path(settings.out)
         self.log = self.out / "log.jsonl"
         self.means = RunningMeans(world)
         self.saved = {**saved, "means": self.means}
@@ -220,7 +207,7 @@ class Checkpointer:
         self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
         if checkpoint:                                       # older ones have no means
             self.load({"means": self.means.state_dict(), **checkpoint})
-        make_folder(args, world, plan.global_batch)
+        make_folder(settings, world)
         if world.rank == 0:
             start = checkpoint["step"] / checkpoint["per_epoch"] if checkpoint else 0.0
             trim_log(self.log, start)
@@ -251,7 +238,7 @@ class Checkpointer:
 
     def after(self, step: int, record: dict[str, Tensor]) -> None:
         """After a step. record: this process's 'loss' and its parts, still on the device."""
-        args, plan = self.args, self.plan
+        plan = self.plan
         self.in_step = False
         self.done = step + 1
         bad = ~torch.isfinite(record["loss"])
@@ -263,7 +250,7 @@ class Checkpointer:
         self.bar.update()
 
         epoch_ends = self.done % plan.per_epoch == 0 or self.done == plan.total
-        is_logged = self.done % args.log_every == 0 or epoch_ends or self.done == 1
+        is_logged = self.done % self.settings.log_every == 0 or epoch_ends or self.done == 1
         # the GPU is waited for only where a line is logged
         streak = int(self.bad_in_a_row) if is_logged or not self.world.on_gpu else 0
         stop, streak = self.world.all_reduce_max(self.signals.number, streak)
@@ -282,8 +269,8 @@ class Checkpointer:
 
     def is_due(self) -> bool:
         """Is it time for a checkpoint by --save-every, steps ('200') or minutes ('10m')?"""
-        every = int(self.args.save_every.removesuffix("m"))
-        if self.args.save_every.isdecimal():
+        every = int(self.settings.save_every.removesuffix("m"))
+        if self.settings.save_every.isdecimal():
             return self.done % every == 0
         return time.time() - self.saved_at > 60 * every
 
@@ -307,7 +294,7 @@ class Checkpointer:
         """Writes `exports`, checkpoint.pt and loss.png. Raises OSError if that fails."""
         state = {name: kept.state_dict() for name, kept in self.saved.items()}
         state |= dict(step=self.done, per_epoch=self.plan.per_epoch, world=self.world.size,
-                      args=settings(self.args), skipped=int(self.skipped))
+                      args=to_save(self.settings), skipped=int(self.skipped))
         if not all_finite(state["model"]):
             raise OSError(NOT_FINITE)
         for name, content in self.exports.items():           # first: a resumed run writes the rest
@@ -322,7 +309,7 @@ class Checkpointer:
         now."""
         optimizer = self.saved["optimizer"]
         typed = [(group["scale"], group["weight_decay"]) for group in optimizer.param_groups]
-        same_amp = checkpoint["args"].get("amp") == self.args.amp
+        same_amp = checkpoint["args"].get("amp") == self.settings.amp
         try:
             for name, kept in self.saved.items():
                 # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
@@ -452,10 +439,10 @@ class Checkpointer:
     def describe_not_finite(self, streak: int) -> str:
         file = self.out / "checkpoint.pt"
         kept = f"{file} is kept" if file.exists() else "there is no checkpoint yet"
-        cure = "try a lower --lr" + (" or --amp bf16" if self.args.amp == "fp16" else "")
+        cure = "try a lower --lr" + (" or --amp bf16" if self.settings.amp == "fp16" else "")
         return (f"loss is not finite, {streak} times in a row at step {self.done} "
-                f"(lr {self.lr():.1e}, amp {self.args.amp}, last finite loss {self.last_loss}); "
-                f"{kept}; {cure}")
+                f"(lr {self.lr():.1e}, amp {self.settings.amp}, last finite loss "
+                f"{self.last_loss}); {kept}; {cure}")
 
 
 def put_moments_in_memory_order(optimizer: torch.optim.Optimizer) -> None:

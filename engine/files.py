@@ -17,7 +17,6 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Iterator
 
 try:
@@ -79,12 +78,6 @@ def refuse_odd_files(out: Path) -> None:
             kind = "folder" if path.is_dir() else "pipe or device"
             raise ValueError(f"{printable(str(path))}: is a {kind}, a run writes a file of this "
                              f"name; move it away, or choose another --out")
-
-
-def settings(args: SimpleNamespace) -> dict:
-    """The flags that args.json and a checkpoint hold: those that a resumed run takes over."""
-    of_this_start = ("given", "demo", "resume", "download", "device")
-    return {name: value for name, value in vars(args).items() if name not in of_this_start}
 
 
 # ---- files that are whole ----
@@ -207,7 +200,11 @@ def with_new_names(args: dict) -> dict:
         if args.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"this run has {flag} {args[name]}, which is no longer supported")
-    return {RENAMED.get(name, name): value for name, value in args.items() if name not in REMOVED}
+    args = {RENAMED.get(name, name): value for name, value in args.items() if name not in REMOVED}
+    if "typed" not in args:                                  # global_batch was the recipe's
+        of_recipe = args.pop("global_batch", None)
+        args["recipe_batch"] = None if args.get("batch_size") else of_recipe
+    return args
 
 
 def is_checkpoint(state: dict) -> bool:

@@ -8,7 +8,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ def score(best: Tensor, labels: Tensor, classes: int, world: Distributed) -> dic
     return dict(top1=top1, top5=top5, images=images, confusion=confusion)
 
 
-def report(result: dict, args: SimpleNamespace, world: Distributed, state, **more) -> None:
+def report(result: dict, settings, world: Distributed, state, **more) -> None:
     """Prints the result of `score`, and writes confusion.png and result.json.
 
     state  finetune.TrainState
@@ -46,7 +45,7 @@ def report(result: dict, args: SimpleNamespace, world: Distributed, state, **mor
 
     The accuracy of a class without validation images is None. Raises OSError if a file cannot be
     written."""
-    out = Path(args.out)
+    out = Path(settings.out)
     confusion = result.pop("confusion").double()             # (C, C)
     images = confusion.sum(1)                                # of each class
     shares = confusion / images[:, None].clamp(min=1)        # rows sum to 1
@@ -64,8 +63,8 @@ def report(result: dict, args: SimpleNamespace, world: Distributed, state, **mor
     if world.rank:
         return
 
-    more["weights"] = args.weights or args.init
-    if not args.eval_only:
+    more["weights"] = settings.weights or settings.init
+    if not settings.eval_only:
         more["labels"] = len(state.labels)
     text = json.dumps({**result, **more, "per_class": per_class}, indent=1) + "\n"
     was_trained = (out / "checkpoint.pt").exists()
@@ -76,7 +75,7 @@ def report(result: dict, args: SimpleNamespace, world: Distributed, state, **mor
     write_text_atomically(out / "result.json", text, fix)
 
 
-def write_features(z: Tensor, index: Tensor, args: SimpleNamespace, world: Distributed,
+def write_features(z: Tensor, index: Tensor, settings, world: Distributed,
                    source) -> None:
     """Writes features.npz. All processes take part, each with its own images.
 
@@ -104,9 +103,9 @@ def write_features(z: Tensor, index: Tensor, args: SimpleNamespace, world: Distr
 
     used = np.flatnonzero(is_there)
     names = [source.name(int(i)) for i in used]
-    if os.path.isdir(args.data):
-        names = [os.path.relpath(name, args.data) for name in names]
-    path = Path(args.out) / "features.npz"
+    if os.path.isdir(settings.data):
+        names = [os.path.relpath(name, settings.data) for name in names]
+    path = Path(settings.out) / "features.npz"
     with (replace_atomically(path, "give the same command again") as beside,
           open(beside, "wb") as file):
         np.savez(file, features=features[used], labels=source.labels[used].astype(np.int64),
