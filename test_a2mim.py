@@ -1374,7 +1374,7 @@ def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
     started = time.time()
     log, _ = run(tmp_path / "run", *QUICK, "--epochs", "2", "--val", "0.5")
     said = capsys.readouterr().err
-    form = r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  (.*)(\d+) images/s  00:0\d left$"
+    form = r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  (.*)(\d+) images/s  00:\d\d left$"
     lines = re.findall(form, said, re.M)
     assert [line[1:3] for line in lines] == [("1", "4"), ("2", "8")]
     assert "\r" not in said and "it/s" not in said
@@ -1567,7 +1567,7 @@ def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_t
         "--sheets 0 --workers 2 --out %s'.split())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=90
+        [sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
 
@@ -2390,7 +2390,7 @@ def test_an_image_size_beyond_memory_gets_one_line(few_images, tmp_path):
         "--sheets 0 --out %s'.split())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=240
     )
     assert (
         done.returncode == 1
@@ -3536,17 +3536,18 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(few_images, ca
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from engine.files import lock_folder
 lock_folder(Path(sys.argv[1]))
 print("locked", flush=True)
-time.sleep(60)
+sys.stdin.read()                                             # until it is killed
 """
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(few_images, capsys, tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=HERE, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
         for more in ([], ["--resume"]):
@@ -3603,7 +3604,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(few_images, tmp_path):
     flags = "--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 0 --amp off --epochs 0.002".split()
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code, "--data", "shapes", *flags, "--out", tmp_path], cwd=HERE,
-                              stderr=full, timeout=120)
+                              stderr=full, timeout=240)
     assert done.returncode == 0 and (tmp_path / "backbone.pt").is_file()
 
 
@@ -3645,20 +3646,26 @@ def test_a_process_whose_worker_raised_ends_after_its_line(tmp_path):
             "pretrain.main(sys.argv[1:])")
     flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 1 --val 0".split()
     done = subprocess.run([sys.executable, "-c", code, *flags, "--out", tmp_path], cwd=HERE, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=240)
     assert done.returncode == 1 and "the label is odd" in done.stderr
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {here!r})
 import pretrain
+from engine import command
 right = pretrain.train_step
 def train_step(step, *rest):
     if step == 1 and os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return right(step, *rest)
 pretrain.train_step = train_step
+right_clear = command.clear_frames
+def clear_frames(error):
+    time.sleep(1)                                            # torchrun's SIGTERM comes meanwhile
+    right_clear(error)
+command.clear_frames = clear_frames
 pretrain.main()
 """
 
