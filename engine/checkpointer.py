@@ -196,7 +196,7 @@ class Checkpointer:
         self.means = RunningMeans(world)
         self.saved = {**saved, "means": self.means}
         self.exports = exports or {}
-        self.signals = Signals()
+        self.signals = Signals(world)
 
         self.done = plan.start                               # steps
         self.in_step = False
@@ -223,7 +223,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.signals.__exit__()
+        self.signals.__exit__(kind, error, trace)
         self.bar.close()
         if self.in_step and isinstance(error, Exception):
             self.save_whole_steps(error)

@@ -15,7 +15,7 @@ import gc
 import os
 import signal
 import sys
-import threading
+import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -51,6 +51,7 @@ class Distributed:
     local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
     local_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     store = None                                             # shared by the processes, once joined
+    was_terminated = False                                   # SIGTERM was noted
 
     def __post_init__(self):
         if torch.accelerator.is_available():
@@ -205,6 +206,9 @@ class Signals:
     A second Ctrl-C ends the run at once. Under nohup SIGHUP is still ignored."""
     number = 0                                               # of the last signal, 0 = none yet
 
+    def __init__(self, world: Distributed):
+        self.world = world
+
     def __enter__(self) -> "Signals":
         noted = [signal.SIGINT, signal.SIGTERM]
         has_hangup = hasattr(signal, "SIGHUP")               # not on Windows
@@ -217,8 +221,11 @@ class Signals:
         if self.number and number == signal.SIGINT:
             os._exit(130)
         self.number = number
+        self.world.was_terminated |= number == signal.SIGTERM
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None and self.world.size > 1:
+            return                     # torchrun's SIGTERM must not come before the error's line
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
@@ -346,7 +353,9 @@ def wait_for_rank_0(world: Distributed) -> None:
 
     Torchrun ends the other processes by SIGTERM when rank 0 has ended. If rank 0 has printed
     nothing by then, or if no SIGTERM comes within 10 seconds, this process prints."""
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
-    if ended.wait(10) and world.end_was_told():
+    signal.signal(signal.SIGTERM, Signals(world).note)       # it may have come before
+    deadline = time.monotonic() + 10
+    while not world.was_terminated and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if world.was_terminated and world.end_was_told():
         os._exit(1)
