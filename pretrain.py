@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +72,12 @@ SIMMIM_CNN = dict(lr=2e-4, token_lr=1.0, crop_min=0.67)
 # --recipe small is ours, for fewer than FEW_IMAGES images; it was tuned on photographs and clip
 # art. The lr is a peak for any batch size, because scaling it with a small batch makes it vanish.
 # The spectrum is per image, because the mean over a few residuals carries little signal.
+# SMALL_STEPS are a first look. Weights that are worth fine-tuning took LONG_EPOCHS.
 FEW_IMAGES = 100_000
 SMALL = dict(spectrum="image", token_lr=1.0, schedule="cosine")
+SMALL_BATCH = 64                                             # images of a step
 SMALL_STEPS = 1500
+LONG_EPOCHS = 60
 SMALL_PEAK = 1e-3                                            # three times as much for a ResNet
 
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1,
@@ -171,6 +175,7 @@ def train(typed: dict, world: Distributed) -> None:
 
     batches = iter(state.loader)
     model.train()
+    began = time.time()
     with checkpointer:
         save_reconstructions(plan.start, settings, world, state, previews, checkpointer)
         if not checkpointer.has("held_out"):                 # stopped between step and evaluation
@@ -182,6 +187,7 @@ def train(typed: dict, world: Distributed) -> None:
                                     settings.schedule)
             record = train_step(step, batches, settings, world, state)
             checkpointer.after(step, record)                 # logs, saves, stops on a signal
+            print_length(step, settings, world, plan, began)
             save_reconstructions(step + 1, settings, world, state, previews, checkpointer)
             evaluate(step + 1, settings, world, state, held, checkpointer)
     checkpointer.finish()                                    # raises Failed if a file is missing
@@ -451,6 +457,23 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
         f"recipe {settings.recipe}{reason}; writing {settings.out}/")
 
 
+def print_length(step: int, settings: Settings, world: Distributed, plan: StepPlan,
+                 began: float) -> None:
+    """After 20 steps of the small recipe: how long its default length takes here, and what a
+    longer one takes."""
+    steps = step + 1 - plan.start
+    is_default = settings.recipe == "small" and "epochs" not in settings.typed
+    if steps != 20 or not is_default or settings.data == "shapes":
+        return
+    minutes = (time.time() - began) / steps / 60             # of a step
+    longer = LONG_EPOCHS * plan.per_epoch
+    if longer <= plan.total:
+        return
+    world.print0(f"{plan.total} steps take about {plan.total * minutes:.0f} minutes here: a first "
+                 f"look. Weights that are worth fine-tuning took {LONG_EPOCHS} epochs, about "
+                 f"{longer * minutes:.0f} minutes here: --epochs {LONG_EPOCHS}")
+
+
 def print_end(settings: Settings, world: Distributed, held: HeldOut | None) -> None:
     pictures = ""
     if settings.sheets:
@@ -574,13 +597,17 @@ def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = Fal
     """The settings of a run, from `ask` or `ask_again`, the number of images and the processes.
 
     Nothing changes them afterwards. Raises ValueError if the mask does not fit the image."""
-    values = {**asked, **resolve_batch(asked, world)}
+    values = dict(asked)
+    if values["recipe"] is None:
+        values["recipe"] = "small" if images < FEW_IMAGES else "imagenet"
+    if values["recipe"] == "small" and not (values["batch_size"] or values["recipe_batch"]):
+        forward_passes = values["accum"] * world.size
+        values["batch_size"] = max(1, min(SMALL_BATCH, images) // forward_passes)
+    values |= resolve_batch(values, world)
     values["amp"] = values["amp"] or world.default_amp()
     if values["workers"] is None:
         values["workers"] = default_workers(world)
     if not is_resumed:
-        if values["recipe"] is None:
-            values["recipe"] = "small" if images < FEW_IMAGES else "imagenet"
         fixed = {*values["typed"]}
         if values["baseline"]:
             fixed |= {*SIMMIM}

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import time
 from itertools import product
 from types import SimpleNamespace
 
@@ -30,7 +31,8 @@ import model
 import pretrain
 from engine import checkpointer, optim, pictures, weights
 from engine.testing import (TINY, checkerboard, complaint, flat, labelled_folder, paint, pixels,
-                            read_log, run, same_weights, settings_of, torchrun, tune, verdict_of)
+                            read_log, resolved, run, same_weights, settings_of, torchrun, tune,
+                            verdict_of)
 from model import A2MIM, build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -644,8 +646,9 @@ def test_held_out_images_are_never_trained_on_and_their_number_has_bounds(tmp_pa
         ("shapes", 0.02, 10_000, 200),
         ("shapes", 0.5, 10_000, 2000),
     ):
-        args = pretrain.parse(["--data", str(tmp_path / given) if given != "shapes" else given, "--val", str(share)])
-        source, others = pretrain.hold_out(data.open_images(args.data, "train", (32, 32)), args, (32, 32))
+        folder = tmp_path / given if given != "shapes" else given
+        asked = pretrain.ask(pretrain.parse(["--data", str(folder), "--val", str(share)]))
+        source, others = pretrain.hold_out(pretrain.open_source(asked), asked)
         assert (len(source), len(others) if others else 0) == (train, held), given
         if others:
             names = [{s.name(i) for i in range(len(s))} for s in (source, others)]
@@ -708,7 +711,7 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
         ("swin_tiny", 4e-4, 800, 0.5, 5.0),
         ("resnet200", 1.2e-3, 300, 0, 0),
     ):
-        args = pretrain.parse(["--data", "x", "--arch", arch])
+        args = resolved(pretrain, "--data", "x", "--arch", arch)
         assert (args.lr * 2048 / 512, args.epochs, args.fourier_weight, args.clip_grad) == (
             pytest.approx(lr),
             epochs,
@@ -716,7 +719,7 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
             clip,
         )
         assert (args.mask_ratio, args.mask_size, args.weight_decay, args.min_lr) == (0.6, 32, 0.05, 1e-5)
-    simmim = pretrain.parse(["--data", "x", "--baseline", "simmim", "--lr", "1"])
+    simmim = resolved(pretrain, "--data", "x", "--baseline", "simmim", "--lr", "1")
     assert (simmim.token, simmim.token_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == (
         "replace",
         1,
@@ -725,11 +728,12 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
         1,
     )
     for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):      # plain L1 on every backbone
-        assert not pretrain.parse(["--data", "x", "--baseline", "simmim", "--arch", arch]).focal_pixels
-    r101 = pretrain.parse(["--data", "x", "--arch", "resnet101"])
+        simmim = resolved(pretrain, "--data", "x", "--baseline", "simmim", "--arch", arch)
+        assert not simmim.focal_pixels
+    r101 = resolved(pretrain, "--data", "x", "--arch", "resnet101")
     assert (r101.fourier_focal, r101.spectrum) == (False, "image")
     for arch, stage in (("deit_small", 8), ("deit_tiny", 1)):
-        deit = pretrain.parse(["--data", "x", "--arch", arch])
+        deit = resolved(pretrain, "--data", "x", "--arch", arch)
         assert (deit.image_size, deit.lr, deit.schedule, deit.min_lr, deit.epochs, deit.clip_grad, deit.crop_min) == (
             192,
             2e-4,
@@ -811,26 +815,22 @@ DIFFERENCES = {"baseline", "token", "token_stage", "fill", "fourier_weight", "fo
 @pytest.mark.parametrize("images, batch", [(9_469, 64), (9_469, 8), (1_281_167, 2048)])
 def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own_recipe(arch, images, batch):
     size = 64 if images < 100_000 else 192
-    resolved = []
+    both = []
     for more in ([], ["--baseline", "simmim"]):
-        args = pretrain.parse(["--data", "x", "--arch", arch, "--image-size", str(size), *more])
-        encoder = build_encoder(arch, size, patch_size=args.patch_size)
-        steps = pretrain.StepPlan(batch, batch, images // batch, 1, 0, 0)
-        pretrain.choose_recipe(args, images, steps, encoder)
-        resolved.append(vars(args))
-    a2mim, simmim = resolved
-    different = {name for name in a2mim if a2mim[name] != simmim[name]} - {"given"}
+        flags = ["--data", "x", "--arch", arch, "--image-size", size, "--batch-size", batch, *more]
+        both.append(vars(resolved(pretrain, *flags, images=images)))
+    a2mim, simmim = both
+    different = {name for name in a2mim if a2mim[name] != simmim[name]} - {"typed"}
     on_a_cnn = arch not in ("deit_tiny", "swin_tiny")
     if images < 100_000 or not on_a_cnn:
         assert different <= DIFFERENCES
         assert simmim["token"] == "replace" and simmim["fourier_weight"] == 0 and simmim["fill"] == "zero"
     else:                                                    # the released SimMIM of ResNet-50
-        assert different <= DIFFERENCES | {"lr", "token_lr", "crop_min"}
+        assert different <= DIFFERENCES | {"lr", "peak_lr", "token_lr", "crop_min"}
         assert (simmim["lr"], simmim["token_lr"], simmim["crop_min"]) == (2e-4, 1.0, 0.67)
         assert (a2mim["lr"], a2mim["token_lr"], a2mim["crop_min"]) == (3e-4, 0.1, 0.8)
     if images < 100_000:
-        peak = simmim["lr"] * batch / 512
-        assert peak == pytest.approx(3e-3 if arch == "resnet18" else 1e-3)
+        assert simmim["peak_lr"] == pytest.approx(3e-3 if arch == "resnet18" else 1e-3)
 
 
 # ---- pretrain: the small recipe ----
@@ -849,7 +849,7 @@ def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images
                              *"--spectrum batch --epochs 0.25".split())
     assert (made["lr"], made["mask_size"], made["spectrum"], made["epochs"]) == (0.1, 32, "batch", 0.25)
     assert made["recipe"] == "small" and made["token_stage"] == 4             # as deep as half a typed cell allows
-    released = pretrain.parse(["--data", "x", "--arch", "resnet18"])
+    released = resolved(pretrain, "--data", "x", "--arch", "resnet18")
     made, said = settings_of(capsys, tmp_path / "released", *common, *"--recipe imagenet --batch-size 8".split(),
                              *"--epochs 0.25".split())
     for name in ("lr", "mask_size", "token_stage", "spectrum", "min_lr", "token_lr"):
@@ -858,13 +858,39 @@ def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images
     assert (made["token_stage"], made["token"], made["mask_size"]) == (1, "replace", 16)      # the same cells as A2MIM
 
 
+def test_the_command_of_the_readme_has_the_settings_of_its_table():
+    """`pretrain.py --data imagenette96 --arch resnet18 --image-size 64 --epochs 60`, typed in full."""
+    flags = "--data x --arch resnet18 --image-size 64 --epochs 60".split()
+    typed = ("--recipe small --batch-size 64 --lr 0.024 --min-lr 3e-5 --token-lr 1 --crop-min 0.8 --mask-size 8 "
+             "--token-stage 2 --spectrum image --schedule cosine --warmup-epochs 6").split()
+    for baseline in ([], ["--baseline", "simmim"]):
+        more = typed if not baseline else [*typed[:typed.index("--token-stage")], *typed[typed.index("--spectrum"):]]
+        short, long = (vars(resolved(pretrain, *flags, *each, images=9_469)) for each in (baseline, baseline + more))
+        assert {name for name in short if short[name] != long[name]} == {"typed"}
+
+
+def test_a_short_run_on_few_images_says_how_long_a_useful_one_takes_here(capsys):
+    flags = ["--data", "x", *"--arch shufflenet_v2_x0_5 --image-size 32 --batch-size 8".split()]
+    settings = resolved(pretrain, *flags, images=600)
+    assert settings.epochs * 75 == pytest.approx(1500)       # 20 epochs of 75 steps
+    plan = pretrain.StepPlan.plan(settings, SimpleNamespace(size=1), 600, None)
+    world = SimpleNamespace(print0=lambda text: print(text))
+    for step in range(30):                                   # 20 steps take 40 s: 1,500 take 50 minutes
+        pretrain.print_length(step, settings, world, plan, began=time.time() - 40)
+    said = capsys.readouterr().out
+    assert said.count("1500 steps take about 50 minutes here: a first look") == 1
+    assert "60 epochs, about 150 minutes here: --epochs 60" in said           # 4,500 steps
+    pretrain.print_length(19, resolved(pretrain, *flags, "--epochs", 30, images=600), world, plan, 0)
+    assert not capsys.readouterr().out                       # a length that was typed is not judged
+
+
 @pytest.mark.parametrize("per_epoch, images, recipe", [(499, 20_000, "small"), (12_499, 99_999, "small"),
                                                        (500, 100_000, "imagenet"), (300, 1_281_167, "imagenet")])
 def test_the_number_of_images_alone_decides_whether_a_run_is_small(per_epoch, images, recipe):
-    args = pretrain.parse(["--data", "x", "--arch", "resnet18"])
-    steps = pretrain.StepPlan(images // per_epoch, images // per_epoch, per_epoch, 1, 0, 0)
-    pretrain.choose_recipe(args, images, steps, build_encoder("resnet18", 224))
-    assert args.recipe == recipe
+    batch = images // per_epoch
+    settings = resolved(pretrain, "--data", "x", "--arch", "resnet18", "--batch-size", batch,
+                        images=images)
+    assert settings.recipe == recipe
 
 
 @pytest.mark.parametrize("size, cell", [((64, 64), 8), ((96, 96), 16), ((128, 128), 16), ((192, 192), 32),
@@ -892,10 +918,10 @@ def test_cells_and_token_of_the_small_recipe_fit_the_image(arch, size, cell):
     ("resnet50", 96, "--recipe imagenet", 9, 4),             # 32 px: as released
 ])
 def test_small_images_have_at_least_nine_cells(arch, size, flags, cells, stage):
-    args = pretrain.parse(["--data", "x", "--arch", arch, "--image-size", str(size), *flags.split()])
-    encoder = build_encoder(arch, size, patch_size=args.patch_size, stem=args.stem)
-    pretrain.choose_recipe(args, 50_000, pretrain.StepPlan(32, 32, 1562, 1, 0, 0), encoder)
-    net = A2MIM(encoder, size, args.mask_size, args.token_stage)
+    settings = resolved(pretrain, "--data", "x", "--arch", arch, "--image-size", size,
+                        *flags.split(), images=50_000)
+    encoder = build_encoder(arch, size, patch_size=settings.patch_size, stem=settings.stem)
+    net = A2MIM(encoder, size, settings.mask_size, settings.token_stage)
     assert (math.prod(net.grid), net.token_stage) == (cells, stage)
 
 
@@ -1083,7 +1109,8 @@ def test_random_erasing_paints_a_rectangle_of_normal_noise():
 # ---- finetune: the recipes ----
 
 def test_published_fine_tuning_recipes_come_out():
-    parse = lambda name: finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", name])
+    scratch = ["--data", "x", "--init", "scratch", "--arch"]
+    parse = lambda name: resolved(finetune, *scratch, "resnet50", "--recipe", name)
     for name, lr, batch, epochs, warmup, decay, size in (
         ("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160),
         ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224),
@@ -1133,9 +1160,7 @@ def test_published_fine_tuning_recipes_come_out():
         0,
         0.25,
     )
-    special = lambda recipe, arch: finetune.parse(
-        ["--data", "x", "--init", "scratch", "--arch", arch, "--recipe", recipe]
-    )
+    special = lambda recipe, arch: resolved(finetune, *scratch, arch, "--recipe", recipe)
     for recipe, arch, expected in (
         ("rsb_a2", "resnet101", dict(ema=0, drop_path=0.1)),
         ("vit", "vit_small", dict(ema=0)),
@@ -1146,13 +1171,9 @@ def test_published_fine_tuning_recipes_come_out():
         ("convnext", "convnext_tiny", dict(layer_decay=0.7)),
     ):
         assert {k: getattr(special(recipe, arch), k) for k in expected} == expected, arch
-    assert (
-        special("convnext", "convnext_tiny").lr == 4e-4
-        and finetune.parse(
-            ["--data", "x", "--init", "scratch", "--arch", "vit_small", "--recipe", "vit", "--ema", "0.5"]
-        ).ema
-        == 0.5
-    )
+    assert special("convnext", "convnext_tiny").lr == 4e-4
+    typed = resolved(finetune, *scratch, "vit_small", "--recipe", "vit", "--ema", "0.5")
+    assert typed.ema == 0.5
 
 
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
@@ -1169,8 +1190,8 @@ def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
     probe = [optim.lr_at(step, 1000, 0, 30.0, 0.0, "probe") for step in (0, 599, 600, 799, 800)]
     assert probe == pytest.approx([30, 30, 3, 3, 0.3])
     for recipe, schedule in (("rsb_a3", "cosine-by-epoch"), ("convnext", "cosine-from-0"), ("linear", "probe")):
-        args = finetune.parse(["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", recipe])
-        assert args.schedule == schedule
+        flags = ["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", recipe]
+        assert resolved(finetune, *flags).schedule == schedule
 
 
 @pytest.mark.parametrize(
@@ -1306,20 +1327,18 @@ def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(f
     last = torch.load(tmp_path / "few" / "best.pt", weights_only=True)
     assert not tv.resnet18(num_classes=10).load_state_dict(last).missing_keys
 
-    world = SimpleNamespace(size=2, on_gpu=True, print0=lambda text: None)
     for images, more, batch, peak in (
         (300, [], 15, 1e-2),                                 # ten steps an epoch, of 2 x 15 images
         (99_999, [], 256, 1e-2),
         (99_999, ["--batch-size", "64"], 64, 1e-2),
-        (100_000, [], None, 30 * 512 / 256),
-        (300, ["--lr", "0.3"], None, 0.3 * 512 / 256),
+        (100_000, [], 256, 30 * 512 / 256),
+        (300, ["--lr", "0.3"], 256, 0.3 * 512 / 256),
         (300, ["--epochs", "5"], 15, 1e-2),
     ):
         given = "--data shapes --init scratch --arch resnet18 --recipe linear".split()
-        args = finetune.parse([*given, *more])
-        finetune.choose_linear(args, images, world)
-        assert args.batch_size == batch and args.optimizer == ("sgd" if peak > 0.1 else "adamw")
-        assert args.lr * 2 * (batch or 256) / args.lr_batch == pytest.approx(peak)
+        settings = resolved(finetune, *given, *more, images=images, size=2, on_gpu=True)
+        assert settings.batch_size == batch and settings.peak_lr == pytest.approx(peak)
+        assert settings.optimizer == ("sgd" if peak > 0.1 else "adamw")
 
 
 def test_knn_votes_as_counted_by_hand(tmp_path):

@@ -25,7 +25,7 @@ import model
 import pretrain
 from engine import optim, pictures, weights
 from engine.testing import (HERE, QUICK, SMALL, checkerboard, complaint, labelled_folder, paint,
-                            pixels, read_log, run, settings_of, tune)
+                            pixels, read_log, resolved, run, settings_of, tune)
 from model import A2MIM, build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -222,7 +222,7 @@ def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch
     more = ["--data-root", str(tmp_path / "my sets")]
     run(tmp_path / "better", *QUICK, "--val", "0.5", "--epochs", "1", *more)
     line, = re.findall("^next: python finetune.py (.*)$", capsys.readouterr().err, re.M)
-    args = finetune.parse(shlex.split(line))
+    args = resolved(finetune, *shlex.split(line))
     assert args.weights == str(tmp_path / "better" / "backbone.pt") and args.arch == QUICK[1]
     assert args.data == "shapes" and args.data_root == str(tmp_path / "my sets")
     said = pretrain.next_step(True, SimpleNamespace(data="/photos", out=out))

@@ -27,7 +27,7 @@ import model
 import pretrain
 from engine import checkpointer, command, files, progress, results, weights
 from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, flip_a_byte, labelled_folder,
-                            paint, read_log, run, same_weights, settings_of, torchrun, tune,
+                            paint, read_log, resolved, run, same_weights, settings_of, torchrun, tune,
                             verdict_of)
 from model import build_encoder
 
@@ -326,14 +326,16 @@ def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, ba
     assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
     if kind in ("mps", "xpu"):
         assert world.default_amp() == "off"
-    args = pretrain.parse([*TINY, "--arch", "resnet18", "--mask-size", "32", "--out", str(tmp_path)])
-    args.amp, world.device = "off", torch.device("cpu")      # its switches, on what is here
-    run, *_ = pretrain.prepare(args, world, None)
+    out = ["--out", tmp_path]
+    settings = resolved(pretrain, *TINY, "--arch", "resnet18", "--mask-size", "32", *out)
+    world.device = torch.device("cpu")                       # its switches, on what is here
+    images = data.Shapes("train", (64, 64))
+    run, *_ = pretrain.prepare(settings, world, None, images, None)
     assert run.optimizer.defaults["fused"] == (kind != "mps")
     assert run.loader.pin_memory == (kind == "cuda")
     assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
-    tuning = finetune.parse([*SMALL, "--init", "scratch", "--arch", "resnet18", "--out", str(tmp_path)])
-    tuned = finetune.prepare(tuning, world, None)
+    tuning = resolved(finetune, *SMALL, "--init", "scratch", "--arch", "resnet18", *out)
+    tuned = finetune.prepare(tuning, world, None, images, images)
     assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
     world.use(kind)
     world.set_device("cpu")                                    # asked for

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def settings_of(capsys, out, *flags):
     """(args.json, what was said) of a run of one step."""
     pretrain.main([*flags, "--out", str(out), *"--workers 0 --amp off --sheets 0".split()])
     return json.loads((out / "args.json").read_text()), capsys.readouterr().err
+
+
+def resolved(stage, *flags, images=1_281_167, **processes):
+    """The settings of a run of pretrain or finetune with so many images."""
+    world = SimpleNamespace(**dict(size=1, local_size=1, on_gpu=False, default_amp=lambda: "off"))
+    vars(world).update(processes)
+    typed = stage.parse([*map(str, flags)])
+    return stage.resolve(stage.ask(typed), images, world)
 
 
 def complaint(capsys, *flags, main=pretrain.main):

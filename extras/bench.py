@@ -105,11 +105,14 @@ def endless(batch: int, size: int):
 
 def a2mim_step(args: SimpleNamespace, arch: str, batch: int, size: int):
     """The step of pretrain.py, as a function without arguments."""
-    settings = pretrain.parse([
+    typed = pretrain.parse([
         "--arch", arch, "--image-size", str(size), "--batch-size", str(batch),
         "--recipe", "imagenet", "--data", "shapes", "--workers", "0", "--amp", args.amp,
         "--val", "0", "--epochs", "1", "--out", "unused"])
-    state, *_ = pretrain.prepare(settings, WORLD, None)
+    asked = pretrain.ask(typed)
+    source = pretrain.open_source(asked)
+    settings = pretrain.resolve(asked, len(source), WORLD)
+    state, *_ = pretrain.prepare(settings, WORLD, None, source, None)
     state.model.train()
     batches = endless(batch, size)
     numbers = itertools.count()

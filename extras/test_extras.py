@@ -434,7 +434,7 @@ def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, 
     cells = [cell for chain in compare.plan(args) for cell in chain]
     for _, program, flags in cells:
         if program == "pretrain":
-            assert pretrain.parse(flags.split()).image_size == size
+            assert pretrain.ask(pretrain.parse(flags.split()))["image_size"] == size
     assert f"resnet18 {typed} 0" in [flags for *_, flags in cells]               # the untrained one
 
 
@@ -516,7 +516,8 @@ def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(ta
     for chain in chains:                                     # what a start needs is made before it
         assert [program for _, program, _ in chain] in (["pretrain", task], [task])
         assert len(chain) == 1 or f"{chain[0][0]}/backbone.pt" in chain[1][2]
-    a, b = (pretrain.parse(cells[f"pretrained/{arm}-0"][1]) for arm in ("a2mim", "simmim"))
+    a, b = (SimpleNamespace(**pretrain.ask(pretrain.parse(cells[f"pretrained/{arm}-0"][1])))
+            for arm in ("a2mim", "simmim"))
     assert a.data == b.data == f"{tmp_path}/scenes" and a.epochs == b.epochs == 2.0
     assert (a.baseline, b.baseline) == (None, "simmim")
 
