@@ -836,13 +836,13 @@ def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own
 # ---- pretrain: the small recipe ----
 
 def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "SMALL_STEPS", 8)
+    monkeypatch.setattr(pretrain, "SMALL_STEPS", 2)
     common = "--data shapes --arch resnet18 --image-size 96".split()
     peaks = []
     for batch in (4, 8):
         made, said = settings_of(capsys, tmp_path / f"{batch}", *common, "--batch-size", str(batch))
         assert made["recipe"] == "small" and "recipe small (small: under 100,000 images); writing" in said
-        assert made["epochs"] * (32 // batch) == 8           # counted in steps
+        assert made["epochs"] * (32 // batch) == 2           # counted in steps
         peaks.append(made["lr"] * batch / 512)
     assert peaks == pytest.approx([3e-3, 3e-3])
     made, said = settings_of(capsys, tmp_path / "typed", *common, *"--batch-size 8 --lr 0.1 --mask-size 32".split(),
@@ -961,7 +961,7 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     log, checkpoint = run(
-        tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1",
+        tmp_path / "run", "--epochs", "8", "--sheets", "3", "--arch", "resnet18", "--batch-size", "8", "--lr", "0.1",
         "--val", "0.25"
     )
     log = [line for line in log if "loss" in line]
@@ -975,13 +975,13 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
         "backbone.pt",
         "loss.png",
         "reconstruction-000000.png",
-        "reconstruction-000015.png",
-        "reconstruction-000030.png",
+        "reconstruction-000016.png",
+        "reconstruction-000032.png",
     }
     pictures.save_curve(tmp_path / "again.png", tmp_path / "run" / "log.jsonl")
     curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]         # the last line is in it
     assert curves[0].read_bytes() == curves[1].read_bytes()
-    sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
+    sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000032.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     width = sheet.shape[1] // 5
     assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])      # same images, same masks
