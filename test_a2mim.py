@@ -1357,9 +1357,9 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
-    others = iter([5.0, 7.0, math.nan, 3.0, 1.0])            # what the other of two processes adds
+    others = torch.tensor([[5.0], [7.0], [math.nan], [3.0], [1.0]])          # what the other of two processes adds
     cpu = torch.device("cpu")
-    world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + next(others)) / 2)
+    world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + others) / 2)
     means = progress.RunningMeans(world)
     for mine in (1.0, 2.0, 3.0, math.inf, 4.0):
         means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(mine)})

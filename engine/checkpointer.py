@@ -266,13 +266,15 @@ class Checkpointer:
         is_logged = self.done % args.log_every == 0 or epoch_ends or self.done == 1
         # the GPU is waited for only where a line is logged
         streak = int(self.bad_in_a_row) if is_logged or not self.world.on_gpu else 0
-        stop, streak = self.world.all_reduce_max(self.signals.number, streak)
+        is_due = self.world.rank == 0 and self.is_due()      # a clock: the others must not look
+        stop, streak, save = self.world.all_reduce_max(self.signals.number, streak, int(is_due))
         if streak >= 10:
             raise Failed(self.describe_not_finite(streak))
         if is_logged:
             self.write_line()
-        if self.world.rank == 0 and (epoch_ends or stop or self.is_due()):
-            if not int(self.bad_in_a_row):
+        if save or stop or epoch_ends:
+            self.means.reduce()
+            if self.world.rank == 0 and not int(self.bad_in_a_row):
                 self.write("checkpoint.pt", self.save)
                 self.saved_at = time.time()
         if stop:
@@ -318,10 +320,12 @@ class Checkpointer:
         self.write("loss.png", save_curve, self.out / "loss.png", self.log)
 
     def load(self, checkpoint: dict) -> None:
-        """Puts a checkpoint back. The scale of the lr and the weight decay are the flags' of
-        now."""
+        """Puts a checkpoint back. The scale of the lr and the weight decay are the flags' of now,
+        and whether the optimiser is fused is this program's and this device's of now."""
         optimizer = self.saved["optimizer"]
-        typed = [(group["scale"], group["weight_decay"]) for group in optimizer.param_groups]
+        of_now = ("scale", "weight_decay", "fused")
+        typed = [{name: group[name] for name in of_now if name in group}
+                 for group in optimizer.param_groups]
         same_amp = checkpoint["args"].get("amp") == self.args.amp
         try:
             for name, kept in self.saved.items():
@@ -329,8 +333,8 @@ class Checkpointer:
                 if name != "scaler" or same_amp:
                     kept.load_state_dict(checkpoint[name])
             put_moments_in_memory_order(optimizer)
-            for group, (scale, weight_decay) in zip(optimizer.param_groups, typed):
-                group.update(scale=scale, weight_decay=weight_decay)
+            for group, values in zip(optimizer.param_groups, typed):
+                group.update(values)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             made = checkpoint["args"]
             size = format_size(made.get("image_size", 0))
@@ -363,6 +367,7 @@ class Checkpointer:
             buffer.copy_(before)
         is_new = self.done > self.plan.start and self.saved_step != self.done
         if is_new and not int(self.bad_in_a_row):
+            self.means.reduce(alone=True)
             self.write("checkpoint.pt", self.save)
         if (self.out / "checkpoint.pt").exists() and "--resume" not in line:
             raise Failed(f"{line} (stopped after step {self.done}; "
