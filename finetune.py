@@ -430,7 +430,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
         model.compile()
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
-        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True)
+        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
+        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)

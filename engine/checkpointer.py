@@ -243,9 +243,10 @@ class Checkpointer:
 
     def steps(self):
         """The numbers of the steps to make. Before each, BatchNorm's statistics are kept."""
-        statistics = [b for b in self.saved["model"].buffers() if b.is_floating_point()]
+        buffers = self.saved["model"].buffers()
+        self.statistics = Snapshot([b for b in buffers if b.is_floating_point()])
         for step in range(self.plan.start, self.plan.total):
-            self.statistics_before = [(buffer, buffer.clone()) for buffer in statistics]
+            self.statistics.take()
             self.in_step = True
             yield step
 
@@ -255,8 +256,7 @@ class Checkpointer:
         self.in_step = False
         self.done = step + 1
         bad = ~torch.isfinite(record["loss"])
-        for buffer, before in self.statistics_before:
-            buffer.copy_(torch.where(bad, before, buffer))
+        self.statistics.restore(bad)
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad  # a good step ends the row
         self.skipped = self.skipped + bad
         self.means.add(record)
@@ -363,8 +363,7 @@ class Checkpointer:
         code, line = explain(error, self.world) or (0, "")
         if code != 1 or self.world.rank:
             return
-        for buffer, before in self.statistics_before:
-            buffer.copy_(before)
+        self.statistics.restore(torch.tensor(True, device=self.world.device))
         is_new = self.done > self.plan.start and self.saved_step != self.done
         if is_new and not int(self.bad_in_a_row):
             self.means.reduce(alone=True)
@@ -461,6 +460,31 @@ class Checkpointer:
         return (f"loss is not finite, {streak} times in a row at step {self.done} "
                 f"(lr {self.lr():.1e}, amp {self.args.amp}, last finite loss {self.last_loss}); "
                 f"{kept}; {cure}")
+
+
+class Snapshot:
+    """The values of some tensors at one time, such as BatchNorm's statistics.
+
+    They are kept in one tensor: with one per statistic, the hundred of a ResNet-50 took a third of
+    the kernels of a training step."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors = tensors
+        self.sizes = [t.numel() for t in tensors]
+        self.kept = None
+
+    def take(self) -> None:
+        if self.tensors:
+            self.kept = torch.cat([t.flatten() for t in self.tensors])
+
+    def restore(self, condition: Tensor) -> None:
+        """Puts the values back where `condition`, a scalar on the device, is True."""
+        if not self.tensors:
+            return
+        now = torch.cat([t.flatten() for t in self.tensors])
+        chosen = torch.where(condition, self.kept, now).split(self.sizes)
+        chosen = [part.view_as(t) for part, t in zip(chosen, self.tensors)]
+        torch._foreach_copy_(self.tensors, chosen)
 
 
 def put_moments_in_memory_order(optimizer: torch.optim.Optimizer) -> None:

@@ -178,15 +178,15 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_div_(update, size)
         if group["weight_decay"]:
             torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
-            weight_norms = torch._foreach_norm(parameters)
-            update_norms = torch._foreach_norm(update)
-            ratios = [trust_ratio(w, u) for w, u in zip(weight_norms, update_norms)]
-            torch._foreach_mul_(update, ratios)
+            weight_norms = torch.stack(torch._foreach_norm(parameters))
+            update_norms = torch.stack(torch._foreach_norm(update))
+            ratios = trust_ratio(weight_norms, update_norms)
+            torch._foreach_mul_(update, ratios.unbind())
         torch._foreach_add_(parameters, update, alpha=-group["lr"])
 
 
 def trust_ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-    """|p| / |u|, or 1 if one of them is 0. Scalars on the device."""
+    """|p| / |u|, or 1 if one of them is 0. One number per weight, on the device."""
     are_positive = (weight_norm > 0) & (update_norm > 0)
     return torch.where(are_positive, weight_norm / update_norm, 1.0)
 

@@ -6,13 +6,16 @@ FakeTensorMode runs a step with tensors that have a device ("cuda"), a shape and
 mismatch raises there, and so does everything that needs a value: item(), a boolean index.
 """
 
+import itertools
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -25,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import finetune
 import pretrain
+from engine.checkpointer import Checkpointer, Snapshot
 from engine.command import Distributed
 from engine.optim import Lamb, MovingAverage, momentum_sgd
 from engine.progress import RunningMeans
@@ -164,6 +168,97 @@ def test_lamb_takes_its_step_without_a_copy():
         copies.found.clear()
         lamb.step()
     assert copies.found == []
+
+
+# ---- few kernels ----
+
+class Count(TorchDispatchMode):
+    """Counts the operations that compute: each is about one kernel on a GPU. Views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        if not f.is_view and not name.startswith(("empty", "new_empty", "detach")):
+            self.names[name] += 1
+        return f(*args, **(kwargs or {}))
+
+
+def bare_step(batches):
+    """A supervised step of torchvision's ResNet-50 with fused AdamW."""
+    net = torchvision.models.resnet50().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+
+    def step():
+        images, index, _ = next(batches)
+        logits = net(data.normalise(images).contiguous(memory_format=torch.channels_last))
+        nn.functional.cross_entropy(logits, index).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def test_a_step_of_pretraining_has_at_most_1_3_times_the_kernels_of_the_bare_backbone(tmp_path):
+    world = Distributed()
+    world.use("cpu")
+    flags = "--data shapes --arch resnet50 --recipe imagenet --image-size 64 --batch-size 2 --val 0"
+    flags = f"{flags} --workers 0 --amp off --log-every 1000 --out {tmp_path}"
+    settings = pretrain.parse(flags.split())
+    state, *_ = pretrain.prepare(settings, world, None)
+    saved = dict(model=state.model, optimizer=state.optimizer, broken=state.unreadable)
+    checkpointer = Checkpointer(settings, world, state.plan, saved, None)
+    images, index, broken = next(iter(state.loader))
+    batches = itertools.repeat((images, index % 1000, broken))
+    bare = bare_step(batches)
+    bare()
+    with Count() as alone:
+        bare()
+    with checkpointer:
+        steps = checkpointer.steps()
+        for _ in range(2):                                   # the first one logs a line
+            with Count() as whole:
+                step = next(steps)
+                record = pretrain.train_step(step, batches, settings, world, state)
+                checkpointer.after(step, record)
+    assert 400 < alone.names.total() < 700
+    assert whole.names.total() <= 1.3 * alone.names.total()
+
+
+def test_statistics_are_kept_and_put_back_by_a_few_kernels_however_many_they_are():
+    counts = []
+    for layers in (1, 30):
+        tensors = [torch.randn(3), torch.randn(2, 2), torch.randn(())] * layers
+        tensors = [t.clone() for t in tensors]
+        before = [t.clone() for t in tensors]
+        with Count() as count:
+            snapshot = Snapshot(tensors)
+            snapshot.take()
+            for t in tensors:
+                t.add_(1)
+            snapshot.restore(torch.tensor(False))
+        assert all(torch.equal(t, old + 1) for t, old in zip(tensors, before))
+        snapshot.restore(torch.tensor(True))
+        assert all(torch.equal(t, old) for t, old in zip(tensors, before))
+        counts.append(count.names.total() - len(tensors))    # without the additions
+    assert counts[0] == counts[1] <= 6
+    Snapshot([]).take()
+    Snapshot([]).restore(torch.tensor(True))
+
+
+def test_lamb_has_as_many_kernels_for_many_weights_as_for_few():
+    counts = []
+    for layers in (2, 20):
+        weights = [nn.Parameter(torch.randn(3, 3)) for _ in range(layers)]
+        lamb = Lamb(weights, lr=0.1)
+        for _ in range(2):                                   # the first one makes the moments
+            for weight in weights:
+                weight.grad = torch.randn(3, 3)
+            with Count() as count:
+                lamb.step()
+        counts.append(count.names.total())
+    assert counts[0] == counts[1] < 30
 
 
 # ---- random erasing ----

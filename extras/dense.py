@@ -288,7 +288,9 @@ def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tupl
     if args.compile:
         model.compile()
     if world.size > 1:
-        net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
+        devices = [world.local_rank] if world.on_gpu else None
+        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
+        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
     return model, net
 
 
