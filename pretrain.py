@@ -376,7 +376,8 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
         model.compile()
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
-        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True)
+        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
+        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
     groups = parameter_groups(model, settings.weight_decay, settings.token_lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.

@@ -3,6 +3,7 @@
     lr_at              the learning rate of a step
     parameter_groups   pre-training: the mask token has an lr of its own
     layer_groups       fine-tuning: layer-wise lr decay
+    momentum_sgd       torch's SGD, safe to start
     Lamb               an optimiser that torch lacks
     MovingAverage      of the weights (EMA)
 """
@@ -115,7 +116,19 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
     return rows
 
 
-# ---- LAMB ----
+# ---- SGD and LAMB ----
+
+def momentum_sgd(groups: list[dict], lr: float, fused: bool) -> torch.optim.SGD:
+    """SGD with momentum 0.9. If it is fused, GradScaler can skip a step without waiting for a GPU.
+
+    The momentum starts at 0, which makes the same first step as torch's own start. Torch's fused
+    SGD leaves it uninitialised if the first step is skipped, as fp16's first step often is."""
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, algorithm 2). For a weight p with gradient g at step t:
@@ -165,15 +178,15 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_div_(update, size)
         if group["weight_decay"]:
             torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
-            weight_norms = torch._foreach_norm(parameters)
-            update_norms = torch._foreach_norm(update)
-            ratios = [trust_ratio(w, u) for w, u in zip(weight_norms, update_norms)]
-            torch._foreach_mul_(update, ratios)
+            weight_norms = torch.stack(torch._foreach_norm(parameters))
+            update_norms = torch.stack(torch._foreach_norm(update))
+            ratios = trust_ratio(weight_norms, update_norms)
+            torch._foreach_mul_(update, ratios.unbind())
         torch._foreach_add_(parameters, update, alpha=-group["lr"])
 
 
 def trust_ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-    """|p| / |u|, or 1 if one of them is 0. Scalars on the device."""
+    """|p| / |u|, or 1 if one of them is 0. One number per weight, on the device."""
     are_positive = (weight_norm > 0) & (update_norm > 0)
     return torch.where(are_positive, weight_norm / update_norm, 1.0)
 

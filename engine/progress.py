@@ -20,30 +20,46 @@ MAX_PAUSE = 600                                              # seconds between t
 class RunningMeans:
     """Means of the loss and its parts, over the steps since the last log line and all processes.
 
-    The sums stay on the device, so that no step waits for a GPU. A checkpoint holds the sums, so
-    that a run resumed between two log lines logs the same means as a run that never stopped."""
+    The values of each step stay on the device until `reduce`, so that no step waits for a GPU or
+    for the other processes. A checkpoint holds the sums, so that a run resumed between two log
+    lines logs the same means as a run that never stopped."""
 
     def __init__(self, world: Distributed):
         self.world = world
         self.names = []                                      # of the parts
-        self.sums = torch.zeros(0, device=world.device)      # of each part; last, number of steps
+        self.steps = []                                      # (parts,) of each step, not summed yet
+        self.sums = torch.zeros(0)                           # of each part; last, number of steps
 
     def add(self, record: dict[str, Tensor]) -> None:
-        """Adds a step, unless its loss is not finite on some process. All processes take part.
+        """Notes a step. record: this process's 'loss' and its parts, scalars on the device."""
+        if list(record) != self.names:                       # the first step, or other parts
+            self.names = list(record)
+            self.steps = []
+        self.steps.append(torch.stack([value.detach().float() for value in record.values()]))
 
-        record: this process's 'loss' and its parts, scalars on the device."""
-        self.names = list(record)
-        parts = torch.stack([value.detach().float() for value in record.values()])
-        values = self.world.all_reduce_mean(parts)
-        step = torch.cat([values, torch.ones_like(values[:1])])
-        if len(self.sums) != len(step):                      # the first step, or other parts
-            self.sums = torch.zeros_like(step)
-        finite = torch.isfinite(values[self.names.index("loss")])
-        self.sums = self.sums + torch.where(finite, step, 0)
+    def reduce(self, alone: bool = False) -> None:
+        """Adds the noted steps to the sums, as means over the processes. Waits for the device.
+
+        A step whose loss is not finite on some process is left out. All processes take part, unless
+        `alone`: then the other processes are lost, and the values of this process must do."""
+        if not self.steps:
+            return
+        values = torch.stack(self.steps)                     # (steps, parts)
+        if not alone:
+            values = self.world.all_reduce_mean(values)
+        self.steps = []
+        ones = torch.ones(len(values), 1)
+        rows = torch.cat([values.cpu(), ones], dim=1)        # (steps, parts + 1)
+        if len(self.sums) != rows.shape[1]:                  # the first step, or other parts
+            self.sums = torch.zeros(rows.shape[1])
+        finite = torch.isfinite(rows[:, self.names.index("loss")])
+        for row in rows[finite]:                             # one by one: a checkpoint in between
+            self.sums = self.sums + row                      # does not change how they are rounded
 
     def take(self) -> dict[str, float | None]:
-        """The mean of each part, None if no step was finite. Resets the sums. Waits for the
-        device."""
+        """The mean of each part, None if no step was finite. Resets the sums. All processes take
+        part. Waits for the device."""
+        self.reduce()
         *sums, steps = self.sums.tolist()
         self.sums = torch.zeros_like(self.sums)
         means = {}
@@ -52,10 +68,11 @@ class RunningMeans:
         return means
 
     def state_dict(self) -> dict:
-        return {"sums": self.sums.cpu()}
+        """To be called after `reduce`."""
+        return {"sums": self.sums}
 
     def load_state_dict(self, state: dict) -> None:
-        self.sums = state["sums"].to(self.world.device)
+        self.sums = state["sums"].cpu()
 
 
 class Progress:

@@ -27,7 +27,7 @@ import model
 import pretrain
 from engine import checkpointer, command, files, progress, results, weights
 from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, flip_a_byte, labelled_folder,
-                            paint, read_log, resolved, run, same_weights, settings_of, torchrun, tune,
+                            paint, prepared, read_log, run, same_weights, settings_of, torchrun, tune,
                             verdict_of)
 from model import build_encoder
 
@@ -316,16 +316,13 @@ def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, ba
     assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
     if kind in ("mps", "xpu"):
         assert world.default_amp() == "off"
-    out = ["--out", tmp_path]
-    settings = resolved(pretrain, *TINY, "--arch", "resnet18", "--mask-size", "32", *out)
     world.device = torch.device("cpu")                       # its switches, on what is here
-    images = data.Shapes("train", (64, 64))
-    run, *_ = pretrain.prepare(settings, world, None, images, None)
+    flags = f"--arch resnet18 --out {tmp_path}"
+    _, run = prepared(pretrain, f"{' '.join(TINY)} {flags} --mask-size 32", world)
     assert run.optimizer.defaults["fused"] == (kind != "mps")
     assert run.loader.pin_memory == (kind == "cuda")
     assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
-    tuning = resolved(finetune, *SMALL, "--init", "scratch", "--arch", "resnet18", *out)
-    tuned = finetune.prepare(tuning, world, None, images, images)
+    _, tuned = prepared(finetune, f"{' '.join(SMALL)} {flags} --init scratch", world)
     assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
     world.use(kind)
     world.set_device("cpu")                                    # asked for
@@ -780,9 +777,10 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(few_images, ca
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
-    others = iter([5.0, 7.0, math.nan, 3.0, 1.0])            # what the other of two processes adds
+    # what the other of two processes adds
+    others = torch.tensor([[5.0], [7.0], [math.nan], [3.0], [1.0]])
     cpu = torch.device("cpu")
-    world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + next(others)) / 2)
+    world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + others) / 2)
     means = progress.RunningMeans(world)
     for mine in (1.0, 2.0, 3.0, math.inf, 4.0):
         means.add({"spatial": torch.tensor(9.0), "loss": torch.tensor(mine)})

@@ -20,6 +20,8 @@ from PIL import Image
 import finetune
 import masking
 import pretrain
+from engine.flags import height_width
+from engine.shapes import Shapes
 
 HERE = Path(__file__).parent.parent
 close = torch.testing.assert_close
@@ -60,6 +62,16 @@ def resolved(stage, *flags, images=1_281_167, **processes):
     vars(world).update(processes)
     typed = stage.parse([*map(str, flags)])
     return stage.resolve(stage.ask(typed), images, world)
+
+
+def prepared(stage, flags: str, world):
+    """(settings, state) of a run of pretrain or finetune on drawn shapes, before its first step."""
+    settings = resolved(stage, *flags.split(), images=10_000)
+    images = Shapes("train", height_width(settings.image_size))
+    if stage is pretrain:
+        state, *_ = pretrain.prepare(settings, world, None, images, None)
+        return settings, state
+    return settings, finetune.prepare(settings, world, None, images, images)
 
 
 def complaint(capsys, *flags, main=pretrain.main):

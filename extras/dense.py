@@ -29,7 +29,7 @@ from engine.command import Distributed
 from engine.files import printable
 from engine.flags import MAX_EPOCHS, number
 from engine.checkpointer import StepPlan
-from engine.optim import layer_groups, lr_at
+from engine.optim import layer_groups, lr_at, momentum_sgd
 from model import Encoder, get_family
 
 # ---- four maps of any encoder ----
@@ -288,14 +288,16 @@ def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tupl
     if args.compile:
         model.compile()
     if world.size > 1:
-        net = DDP(model, device_ids=[world.local_rank] if world.on_gpu else None, gradient_as_bucket_view=True)
+        devices = [world.local_rank] if world.on_gpu else None
+        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
+        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
     return model, net
 
 
 def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch.optim.Optimizer:
     """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see there."""
     groups = layer_groups(model, args.weight_decay, args.layer_decay, prefix)
-    make = {"sgd": partial(torch.optim.SGD, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8,
-                             fused=next(model.parameters()).device.type != "mps")}
+    fused = next(model.parameters()).device.type != "mps"
+    make = {"sgd": partial(momentum_sgd, fused=fused),
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=fused)}
     return make[args.optimizer](groups, lr=0.0)

@@ -1,0 +1,372 @@
+"""What a step asks of a GPU, checked on a CPU: no waiting, few kernels, one compiled graph.
+
+    pytest engine/test_gpu.py        about 2 minutes on 1 CPU core
+
+FakeTensorMode runs a step with tensors that have a device ("cuda"), a shape and no values. A device
+mismatch raises there, and so does everything that needs a value: item(), a boolean index.
+"""
+
+import itertools
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import finetune
+import pretrain
+from engine.checkpointer import Checkpointer, Snapshot
+from engine.command import Distributed
+from engine.optim import Lamb, momentum_sgd
+from engine.progress import RunningMeans
+from engine.testing import prepared
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
+                                        "ignore:User provided device_type of 'cuda'")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+# ---- no step waits for the GPU ----
+
+class Copies(TorchDispatchMode):
+    """Notes every copy between host and device of what runs below it, as (from, to, shape).
+
+    What runs on the host alone has real values. What touches the device is fake."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        device = kwargs.get("device")
+        on_host = device is None or torch.device(device).type == "cpu"
+        if on_host and not any(isinstance(x, FakeTensor) for x in tensors):
+            with _disable_current_modes():
+                return f(*args, **kwargs)
+        result = f(*args, **kwargs)
+        if f.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = tensors[-1]                             # copy_(to, from)
+            if source.device.type != result.device.type:
+                self.found.append((source.device.type, result.device.type, tuple(source.shape)))
+        return result
+
+
+class NoBackward:
+    """A GradScaler for a trace: a backward pass needs a device."""
+
+    def scale(self, loss):
+        assert loss.device.type == "cuda" and loss.dim() == 0
+        return SimpleNamespace(backward=lambda: None)
+
+    def unscale_(self, optimizer):
+        pass
+
+    step = update = unscale_
+
+
+@pytest.fixture
+def on_fake_gpu(monkeypatch):
+    """trace(program, flags) makes the forward half of a step there: what was copied to and fro."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    data.mean_and_std.cache_clear()
+
+    def trace(program, flags: str) -> tuple[list, SimpleNamespace]:
+        host, gpu = Distributed(), Distributed()
+        host.use("cpu")
+        gpu.use("cuda")
+        flags += " --data shapes --image-size 64 --batch-size 4 --workers 0 --amp off --out unused"
+        settings, state = prepared(program, flags, host)
+        state.scaler = NoBackward()
+        batches = iter(state.loader)
+        with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
+            state.model.to("cuda")
+            if getattr(state, "ema", None):
+                state.ema.module.to("cuda")
+            data.mean_and_std(gpu.device)                    # copied once for the whole run
+            copies.found.clear()
+            record = program.train_step(0, batches, settings, gpu, state)
+            means = RunningMeans(gpu)
+            means.add(record)
+        assert all(value.device.type == "cuda" for value in record.values())
+        return copies.found, state
+    yield trace
+    data.mean_and_std.cache_clear()
+
+
+IMAGES = ("cpu", "cuda", (4, 3, 64, 64))
+LABELS = ("cpu", "cuda", (4,))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("recipe", ["imagenet", "small"])
+def test_pretraining_copies_only_the_images_to_the_gpu(on_fake_gpu, arch, recipe):
+    flags = f"--arch {arch} --recipe {recipe} --mask-size 16 --val 0 --drop-path 0.1 --window 4"
+    flags += " --token-stage 1" if arch != "resnet18" else " --token-stage 3"
+    copies, state = on_fake_gpu(pretrain, flags)
+    assert copies == [IMAGES]
+
+
+@pytest.mark.parametrize("more", ["--mixup 0.8", "--cutmix 1.0", ""])
+def test_finetuning_copies_only_images_and_labels_to_the_gpu(on_fake_gpu, more):
+    flags = f"--init scratch --arch resnet18 --erasing 0.5 --ema 0.99 --accum 2 {more}"
+    copies, state = on_fake_gpu(finetune, flags)
+    assert copies == [IMAGES, LABELS] * 2
+    assert state.ema.module.head.weight.device.type == "cuda"
+
+
+def test_the_trace_sees_a_wait_and_a_device_mismatch(on_fake_gpu, monkeypatch):
+    """The three faults that it is for: a copied number, a value that is read, a tensor left."""
+    flags = "--init scratch --arch resnet18"
+
+    def copies_a_number(images, probability):
+        images[0, 0, 0, 0] = 1.0                             # torch makes a tensor of it on the CPU
+        return images
+
+    def reads_a_value(images, probability):
+        return images if float(images.sum()) else images
+
+    def leaves_a_tensor(images, probability):
+        return images + torch.ones(3, 1, 1)
+    monkeypatch.setattr(finetune, "erase", copies_a_number)
+    assert ("cpu", "cuda", ()) in on_fake_gpu(finetune, flags)[0]
+    monkeypatch.setattr(finetune, "erase", reads_a_value)
+    with pytest.raises(Exception, match="(?i)local_scalar_dense|data-dependent"):
+        on_fake_gpu(finetune, flags)
+    monkeypatch.setattr(finetune, "erase", leaves_a_tensor)
+    with pytest.raises(Exception, match="device"):
+        on_fake_gpu(finetune, flags)
+
+
+def test_lamb_takes_its_step_without_a_copy():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
+        net.to("cuda")
+        lamb = Lamb(net.parameters(), lr=0.1)
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        copies.found.clear()
+        lamb.step()
+    assert copies.found == []
+
+
+# ---- few kernels ----
+
+class Count(TorchDispatchMode):
+    """Counts the operations that compute: each is about one kernel on a GPU. Views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        if not f.is_view and not name.startswith(("empty", "new_empty", "detach")):
+            self.names[name] += 1
+        return f(*args, **(kwargs or {}))
+
+
+def bare_step(batches):
+    """A supervised step of torchvision's ResNet-50 with fused AdamW."""
+    net = torchvision.models.resnet50().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+
+    def step():
+        images, index, _ = next(batches)
+        logits = net(data.normalise(images).contiguous(memory_format=torch.channels_last))
+        nn.functional.cross_entropy(logits, index).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def test_a_step_of_pretraining_has_at_most_1_3_times_the_kernels_of_the_bare_backbone(tmp_path):
+    world = Distributed()
+    world.use("cpu")
+    flags = "--data shapes --arch resnet50 --recipe imagenet --image-size 64 --batch-size 2 --val 0"
+    flags = f"{flags} --workers 0 --amp off --log-every 1000 --out {tmp_path}"
+    settings, state = prepared(pretrain, flags, world)
+    saved = dict(model=state.model, optimizer=state.optimizer, broken=state.unreadable)
+    checkpointer = Checkpointer(settings, world, state.plan, saved, None)
+    images, index, broken = next(iter(state.loader))
+    batches = itertools.repeat((images, index % 1000, broken))
+    bare = bare_step(batches)
+    bare()
+    with Count() as alone:
+        bare()
+    with checkpointer:
+        steps = checkpointer.steps()
+        for _ in range(2):                                   # the first one logs a line
+            with Count() as whole:
+                step = next(steps)
+                record = pretrain.train_step(step, batches, settings, world, state)
+                checkpointer.after(step, record)
+    assert 400 < alone.names.total() < 700
+    assert whole.names.total() <= 1.3 * alone.names.total()
+
+
+def test_statistics_are_kept_and_put_back_by_a_few_kernels_however_many_they_are():
+    counts = []
+    for layers in (1, 30):
+        tensors = [torch.randn(3), torch.randn(2, 2), torch.randn(())] * layers
+        tensors = [t.clone() for t in tensors]
+        before = [t.clone() for t in tensors]
+        with Count() as count:
+            snapshot = Snapshot(tensors)
+            snapshot.take()
+            for t in tensors:
+                t.add_(1)
+            snapshot.restore(torch.tensor(False))
+        assert all(torch.equal(t, old + 1) for t, old in zip(tensors, before))
+        snapshot.restore(torch.tensor(True))
+        assert all(torch.equal(t, old) for t, old in zip(tensors, before))
+        counts.append(count.names.total() - len(tensors))    # without the additions
+    assert counts[0] == counts[1] <= 6
+    Snapshot([]).take()
+    Snapshot([]).restore(torch.tensor(True))
+
+
+def test_lamb_has_as_many_kernels_for_many_weights_as_for_few():
+    counts = []
+    for layers in (2, 20):
+        weights = [nn.Parameter(torch.randn(3, 3)) for _ in range(layers)]
+        lamb = Lamb(weights, lr=0.1)
+        for _ in range(2):                                   # the first one makes the moments
+            for weight in weights:
+                weight.grad = torch.randn(3, 3)
+            with Count() as count:
+                lamb.step()
+        counts.append(count.names.total())
+    assert counts[0] == counts[1] < 30
+
+
+# ---- random erasing ----
+
+def boxes_of(images: torch.Tensor) -> torch.Tensor:
+    """Images of 7 with boxes of noise -> (top, left, height, width) of each, int (n, 4), n <= B."""
+    found = []
+    for image in images:
+        hit = (image != 7).all(0)
+        assert torch.equal(hit, (image != 7).any(0))         # all colours
+        if not hit.any():
+            continue
+        rows, columns = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
+        assert hit.sum() == len(rows) * len(columns)         # one whole rectangle
+        found.append([rows[0], columns[0], len(rows), len(columns)])
+    return torch.tensor(found)
+
+
+def largest_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The Kolmogorov-Smirnov distance of two samples: between their distribution functions."""
+    values = torch.cat([a, b]).double().sort().values
+    below = [torch.searchsorted(x.double().sort().values, values, right=True) / len(x)
+             for x in (a, b)]
+    return (below[0] - below[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("size", [(40, 40), (24, 56)])       # the second one refuses many boxes
+def test_erasing_has_the_distribution_of_torchvision(size):
+    n = 3000
+    images = torch.full((n, 3, *size), 7.0)
+    theirs = v2.RandomErasing(1.0, value="random")
+    a = boxes_of(finetune.erase(images, 1.0))
+    b = boxes_of(torch.stack([theirs(image) for image in images]))
+    assert len(a) == len(b) == n
+    H, W = size
+    limit = 1.95 * math.sqrt(2 / n)                          # exceeded once in 1,000
+    measures = [lambda box: box[:, 2] * box[:, 3] / (H * W),                 # share of the area
+                lambda box: (box[:, 2] / box[:, 3]).log(),   # aspect
+                lambda box: box[:, 2],
+                lambda box: box[:, 3],
+                lambda box: box[:, 0] / (H - box[:, 2]).clamp(min=1),        # place
+                lambda box: box[:, 1] / (W - box[:, 3]).clamp(min=1)]
+    for measure in measures:
+        assert largest_gap(measure(a), measure(b)) < limit
+    assert a[:, 2].max() < H and a[:, 3].max() < W
+
+
+def test_erasing_takes_its_share_of_images_and_fills_them_with_normal_noise():
+    images = torch.full((2000, 3, 32, 32), 7.0)
+    erased = finetune.erase(images, 0.25)
+    count = (erased != 7).flatten(1).any(1).sum().item()
+    assert abs(count - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
+    noise = erased[erased != 7]
+    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
+    assert (images == 7).all() and finetune.erase(images, 0.0) is images
+
+
+# ---- fused SGD ----
+
+def test_a_skipped_first_step_leaves_fused_sgd_as_it_was():
+    """Against the textbook in float64. Torch's own start leaves the momentum uninitialised."""
+    start, gradients = torch.randn(5), torch.randn(3, 5)
+    weight = nn.Parameter(start.clone())
+    optimizer = momentum_sgd([dict(params=[weight], weight_decay=0.1)], lr=0.5, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient in (torch.full((5,), math.inf), *gradients):
+        weight.grad = gradient * scaler.get_scale()
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+    expected, momentum = start.double(), 0.0
+    for gradient in gradients.double():
+        momentum = 0.9 * momentum + gradient + 0.1 * expected
+        expected = expected - 0.5 * momentum
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- means of the log ----
+
+class TwoProcesses:
+    """The collectives that RunningMeans needs, of a process beside another one. Counts them."""
+    device = torch.device("cpu")
+
+    def __init__(self, others: list[float]):
+        self.others = torch.tensor(others)[:, None]
+        self.calls = 0
+
+    def all_reduce_mean(self, values):
+        self.calls += 1
+        part = self.others[:len(values)]
+        self.others = self.others[len(values):]
+        return (values + part) / 2
+
+
+def test_the_means_are_reduced_only_for_a_line_or_a_checkpoint_which_does_not_change_them():
+    mine, others = torch.randn(2, 40).tolist()
+    others[7] = math.nan                                     # left out: not finite there
+    lines = []
+    for checkpoints in ([], [3, 11, 12, 29]):
+        world = TwoProcesses(others)
+        means = RunningMeans(world)
+        for step, loss in enumerate(mine):
+            means.add({"loss": torch.tensor(loss), "spatial": torch.tensor(2.0)})
+            if step in checkpoints:                          # saved, and resumed from
+                means.reduce()
+                state = {name: value.clone() for name, value in means.state_dict().items()}
+                means = RunningMeans(world)
+                means.load_state_dict(state)
+        lines.append((means.sums.clone(), means.take()))
+        assert world.calls == 1 + len(checkpoints)
+    assert lines[0][1] == lines[1][1]
+    kept = [(a + b) / 2 for step, (a, b) in enumerate(zip(mine, others)) if step != 7]
+    assert lines[0][1]["loss"] == pytest.approx(sum(kept) / len(kept), abs=2e-6)
