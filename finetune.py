@@ -226,7 +226,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     world.print0(f"global batch {plan.global_batch}, peak lr {peak:.2e}, "
                  f"{args.epochs:g} x {plan.per_epoch} steps")
 
-    batches = iter(state.loader)
+    batches = checkpointer.timed(state.loader)
     state.model.train()
     with checkpointer:
         # a checkpoint is written before the evaluation of its step
@@ -316,7 +316,8 @@ def evaluate(model: Classifier, args: SimpleNamespace, world: Distributed,
     training = model.training
     model.eval()
     world.broadcast_buffers(model)
-    logits, labels = outputs(model, state.val_loader, state.val_labels, args, world, state)
+    # by forward, because model(...) may be compiled, for a training batch
+    logits, labels = outputs(model.forward, state.val_loader, state.val_labels, args, world, state)
     model.train(training)
     likeliest = logits.topk(min(5, logits.shape[1])).indices                 # (N, 5)
     return score(likeliest, labels, logits.shape[1], world)
@@ -401,7 +402,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     loader = make_loader(ImageDataset(source, transform, args.seed), batches, args.workers, world)
     val_batches = every_image_once(len(val), at_once, world)
     val_samples = ImageDataset(val, eval_transform(test_size, args.test_crop), args.seed)
-    val_loader = make_loader(val_samples, val_batches, args.workers, world)
+    val_loader = make_loader(val_samples, val_batches, args.workers, world,
+                             persistent=is_training(args))
 
     torch.manual_seed(seed_for(args.seed))                   # all processes: the same head
     encoder = build_encoder(args.arch, size if is_training(args) else test_size, args.drop_path,
@@ -427,7 +429,7 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)                         # a training batch has one size
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         # rank 0's BatchNorm statistics are saved, and shared before each evaluation

@@ -167,7 +167,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     print_start(args, world, state, from_step=plan.start if checkpoint else None)
 
     peak = peak_lr(args, plan)
-    batches = iter(state.loader)
+    batches = checkpointer.timed(state.loader)
     model.train()
     with checkpointer:
         save_reconstructions(plan.start, args, world, state, previews, checkpointer)
@@ -244,7 +244,8 @@ def evaluate(done: int, args: SimpleNamespace, world: Distributed, state: TrainS
         return
     state.model.eval()
     world.broadcast_buffers(state.model)
-    losses = held_out_loss(state.model, held, args, world, state.model)      # of each image
+    # of each image; by forward, because model(...) may be compiled, for a training batch
+    losses = held_out_loss(state.model.forward, held, args, world, state.model)
     state.model.train()
     loss = losses.mean().item()
     if held.blur is None:                                    # the target is no image
@@ -356,7 +357,7 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)                         # a training batch has one size
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         # rank 0's BatchNorm statistics are saved, and shared before each evaluation

@@ -1280,7 +1280,7 @@ def run(out, *flags, base=TINY):
     return read_log(out), torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-CLOCK = ("time", "images_per_s", "peak_memory_mb")           # differ from run to run
+CLOCK = ("time", "images_per_s", "data_wait", "peak_memory_mb")           # differ from run to run
 
 
 def read_log(out):
