@@ -41,6 +41,7 @@ NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenette")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # counted and named, but not read
 OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
+MAX_WORKERS = 16                                             # of a process, by default
 MAX_PIXELS = 2**27                                           # more is a decompression bomb
 
 
@@ -470,17 +471,16 @@ def every_image_once(count: int, batch: int, world: Distributed) -> list[list[tu
 # ---- 6. loaded ----
 
 def default_workers(world: Distributed) -> int:
-    """Loader processes of each process: its share of the cores, less one; 1 to 8."""
-    cores = (os.cpu_count() or 1) // world.local_size
-    return min(8, max(1, cores - 1))
+    """Loader processes of each process: its share of the cores that it may use, less one."""
+    return min(MAX_WORKERS, max(1, usable_cores() // world.local_size - 1))
 
 
 def make_loader(samples: Dataset, batches, workers: int | None, world: Distributed,
-                collate=None) -> DataLoader:
+                collate=None, persistent: bool = False) -> DataLoader:
     """One loader for the whole run: workers start once, and there is no pause between epochs.
 
     It gives [images (B, 3, H, W), index (B,), broken (B,)]. `collate` makes a batch of samples
-    that are more than an image and two numbers."""
+    that are more than an image and two numbers. persistent: the workers wait for another pass."""
     if workers is None:
         workers = default_workers(world)
     ahead = 4                                                # batches that wait, of each worker
@@ -489,7 +489,14 @@ def make_loader(samples: Dataset, batches, workers: int | None, world: Distribut
         kind, collate = CopyingLoader, ChannelsLastCollate(ahead + 1)
     return kind(samples, batch_sampler=batches, num_workers=workers, pin_memory=world.on_cuda,
                 collate_fn=collate, prefetch_factor=ahead if workers else None,
-                worker_init_fn=ignore_signals)
+                worker_init_fn=ignore_signals, persistent_workers=persistent and workers > 0)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a job's or a container's, rather than the machine's."""
+    if hasattr(os, "sched_getaffinity"):                     # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class ChannelsLastCollate:

@@ -231,7 +231,7 @@ def train(typed: dict, world: Distributed) -> None:
     world.print0(f"global batch {settings.global_batch}, peak lr {settings.peak_lr:.2e}, "
                  f"{settings.epochs:g} x {plan.per_epoch} steps")
 
-    batches = iter(state.loader)
+    batches = checkpointer.timed(state.loader)
     state.model.train()
     with checkpointer:
         # a checkpoint is written before the evaluation of its step
@@ -328,7 +328,9 @@ def evaluate(model: Classifier, settings: Settings, world: Distributed,
     training = model.training
     model.eval()
     world.broadcast_buffers(model)
-    logits, labels = outputs(model, state.val_loader, state.val_labels, settings, world, state)
+    # by forward, because model(...) may be compiled, for a training batch
+    logits, labels = outputs(model.forward, state.val_loader, state.val_labels, settings, world,
+                             state)
     model.train(training)
     likeliest = logits.topk(min(5, logits.shape[1])).indices                 # (N, 5)
     return score(likeliest, labels, logits.shape[1], world)
@@ -420,7 +422,8 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     loader = make_loader(samples, batches, settings.workers, world)
     val_batches = every_image_once(len(val), at_once, world)
     val_samples = ImageDataset(val, eval_transform(test_size, settings.test_crop), settings.seed)
-    val_loader = make_loader(val_samples, val_batches, settings.workers, world)
+    val_loader = make_loader(val_samples, val_batches, settings.workers, world,
+                             persistent=is_training(settings))
 
     torch.manual_seed(seed_for(settings.seed))                   # all processes: the same head
     encoder = build_encoder(settings.arch, size if is_training(settings) else test_size,
@@ -447,7 +450,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if settings.compile:
-        model.compile()
+        model.compile(dynamic=False)                         # a training batch has one size
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         # rank 0's BatchNorm statistics are saved, and shared before each evaluation

@@ -110,7 +110,7 @@ class A2MIM(nn.Module):
         patches replaced)."""
         training = self.training
         self.eval()
-        reconstruction = self(images, mask).float()
+        reconstruction = self.forward(images, mask).float()  # self(...) may be compiled
         self.train(training)
         pasted = torch.where(resize_mask(mask, self.image_size), reconstruction, images)
         return fill_hidden(images, mask, self.fill), reconstruction, pasted

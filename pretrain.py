@@ -173,7 +173,7 @@ def train(typed: dict, world: Distributed) -> None:
     checkpointer = Checkpointer(settings, world, plan, saved, checkpoint, exports)
     print_start(settings, world, state, from_step=plan.start if checkpoint else None)
 
-    batches = iter(state.loader)
+    batches = checkpointer.timed(state.loader)
     model.train()
     began = time.time()
     with checkpointer:
@@ -253,7 +253,8 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
         return
     state.model.eval()
     world.broadcast_buffers(state.model)
-    losses = held_out_loss(state.model, held, settings, world, state.model)      # of each image
+    # of each image; by forward, because model(...) may be compiled, for a training batch
+    losses = held_out_loss(state.model.forward, held, settings, world, state.model)
     state.model.train()
     loss = losses.mean().item()
     if held.blur is None:                                    # the target is no image
@@ -373,7 +374,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if settings.compile:
-        model.compile()
+        model.compile(dynamic=False)                         # a training batch has one size
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         # rank 0's BatchNorm statistics are saved, and shared before each evaluation

@@ -24,7 +24,7 @@ from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_me
                     trim_log, write_text_atomically)
 from .flags import accepts, format_size
 from .pictures import save_curve
-from .progress import Progress, RunningMeans
+from .progress import Progress, RunningMeans, TimedBatches
 from .settings import to_save
 
 # ---- the start of a run ----
@@ -194,6 +194,7 @@ class Checkpointer:
         self.out = Path(settings.out)
         self.log = self.out / "log.jsonl"
         self.means = RunningMeans(world)
+        self.batches = None                                  # of `timed`
         self.saved = {**saved, "means": self.means}
         self.exports = exports or {}
         self.signals = Signals(world)
@@ -228,6 +229,11 @@ class Checkpointer:
         if self.in_step and isinstance(error, Exception):
             self.save_whole_steps(error)
 
+    def timed(self, loader) -> TimedBatches:
+        """Iterates over the loader. The log then says how long the steps wait for its batches."""
+        self.batches = TimedBatches(loader, self.world)
+        return self.batches
+
     def steps(self):
         """The numbers of the steps to make. Before each, BatchNorm's statistics are kept."""
         buffers = self.saved["model"].buffers()
@@ -259,7 +265,7 @@ class Checkpointer:
             raise Failed(self.describe_not_finite(streak))
         if is_logged:
             self.write_line()
-        if save or stop or epoch_ends:
+        if save or stop or self.done == plan.total:
             self.means.reduce()
             if self.world.rank == 0 and not int(self.bad_in_a_row):
                 self.write("checkpoint.pt", self.save)
@@ -398,6 +404,8 @@ class Checkpointer:
             if count:
                 line[name] = count
         line["images_per_s"] = round(speed, 1)
+        if self.batches:
+            line["data_wait"] = round(self.batches.take(now - self.logged_at, steps), 3)
         line["peak_memory_mb"] = peak_memory_mb(self.world.device)
         self.write("log.jsonl", append_line, self.log, line)
         self.bar.show(means["loss"], line["lr"], speed, steps)

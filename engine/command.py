@@ -69,8 +69,11 @@ class Distributed:
         backends = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
         self.backend = backends.get(kind, "gloo")
 
-    def set_device(self, asked: str | None = None) -> None:
-        """Makes this process's own GPU the current one. asked: the kind of device by --device.
+    def set_device(self, asked: str | None = None, fixed_sizes: bool = True) -> None:
+        """Makes this process's own GPU the current one.
+
+        asked        the kind of device by --device
+        fixed_sizes  all batches have one size: cuDNN may try which of its algorithms is the fastest
 
         Raises ValueError if there is no such device, if there are more processes than GPUs, or if
         torch is too old for it."""
@@ -95,6 +98,7 @@ class Distributed:
                                  f"GPUs")
             getattr(torch, self.device.type).set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = self.on_cuda and fixed_sizes
 
     def rendezvous_store(self):
         """The store in which the processes find one another.

@@ -107,7 +107,7 @@ DATA_FLAGS = {
     "data_root": ("datasets", path("DIR"), "where torchvision's datasets are kept"),
     "download": (False, SWITCH, "fetch a torchvision dataset that is not there yet"),
     "workers": (None, number(int, 0, 256), "loader processes per process (cores per process - 1, "
-                "1 to 8)"),
+                "1 to 16)"),
     "max_bad": (0.01, number(float, 0, 1), "stop if more than this share of the images cannot be "
                 "read"),
 }
@@ -120,11 +120,13 @@ RUN_FLAGS = {
                "machine, or the CPU if there is none)"),
     "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; otherwise CUDA fp16, "
             "others off)"),
-    "compile": (False, bool, "torch.compile the model"),
+    "compile": (False, bool, "torch.compile the training step's forward and backward pass; of "
+                "little use for a ResNet on several GPUs, because SyncBatchNorm breaks the graph at "
+                "every layer"),
     "channels_last": (True, bool, "memory format of CNNs"),
     "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
-    "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; each "
-                   "epoch ends with a checkpoint, too"),
+    "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; the run "
+                   "ends with a checkpoint, too"),
 }
 
 

@@ -1,6 +1,7 @@
 """What a run prints and logs while it trains.
 
     RunningMeans   the loss and its parts, averaged between two lines of log.jsonl
+    TimedBatches   the batches of a loader, and how long the steps wait for them
     Progress       how far the run is: a bar on a terminal, plain lines in a log file
 """
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from .command import Distributed
 
+MOST_WAITING = 0.1                                           # of the time, before a run warns
 MAX_PAUSE = 600                                              # seconds between two plain lines
 
 
@@ -73,6 +75,63 @@ class RunningMeans:
 
     def load_state_dict(self, state: dict) -> None:
         self.sums = state["sums"].cpu()
+
+
+class TimedBatches:
+    """The batches of a loader. Measures how long the device has nothing to do until a batch comes.
+
+    The host runs ahead of a CUDA GPU, and may wait for a batch while the GPU still computes. So
+    there the time counts between two events on the GPU, one before and one after the batch."""
+
+    def __init__(self, loader, world: Distributed):
+        self.batches = iter(loader)
+        self.world = world
+        self.workers = loader.num_workers
+        self.seconds = 0.0                                   # since the last `take`
+        self.events = []                                     # (before, after), not read yet
+        # for the warning; the first line, with the start of the workers, does not count
+        self.lines = 0
+        self.steps = 0
+        self.waited = 0.0
+        self.elapsed = 0.0
+        self.has_warned = False
+
+    def __iter__(self) -> "TimedBatches":
+        return self
+
+    def __next__(self):
+        if self.world.on_cuda:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            batch = next(self.batches)
+            after.record()
+            self.events.append((before, after))
+            return batch
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return batch
+
+    def take(self, elapsed: float, steps: int) -> float:
+        """The share of the last `elapsed` seconds that was waited for data, 0 to 1.
+
+        steps: since the last call. Warns once, if the steps of a run wait too long."""
+        for before, after in self.events:
+            after.synchronize()
+            self.seconds += before.elapsed_time(after) / 1000
+        waited, self.seconds, self.events = self.seconds, 0.0, []
+        if self.lines:
+            self.steps += steps
+            self.waited += waited
+            self.elapsed += elapsed
+        self.lines += 1
+        share = self.waited / max(self.elapsed, 1e-9)
+        if share > MOST_WAITING and self.steps >= 100 and not self.has_warned:
+            self.has_warned = True
+            self.world.print0(f"warning: {share:.0%} of the time the steps wait for data; raise "
+                              f"--workers (now {self.workers} per process), or shrink the files by "
+                              f"extras/shrink.py")
+        return min(1.0, waited / max(elapsed, 1e-9))
 
 
 class Progress:

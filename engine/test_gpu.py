@@ -8,7 +8,9 @@ mismatch raises there, and so does everything that needs a value: item(), a bool
 
 import itertools
 import math
+import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,7 @@ import pretrain
 from engine.checkpointer import Checkpointer, Snapshot
 from engine.command import Distributed
 from engine.optim import Lamb, momentum_sgd
-from engine.progress import RunningMeans
+from engine.progress import RunningMeans, TimedBatches
 from engine.testing import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
@@ -41,6 +43,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """`shapes` with 32 images."""
+    init = data.Shapes.__init__
+
+    def small(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.count = 32
+        self.labels = self.labels[:32]
+    monkeypatch.setattr(data.Shapes, "__init__", small)
 
 
 # ---- no step waits for the GPU ----
@@ -167,6 +181,130 @@ def test_lamb_takes_its_step_without_a_copy():
         copies.found.clear()
         lamb.step()
     assert copies.found == []
+
+
+# ---- data that come too late ----
+
+def test_the_log_gets_the_share_of_waiting_and_one_warning(capsys):
+    """A loader that takes 30 ms for each batch, and steps of 10 ms, against a clock."""
+    loader = SlowLoader(0.03)
+    world = Distributed()
+    world.use("cpu")
+    batches = TimedBatches(loader, world)
+    shares = []
+    for line in range(4):
+        start = time.perf_counter()
+        for _ in range(5):
+            assert next(batches) == "batch"
+            time.sleep(0.01)
+        elapsed = time.perf_counter() - start
+        shares.append((batches.take(elapsed, steps=40), loader.seconds / elapsed))
+        loader.seconds = 0.0
+    assert all(share == pytest.approx(expected, abs=0.02) for share, expected in shares)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "% of the time the steps wait for data; raise --workers" in said[0]
+    assert "now 3 per process" in said[0]
+
+
+class SlowLoader:
+    num_workers = 3
+
+    def __init__(self, pause: float):
+        self.pause = pause
+        self.seconds = 0.0
+
+    def __iter__(self):
+        while True:
+            start = time.perf_counter()
+            time.sleep(self.pause)
+            self.seconds += time.perf_counter() - start
+            yield "batch"
+
+
+def test_a_fast_loader_gets_no_warning(capsys):
+    world = Distributed()
+    world.use("cpu")
+    batches = TimedBatches(SlowLoader(0.0), world)
+    for line in range(3):
+        next(batches)
+        assert batches.take(elapsed=1.0, steps=100) < 0.1
+    assert capsys.readouterr().err == ""
+
+
+def test_workers_are_counted_by_the_cores_that_this_process_may_use(monkeypatch):
+    world = SimpleNamespace(local_size=2, on_cuda=False)
+    for cores, expected in ((1, 1), (8, 3), (200, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        loader = data.make_loader([0], [[0]], None, world)
+        assert loader.num_workers == expected
+
+
+# ---- compile: the training step alone, for one size ----
+
+class Graphs:
+    """A backend of torch.compile that notes what each graph is compiled for."""
+
+    def __init__(self, monkeypatch):
+        self.inputs = []
+        plain = nn.Module.compile
+        monkeypatch.setattr(nn.Module, "compile",
+                            lambda module, **how: plain(module, backend=self.compile, **how))
+        torch._dynamo.reset()
+
+    def compile(self, graph, inputs):
+        self.inputs.append(inputs)
+        return graph.forward
+
+    def batches(self) -> set:
+        """The batch sizes of the images. Fails if a size is symbolic."""
+        sizes = set()
+        for inputs in self.inputs:
+            assert not any(isinstance(x, torch.SymInt) for x in inputs)
+            sizes |= {x.shape[0] for x in inputs if tuple(x.shape[1:]) == (3, 64, 64)}
+        return sizes
+
+
+def test_pictures_and_evaluations_are_not_compiled(few_images, monkeypatch, tmp_path):
+    graphs = Graphs(monkeypatch)
+    both = "--data shapes --image-size 64 --batch-size 8 --workers 0 --amp off --compile"
+    flags = f"{both} --arch resnet18 --val 0.3 --sheets 2 --epochs 1 --out {tmp_path / 'run'}"
+    pretrain.main(flags.split())
+    assert graphs.batches() == {8}
+    found = len(graphs.inputs)
+    flags = f"{both} --init scratch --arch resnet18 --epochs 2 --eval-every 1"
+    finetune.main([*flags.split(), "--out", str(tmp_path / "tuned")])
+    assert graphs.batches() == {8} and len(graphs.inputs) > found
+
+
+# ---- start and epochs ----
+
+def test_a_checkpoint_is_written_when_it_is_due_and_at_the_end(few_images, monkeypatch, tmp_path):
+    written = []
+    save = Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "save",
+                        lambda self: (written.append(self.done), save(self)))
+    flags = "--data shapes --arch resnet18 --image-size 64 --batch-size 8 --workers 0 --amp off"
+    flags = f"{flags} --val 0 --sheets 0 --epochs 2"                         # 8 steps
+    for every, expected in (("10m", [8]), ("3", [3, 6, 8])):
+        pretrain.main([*flags.split(), "--save-every", every, "--out", str(tmp_path / every)])
+        assert written == expected
+        written.clear()
+
+
+def test_validation_workers_start_once(few_images, tmp_path):
+    """finetune evaluates three times: the process ids of the workers of the second set."""
+    world = Distributed()
+    world.use("cpu")
+    flags = "--data shapes --init scratch --arch resnet18 --image-size 64 --batch-size 8 --amp off"
+    settings = finetune.parse([*flags.split(), "--workers", "1", "--out", str(tmp_path)])
+    loader = finetune.prepare(settings, world, None).val_loader
+    passes, workers = [], []
+    for _ in range(2):
+        passes.append([(images.clone(), index) for images, index, _ in loader])
+        workers.append([worker.pid for worker in loader._iterator._workers])
+    assert workers[0] == workers[1]
+    for (a, i), (b, j) in zip(*passes, strict=True):
+        assert torch.equal(a, b) and torch.equal(i, j)
 
 
 # ---- few kernels ----

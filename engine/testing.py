@@ -91,7 +91,7 @@ def torchrun(*arguments, processes=2, **options):
 
 # ---- what a run wrote and said ----
 
-CLOCK = ("time", "images_per_s", "peak_memory_mb")           # differ from run to run
+CLOCK = ("time", "images_per_s", "data_wait", "peak_memory_mb")           # differ from run to run
 
 
 def read_log(out):

@@ -8,6 +8,7 @@
     memory      peak memory of both
     fourier     the Fourier loss, as a share of the pre-training step
     loader      images per second on one core, against decoding the files alone
+    shrunk      the loader on files that extras/shrink.py has made, against the files as they are
     processes   two processes of one thread, against one process of two threads
     scaling     images per second by batch size, image side and depth
 
@@ -47,6 +48,7 @@ from engine.flags import AMP, MAX_SIDE, Parser, checked, defaults, number, path
 from engine.shapes import Shapes
 from extras.chart import bars, check_matplotlib
 from extras.output import check_folder, free_name, writing
+from extras.shrink import shrink_file
 from loss import fourier_loss
 from masking import mask_grid, random_mask, resize_mask
 from model import build_encoder, get_family
@@ -204,16 +206,29 @@ def allocated(f) -> float:
 # ---- loader, processes, sizes ----
 
 @contextlib.contextmanager
-def jpeg_files(folder: str | None):
-    """The JPEG files of a folder as a data.Folder, or 320 drawn ones."""
+def jpeg_files(folder: str | None, size: tuple[int, int] = (256, 256)):
+    """The JPEG files of a folder as a data.Folder, or 320 drawn ones of a size (H, W)."""
     if folder:
         yield Folder(Path(folder), "train"), "files"
         return
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = Shapes("train", (256, 256))
+        drawn = Shapes("train", size)
         for i in range(320):
             write_jpeg(drawn.read(i), f"{temporary}/{i}.jpg", quality=90)
         yield Folder(Path(temporary), "train"), "drawn JPEG files"
+
+
+def one_pass(source, count: int):
+    """A function that loads `count` images in this process, cropped to 224 px."""
+    samples = ImageDataset(source, CropAndFlip((224, 224), 0.8), seed=0)
+    keys = [(0, i) for i in range(count)]
+    batches = [keys[i:i + 32] for i in range(0, count, 32)]
+    batches_in_this_process = make_loader(samples, batches, 0, WORLD)
+
+    def load():
+        for _ in batches_in_this_process:
+            pass
+    return load
 
 
 def loader(args: SimpleNamespace) -> list[dict]:
@@ -221,24 +236,32 @@ def loader(args: SimpleNamespace) -> list[dict]:
     torch.set_num_threads(1)                                 # as in a loader worker
     with jpeg_files(args.data) as (source, kind):
         count = min(320, len(source))
-        samples = ImageDataset(source, CropAndFlip((224, 224), 0.8), seed=0)
-        keys = [(0, i) for i in range(count)]
-        batches = [keys[i:i + 32] for i in range(0, count, 32)]
-        batches_in_this_process = make_loader(samples, batches, 0, WORLD)
         names = [source.name(i) for i in range(count)]
-
-        def load():
-            for _ in batches_in_this_process:
-                pass
 
         def decode():
             for name in names:
                 decode_image(name, ImageReadMode.RGB)
-        times = in_turns(load, decode, args.rounds, warm=1)
+        times = in_turns(one_pass(source, count), decode, args.rounds, warm=1)
     torch.set_num_threads(threads)
     a, b = ([count / seconds for seconds in side] for side in times)
     return [row(f"loader on one core, {count} {kind}, crop 224", "decoding the files alone", a, b,
                 "images/s")]
+
+
+def shrunk(args: SimpleNamespace) -> list[dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                 # as in a loader worker
+    with jpeg_files(args.data, (375, 500)) as (source, kind), \
+            tempfile.TemporaryDirectory() as out:
+        count = min(320, len(source))
+        for name in source.names[:count]:
+            shrink_file(os.fsdecode(name), str(source.root), out, side=256, quality=90)
+        small = Folder(Path(out), "train")
+        times = in_turns(one_pass(small, count), one_pass(source, count), args.rounds, warm=1)
+    torch.set_num_threads(threads)
+    a, b = ([count / seconds for seconds in side] for side in times)
+    return [row(f"loader on one core, {count} {kind} shrunk to 256 px, crop 224",
+                "the files as they are", a, b, "images/s")]
 
 
 def processes(args: SimpleNamespace) -> list[dict]:
@@ -283,7 +306,7 @@ def scaling(args: SimpleNamespace) -> dict[str, dict[str, list[float]]]:
 
 # ---- the command ----
 
-ROWS = {f.__name__: f for f in (steps, memory, fourier, loader, processes, scaling)}
+ROWS = {f.__name__: f for f in (steps, memory, fourier, loader, shrunk, processes, scaling)}
 FLAGS = {
     "what is measured": {
         "data": (None, path("DIR"), "a folder of JPEG files for the loader (drawn ones)"),
@@ -311,7 +334,7 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
     out = Path(args.out) if args.out else free_name(Path("runs/bench"))
     check_folder(out)
     random_mask(1, mask_grid((args.image_size, args.image_size), 32))        # raises if too small
-    if args.data and "loader" in args.rows:
+    if args.data and {"loader", "shrunk"} & set(args.rows):
         Folder(Path(args.data), "train")
     if "scaling" in args.rows:
         check_matplotlib()

@@ -286,7 +286,7 @@ def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tupl
     if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)                         # a training batch has one size
     if world.size > 1:
         devices = [world.local_rank] if world.on_gpu else None
         # rank 0's BatchNorm statistics are saved, and shared before each evaluation

@@ -142,7 +142,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
     Checkpointer does."""
     check_installed()
-    world.set_device(args.device)
+    world.set_device(args.device, fixed_sizes=False)         # images of any size are evaluated
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
@@ -184,7 +184,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
         checkpointer.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
 
     run.model.train()
-    batches = iter(run.loader)
+    batches = checkpointer.timed(run.loader)
     with checkpointer:
         evaluate_after(steps.start)  # a checkpoint is written before its evaluation
         for step in checkpointer.steps():
@@ -250,7 +250,8 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
     flip = v2.RandomHorizontalFlip(0.5)                      # image, boxes and masks together
     loader = make_loader(ImageDataset(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
     val_once = every_image_once(len(val), 8 if size < 256 else 1, world)
-    val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed)
+    val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed,
+                             persistent=not args.eval_only)
 
     torch.manual_seed(seed_for(args.seed))  # every process starts from the same heads
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,

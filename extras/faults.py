@@ -88,7 +88,7 @@ def kill(run: subprocess.Popen) -> None:
 
 def log_of(out: Path) -> list[dict]:
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_s", "peak_memory_mb")}
+        {k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_s", "data_wait", "peak_memory_mb")}
         for line in (out / "log.jsonl").read_text().splitlines()
     ]
 

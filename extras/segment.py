@@ -123,7 +123,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, ru
 def train(args: SimpleNamespace, world: Distributed) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
     Checkpointer does."""
-    world.set_device(args.device)
+    world.set_device(args.device, fixed_sizes=False)         # images of any size are evaluated
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
     kind = "-eval" if args.eval_only else "-scratch" if args.init else ""
@@ -158,7 +158,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
         checkpointer.keep_best(best, "miou", result["miou"], run.model.state_dict())
 
     run.model.train()
-    batches = iter(run.loader)
+    batches = checkpointer.timed(run.loader)
     with checkpointer:
         evaluate_after(steps.start)  # a checkpoint is written before its evaluation
         for step in checkpointer.steps():
@@ -193,7 +193,8 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
     loader = make_loader(ImageDataset(source, ScaleCropFlip(args), args.seed), batches, args.workers, world, stacked)
     val_once = every_image_once(len(val), 32 if args.data == "shapes" else 1, world)
     val_samples = ImageDataset(val, partial(whole, side=args.image_size), args.seed)
-    val_loader = make_loader(val_samples, val_once, args.workers, world, stacked)
+    val_loader = make_loader(val_samples, val_once, args.workers, world, stacked,
+                             persistent=not args.eval_only)
 
     torch.manual_seed(seed_for(args.seed))  # every process starts from the same head
     encoder = build_encoder(args.arch, args.image_size, args.drop_path, args.patch_size, args.window,
@@ -244,7 +245,8 @@ def slide(f, images: Tensor, side: int) -> Tensor:
 def predict(images: Tensor, size: tuple[int, int], args: SimpleNamespace, world: Distributed, run: Run) -> Tensor:
     """uint8 (B, 3, h, w) -> the likeliest class of every pixel (B, *size), whole or by windows."""
     images = normalise(images, world.device).contiguous(memory_format=memory_format(args, world))
-    f = lambda x: resize(run.model(x)[0].float(), x.shape[-2:])
+    # by forward, because model(...) may be compiled, for a training batch
+    f = lambda x: resize(run.model.forward(x)[0].float(), x.shape[-2:])
     with torch.autocast(world.device.type, AMP[args.amp], enabled=args.amp != "off"):
         logits = slide(f, images, args.image_size) if args.inference == "slide" else f(images)
     return resize(logits, size).argmax(1)

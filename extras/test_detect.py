@@ -651,7 +651,7 @@ def run(out, *flags, start=TINY):
     """Returns (log lines without the clock, checkpoint, result)."""
     detect.main([*start, "--out", str(out), *map(str, flags)])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = ("time", "images_per_s", "peak_memory_mb")
+    clock = ("time", "images_per_s", "data_wait", "peak_memory_mb")
     lines = [{k: v for k, v in line.items() if k not in clock} for line in lines]
     return lines, torch.load(out / "checkpoint.pt", weights_only=True), json.loads((out / "result.json").read_text())
 
