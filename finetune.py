@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -38,6 +37,7 @@ from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at, momentum_sgd
 from engine.results import report, score, write_features
 from engine.settings import all_defaults, resolve_batch, resolve_warmup, settings_class
+from engine.step import make_scaler, memory_format, take_step, wrap
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
 
@@ -139,12 +139,7 @@ def train_step(step: int, batches, settings: Settings, world: Distributed,
             state.scaler.scale(loss / settings.accum).backward()
         total = total + loss.detach() / settings.accum
 
-    if settings.clip_grad:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)
-    state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
-    state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
-    state.optimizer.zero_grad(set_to_none=True)
+    take_step(state, settings)
     if state.ema:
         state.ema.update_parameters(state.model)
     return {"loss": total}
@@ -443,32 +438,19 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
             raise ValueError(f"{settings.weights}: lacks {names}; evaluate it with the --arch, "
                              f"--stem and --patch-size that it was trained with")
 
-    is_cnn = get_family(settings.arch).convolutional             # channels_last is faster on a CNN
-    channels_last = settings.channels_last and is_cnn and not world.on_mps
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = net = model.to(world.device).to(memory_format=memory_format)
-    if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
-        model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if settings.compile:
-        model.compile(dynamic=False)                         # a training batch has one size
-    if world.size > 1:
-        devices = [world.local_rank] if world.on_gpu else None
-        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
-        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    layout = memory_format(settings, world, get_family(settings.arch).convolutional)
+    model, net = wrap(model, settings, world, layout)
 
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
     sgd = partial(momentum_sgd, fused=not world.on_mps)
     optimizer = {"lamb": Lamb, "sgd": sgd, "adamw": adamw}[settings.optimizer](groups, lr=0.0)
-    # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
-    scale = {} if settings.amp == "fp16" else {"init_scale": 1.0}
-    scaler = torch.amp.GradScaler(world.device.type, **scale)
     ema = MovingAverage(model, settings.ema, 20 * plan.per_epoch) if settings.ema else None
     unreadable = UnreadableImages(source, settings.max_bad, settings.out)
     labels = torch.from_numpy(source.labels).long()
     val_labels = torch.from_numpy(val.labels).long()
     return TrainState(plan, source.classes, loader, labels, val_loader, val_labels, model, net,
-                      optimizer, scaler, memory_format, unreadable, ema)
+                      optimizer, make_scaler(settings, world), layout, unreadable, ema)
 
 
 def open_data(asked: dict, world: Distributed) -> tuple:

@@ -1,0 +1,54 @@
+"""What fine-tuning, segmentation and detection share of a training step.
+
+    memory_format    channels_last for a CNN
+    wrap             device, SyncBN, torch.compile and DDP around a model
+    make_scaler      the GradScaler
+    take_step        the optimiser's step, after the backward passes
+
+pretrain.py has the same lines in plain sight, and imports nothing from here.
+"""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from .command import Distributed
+
+
+def memory_format(settings, world: Distributed, is_cnn: bool) -> torch.memory_format:
+    """channels_last is faster on a CNN; mps lacks it."""
+    channels_last = settings.channels_last and is_cnn and not world.on_mps
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def wrap(model: nn.Module, settings, world: Distributed,
+         layout: torch.memory_format) -> tuple[nn.Module, nn.Module]:
+    """(the model, whose weights have their own names; what a step calls)."""
+    model = net = model.to(world.device).to(memory_format=layout)
+    if world.size > 1 and world.on_cuda:                     # statistics of all GPUs, as released
+        model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if settings.compile:
+        model.compile(dynamic=False)                         # a training batch has one size
+    if world.size > 1:
+        devices = [world.local_rank] if world.on_gpu else None
+        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
+        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return model, net
+
+
+def make_scaler(settings, world: Distributed) -> torch.amp.GradScaler:
+    """Without fp16 the scale stays 1; it then only skips steps with non-finite gradients."""
+    scale = {} if settings.amp == "fp16" else {"init_scale": 1.0}
+    return torch.amp.GradScaler(world.device.type, **scale)
+
+
+def take_step(state, settings) -> None:
+    """Clips the gradients if asked to, and makes the step unless a gradient is not finite.
+
+    state has `model`, `optimizer` and `scaler`."""
+    if settings.clip_grad:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
+    state.optimizer.zero_grad(set_to_none=True)
