@@ -18,6 +18,7 @@ from PIL import Image, ImageColor
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+import conftest
 import finetune
 import loss
 import masking
@@ -46,6 +47,12 @@ def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
     for file in [*HERE.glob("*.py"), *engine]:
         imported = set(re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.M))
         assert "extras" not in imported and (file.parent == HERE or not imported & stages), file
+
+
+def test_of_several_processes_each_test_is_run_by_one(tmp_path):
+    first, second = (conftest.claim(range(50), tmp_path) for _ in range(2))
+    taken = [next(first), next(second), next(second), next(first), *second, *first]
+    assert taken[:4] == [0, 1, 2, 3] and sorted(taken) == list(range(50))
 
 
 # ---- flags and mistakes ----

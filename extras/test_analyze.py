@@ -258,7 +258,7 @@ def tuned(tmp_path_factory) -> Path:
         noise = Image.effect_noise((40, 40), 40 + 60 * (i % 2)).convert("RGB")
         noise.save(root / "data" / "ab"[i % 2] / f"{i:02}.png")
     flags = f"--data {root / 'data'} --image-size 32 --workers 0 --amp off --out {root}"
-    finetune.main(f"{flags}/run --init scratch --arch resnet18 --epochs 3 --batch-size 8".split())
+    finetune.main(f"{flags}/run --init scratch --arch resnet18 --stem imagenet --epochs 3 --batch-size 8".split())
     finetune.main(f"{flags}/again --weights {root / 'run' / 'best.pt'} --eval-only".split())
     return root
 
