@@ -32,7 +32,7 @@ import finetune
 import pretrain
 from engine.checkpointer import Checkpointer, Snapshot
 from engine.command import Distributed
-from engine.optim import Lamb, MovingAverage, momentum_sgd
+from engine.optim import Lamb, momentum_sgd
 from engine.progress import RunningMeans, TimedBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
