@@ -100,8 +100,11 @@ def line(r: dict) -> str:
 # ---- whole steps ----
 
 def endless(batch: int, size: int):
-    """A loader of one batch: uint8 images, their indices, none of them broken."""
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    """A loader of one batch, laid out as make_loader does: uint8 images, indices, none broken."""
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
+    images = images.permute(0, 3, 1, 2)                      # channels_last
+    if WORLD.on_cuda:
+        images = images.pin_memory()
     return itertools.repeat((images, torch.arange(batch), torch.full((batch,), -1)))
 
 
