@@ -1,12 +1,16 @@
-"""The method in one picture: its three ideas on one image, by a trained model.
+"""The method in pictures, by a trained model.
 
     python pretrain.py                       the demo, minutes on a CPU: writes the checkpoint
-    python extras/figure.py                  writes method.png, or method-2.png if that is taken
-    python extras/figure.py --image FILE     a photograph, instead of a held-out drawn image
+    python extras/figure.py                  the three ideas on one drawn image: method.png
+    python extras/figure.py --figure why     what goes wrong without them, on a photograph: why.png
+    python extras/figure.py --image FILE     another photograph
     python extras/figure.py --out assets/method.png      replaces the picture of the README
+
+A name that is taken gets a number (method-2.png), unless --out gives it.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from data import SUFFIXES, denormalise, eval_transform, normalise
 from engine.command import Distributed, command_line
@@ -29,14 +34,72 @@ from loss import residual
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, get_family
 
-WIDTH, HEIGHT, MARGIN, GAP, MIDDLE = 1200, 376, 18, 30, 180  # the page, and the height of the arrows on it
+INK, GRAY, BLUE, ORANGE = "#1b1f24", "#59636e", "#1f5fbf", "#f28c1e"
+PALETTE = np.array(                                          # low to high
+    [(20, 20, 60), (48, 70, 140), (33, 144, 141), (122, 205, 90), (253, 231, 90)])
+
+
+def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, ink: str,
+          bold: float = 0, anchor: str = "ma") -> None:
+    """Text below (x, y): centred, or left of it with anchor "la"."""
+    align = "left" if anchor == "la" else "center"
+    font = ImageFont.load_default(size)
+    draw.multiline_text((x, y), text, ink, font, anchor, 7, align, stroke_width=bold)
+
+
+# ---- feature maps in colour ----
+
+def in_colour(maps: list[Tensor], image: Tensor) -> list[Tensor]:
+    """Feature maps (C, h, w) -> pictures (3, h, w) in [0, 1], by one principal component analysis
+    of the features of all maps together.
+
+    The first component becomes brightness, the second warm or cold, the third magenta or green.
+    Each is turned so that, in the first map, it goes with that property of the `image` (3, H, W):
+    so the picture of a map resembles the image."""
+    features = torch.cat([z.flatten(1) for z in maps], 1)    # (C, N)
+    middle = features.mean(1, keepdim=True)
+    axes = torch.linalg.svd(features - middle, full_matrices=False).U[:, :3]
+    mixing = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [0.5, -1.0, 0.5]])
+    strength = torch.tensor([[0.36], [0.30], [0.22]])
+
+    looks = mixing @ tvf.resize(image, list(maps[0].shape[1:]), antialias=True).flatten(1)
+    first = axes.T @ (maps[0].flatten(1) - middle)           # (3, h w)
+    agreement = ((looks - looks.mean(1, keepdim=True)) * first).sum(1)
+    axes = axes * torch.where(agreement < 0, -1.0, 1.0)
+
+    scores = axes.T @ (features - middle)                    # (3, N)
+    largest = scores.abs().quantile(0.98, dim=1, keepdim=True).clamp(min=1e-12)
+    colours = 0.5 + mixing.T @ (strength * (scores / largest).clamp(-1.2, 1.2))
+    pictures, start = [], 0
+    for z in maps:
+        n = z[0].numel()
+        pictures.append(colours[:, start:start + n].clamp(0, 1).view(3, *z.shape[1:]))
+        start += n
+    return pictures
+
+
+def picture(x: Tensor, side: int) -> Image.Image:
+    """(3, h, w) in [0, 1] -> a square picture. A feature map keeps its squares."""
+    how = Image.NEAREST if x.shape[-1] <= 64 else Image.LANCZOS
+    return tvf.to_pil_image(x).resize((side, side), how)
+
+
+def edges(mask: Tensor, side: int, width: int = 2) -> tuple[Image.Image, Image.Image]:
+    """(hidden, edge): two black-and-white pictures of a mask (1, gh, gw). The edge is inside."""
+    hidden = Image.fromarray(mask[0].byte().mul(255).numpy()).resize((side, side), Image.NEAREST)
+    return hidden, ImageChops.subtract(hidden, hidden.filter(ImageFilter.MinFilter(2 * width + 1)))
+
+
+# ---- method.png: the three ideas on one image ----
+
+WIDTH, HEIGHT, MARGIN, GAP = 1200, 376, 18, 30
+MIDDLE = 180                                                 # the height of the arrows on the page
 BIG, SMALL = 168, 120                                        # sides of pictures
-INK, GRAY, BLUE = "#1b1f24", "#59636e", "#1f5fbf"
-PALETTE = np.array([(20, 20, 60), (48, 70, 140), (33, 144, 141), (122, 205, 90), (253, 231, 90)])    # low to high
 
 
 @torch.no_grad()
-def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> dict[str, Image.Image]:
+def moves(model: A2MIM, run: SimpleNamespace, image: Tensor,
+          mask: Tensor) -> dict[str, Image.Image]:
     """The seven pictures. image (1, 3, H, W), normalised; mask (1, gh, gw), True = hidden."""
     seen = z = fill_hidden(image, mask, model.fill)          # idea 1
     for stage in range(model.token_stage):
@@ -44,11 +107,8 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> di
     before = z[0]                                            # idea 2: (C, h, w), without the token
     after = model.mask_token(z, mask)[0]
     reconstruction = model(image, mask)
-    # both maps along the first principal axis of the one before, turned so that the token is dark
-    middle = before.mean((1, 2), keepdim=True)
-    axis = torch.linalg.svd((before - middle).flatten(1), full_matrices=False).U[:, 0]
-    maps = torch.einsum("c,nchw->nhw", axis, torch.stack([before, after]) - middle)
-    maps = maps * (-1 if maps[1].mean() > maps[0].mean() else 1)
+    maps = in_colour([before, after], denormalise(seen)[0])
+    maps[1] = stamp(maps[1], after, model.mask_token.token)
     # idea 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
     hidden = resize_mask(mask, image.shape[-2:])             # (1, 1, H, W)
     r = residual(reconstruction, image, hidden, run.stand_in, run.visible_weight)
@@ -56,14 +116,25 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor, mask: Tensor) -> di
     weight = torch.log1p(D)
     weight = weight / weight.amax((1, 2), keepdim=True)
     half = [side // 2 for side in model.image_size]
-    amplitude, weight = (tvf.center_crop(torch.fft.fftshift(x.mean(0)), half) for x in (torch.log(D + 1e-6), weight))
+    amplitude = tvf.center_crop(torch.fft.fftshift(torch.log(D + 1e-6).mean(0)), half)
+    weight = tvf.center_crop(torch.fft.fftshift(weight.mean(0)), half)
 
-    low, high = maps.quantile(torch.tensor([0.02, 0.98]))
     image, seen, reconstruction = [tvf.to_pil_image(denormalise(x)[0])
                                    for x in (image, seen, reconstruction)]
     return dict(image=outline(image, mask), seen=seen, reconstruction=reconstruction,
-                before=colour(maps[0], low, high), after=colour(maps[1], low, high),
+                before=tvf.to_pil_image(maps[0]), after=tvf.to_pil_image(maps[1]),
                 amplitude=colour(amplitude, *amplitude.aminmax()), weight=colour(weight, 0, 1))
+
+
+def stamp(shown: Tensor, z: Tensor, token: Tensor) -> Tensor:
+    """The picture (3, h, w) of features z (C, h, w), orange where they are the token.
+
+    A feature is fully orange at the token itself, and not at all from a quarter of the features'
+    usual distance to the token on."""
+    distance = (z - token[:, None, None]).norm(dim=0)        # (h, w)
+    share = (1 - 4 * distance / distance.quantile(0.9)).clamp(0, 1) ** 0.5
+    orange = torch.tensor([int(ORANGE[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    return shown * (1 - share) + orange[:, None, None] * share
 
 
 def colour(x: Tensor, low: float, high: float) -> Image.Image:
@@ -75,24 +146,21 @@ def colour(x: Tensor, low: float, high: float) -> Image.Image:
 
 def outline(image: Image.Image, mask: Tensor) -> Image.Image:
     """The image with its hidden patches under a thin veil, and a white line around them."""
-    hidden = Image.fromarray(mask[0].byte().mul(255).numpy()).resize((BIG, BIG), Image.NEAREST)
-    edge = ImageChops.subtract(hidden, hidden.filter(ImageFilter.MinFilter(5)))      # 2 pixels wide
+    hidden, edge = edges(mask, BIG)
     shade = ImageChops.lighter(edge, hidden.point(lambda v: v // 4))
-    return Image.composite(Image.new("RGB", (BIG, BIG), "white"), image.resize((BIG, BIG), Image.LANCZOS), shade)
+    large = image.resize((BIG, BIG), Image.LANCZOS)
+    return Image.composite(Image.new("RGB", (BIG, BIG), "white"), large, shade)
 
 
 def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
     """All of them in a row, with titles, arrows and words; the token enters before `stage`."""
     page, x = Image.new("RGB", (WIDTH, HEIGHT), "white"), MARGIN
     draw = ImageDraw.Draw(page)
-
-    def write(x: float, y: float, text: str, size: int, ink: str, bold: float = 0) -> None:
-        draw.multiline_text((x, y), text, ink, ImageFont.load_default(size), "ma", 7, "center", stroke_width=bold)
     parts = [                                                # names: of pictures, a word under each
         ("", "image", "the pale patches\nare hidden", {"image": ""}),
         ("idea 1", "what goes in", "hidden patches take the\nimage's mean colour", {"seen": ""}),
         ("idea 2", "the token enters in the middle",
-         f"between encoder stages {stage - 1} and {stage}:\n+ token at hidden patches",
+         f"before encoder stage {stage} the token\n(orange) enters at hidden places",
          {"before": "before", "after": "after"}),
         ("", "reconstruction", "by a decoder of\none linear layer", {"reconstruction": ""}),
         ("idea 3", "what the Fourier loss sees",
@@ -102,17 +170,120 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
     for idea, title, below, names in parts:
         side = BIG if len(names) == 1 else SMALL
         centre = x + (len(names) * (side + GAP) - GAP) / 2
-        write(centre, 16, idea, 20, BLUE, 0.5)
-        write(centre, 45, title, 19, INK, 0.5)
-        write(centre, 306, below, 18, GRAY)
+        write(draw, centre, 16, idea, 20, BLUE, 0.5)
+        write(draw, centre, 45, title, 19, INK, 0.5)
+        write(draw, centre, 306, below, 18, GRAY)
         for name, word in names.items():
-            if x > MARGIN:                                   # an arrow, from the picture on the left
+            if x > MARGIN:                                   # an arrow from the picture before
                 draw.line([(x - GAP + 3, MIDDLE), (x - 11, MIDDLE)], GRAY, 3)
                 draw.polygon([(x - 3, MIDDLE), (x - 15, MIDDLE - 7), (x - 15, MIDDLE + 7)], GRAY)
-            how = Image.NEAREST if pictures[name].width <= 24 else Image.LANCZOS     # a feature map keeps its squares
+            is_map = pictures[name].width <= 24              # a feature map keeps its squares
+            how = Image.NEAREST if is_map else Image.LANCZOS
             page.paste(pictures[name].resize((side, side), how), (x, MIDDLE - side // 2))
-            write(x + side / 2, MIDDLE + side / 2 + 8, word, 17, GRAY)
+            write(draw, x + side / 2, MIDDLE + side / 2 + 8, word, 17, GRAY)
             x += side + GAP
+    return page
+
+
+# ---- why.png: what goes wrong without the method ----
+
+PHOTO = ROOT / "assets" / "dogs.jpg"
+STAGES = (1, 2, 3, 4)
+WHY_SIDE, WHY_GAP, WHY_LEFT, WHY_TOP = 168, 14, 262, 52      # pixels on the page
+WHY_ROWS = (196, 228, 228, 228)                              # heights of the rows
+ROWS = {  # title -> what a newcomer should see
+    "nothing hidden": "What each stage makes of the whole image.",
+    "black squares": "The squares have hard edges. Convolutions respond to them and spread the "
+                     "response: visible parts no longer look as in the first row.",
+    "mean colour": "No hard edges: visible parts stay much closer to the first row. But a hidden "
+                   "patch is hard to tell from a flat surface, and stays flat.",
+    "mean colour and\nlate mask token": "In the frame all hidden places become nearly one "
+                                        "vector, the token. It marks what the next stages have "
+                                        "to fill in.",
+}
+
+
+@torch.no_grad()
+def stages_of(model: A2MIM, image: Tensor, mask: Tensor) -> list[list[Tensor]]:
+    """For each of ROWS: the input (3, H, W), and the features (C, h, w) after each of STAGES.
+
+    image (1, 3, H, W), normalised. The token joins the features that enter the token stage."""
+    hidden = resize_mask(mask, image.shape[-2:])
+    black = normalise(torch.zeros_like(image))
+    mean = fill_hidden(image, mask, "mean")
+    rows = []
+    for z in (image, torch.where(hidden, black, image), mean, mean):
+        has_token = len(rows) == 3
+        maps = []
+        for stage in range(len(model.encoder.stages)):
+            if has_token and stage == model.token_stage:
+                z = model.mask_token(z, mask)
+                if stage:
+                    maps[-1] = z[0]                          # shown with the token
+            if not stage:
+                maps.append(z[0])
+            z = model.encoder.run_stage(stage, z)
+            maps.append(z[0])
+        rows.append([maps[0], *(maps[stage + 1] for stage in STAGES)])
+    return rows
+
+
+def change(z: Tensor, whole: Tensor, places: Tensor) -> float:
+    """How far features z (C, h, w) are from those of the whole image at the places (h, w).
+
+    Root mean square of the distance, as a share of the spread of the whole image's features: 0 is
+    no change, and 1 is as far as the mean of all features is from a feature."""
+    error = (z - whole)[:, places].square().sum(0).mean()
+    spread = (whole - whole.mean((1, 2), keepdim=True)).square().sum(0).mean()
+    return (error / spread).sqrt().item()
+
+
+def draw_why(model: A2MIM, image: Tensor, mask: Tensor) -> Image.Image:
+    """The page: four rows, the input and the features after four stages. image: normalised."""
+    rows = stages_of(model, image, mask)
+    shown = denormalise(image)[0]
+    columns = [[denormalise(row[0][None])[0] for row in rows]]
+    for k in range(len(STAGES)):
+        columns.append(in_colour([row[k + 1] for row in rows], shown))
+
+    step = WHY_SIDE + WHY_GAP
+    width = WHY_LEFT + len(columns) * step
+    height = WHY_TOP + sum(WHY_ROWS) + 68
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    titles = ["input", *(f"after stage {stage}" for stage in STAGES)]
+    for k, title in enumerate(titles):
+        write(draw, WHY_LEFT + k * step + WHY_SIDE / 2, 18, title, 20, INK, 0.5)
+
+    hidden, inside = edges(mask, WHY_SIDE, 1)
+    outside = ImageChops.subtract(hidden.filter(ImageFilter.MaxFilter(3)), hidden)
+    for r, (title, text) in enumerate(ROWS.items()):
+        y = WHY_TOP + sum(WHY_ROWS[:r])
+        write(draw, MARGIN, y - 3, title, 20, BLUE, 0.5, "la")
+        below = y + 26 * len(title.splitlines())
+        write(draw, MARGIN, below, textwrap.fill(text, 29), 16, GRAY, 0, "la")
+        for k, column in enumerate(columns):
+            x = WHY_LEFT + k * step
+            panel = picture(column[r], WHY_SIDE)
+            if r and k:
+                panel.paste("white", mask=inside)
+                panel.paste("black", mask=outside)
+            if r == 3 and k == model.token_stage - 1:
+                draw.rectangle([x - 5, y - 5, x + WHY_SIDE + 4, y + WHY_SIDE + 4], BLUE)
+            page.paste(panel, (x, y))
+            if r and k:
+                z, whole = rows[r][k], rows[0][k]
+                places = resize_mask(mask, z.shape[-2:])[0, 0]           # hidden
+                words = (f"visible parts off by {change(z, whole, ~places):.0%}\n"
+                         f"hidden parts off by {change(z, whole, places):.0%}")
+                write(draw, x + WHY_SIDE / 2, y + WHY_SIDE + 6, words, 15, GRAY)
+
+    notes = (
+        "One encoder, trained by A2MIM, in all rows. Colours: the first three principal components "
+        "of the features, one fit for each column.\n"
+        "Off by: distance to the features of the first row, relative to their spread over the "
+        "image. White lines: the mask.")
+    write(draw, MARGIN, height - 58, notes, 16, INK, 0, "la")
     return page
 
 
@@ -121,19 +292,21 @@ def draw_page(pictures: dict[str, Image.Image], stage: int) -> Image.Image:
 ENDINGS = (*SUFFIXES, ".pdf")
 FLAGS = {
     "what is shown": {
+        "figure": ("method", ("method", "why"), "the three ideas, or what goes wrong without them"),
         "checkpoint": ("runs/shapes-resnet18/checkpoint.pt", path("FILE"),
                        "of a CNN, made by pretrain.py"),
-        "image": (None, path("FILE"), "a photograph (a drawn image)"),
-        "index": (4, number(int, 0, len(Shapes("val", (32, 32))) - 1), "which drawn image")},
+        "image": (None, path("FILE"), "a photograph (method: a drawn image; why: assets/dogs.jpg)"),
+        "index": (4, number(int, 0, len(Shapes("val", (32, 32))) - 1), "which drawn image"),
+        "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
     "where it goes": {
         "out": (None, path("FILE"), f"ends in {', '.join(ENDINGS)}; a file of this name is "
-                "replaced (method.png, numbered if taken)")},
+                "replaced (method.png or why.png, numbered if taken)")},
 }
 
 
 def draw(args: SimpleNamespace, world: Distributed) -> None:
     """Writes the picture. Raises ValueError for a mistake."""
-    out = Path(args.out) if args.out else free_name(Path("method.png"))
+    out = Path(args.out) if args.out else free_name(Path(f"{args.figure}.png"))
     check_file(out, ENDINGS)
     checkpoint = printable(args.checkpoint)
     if not Path(args.checkpoint).exists():
@@ -146,20 +319,43 @@ def draw(args: SimpleNamespace, world: Distributed) -> None:
         raise ValueError(f"{checkpoint}: of {format_size(model.image_size)}; the figure has square "
                          "pictures")
 
-    if args.image:
-        image = eval_transform(model.image_size)(read_photo(args.image))
+    if args.figure == "why":
+        page = why(args, model, run)
     else:
-        image = Shapes("val", model.image_size).read(args.index)
-    mask = random_mask(1, model.grid, run.mask_ratio, generator=torch.Generator().manual_seed(0))
-    page = draw_page(moves(model, run, normalise(image[None]), mask), model.token_stage)
+        page = method(args, model, run)
     with writing(out):
         page.save(out, optimize=True)
     print(f"{printable(str(out))}: {page.width} x {page.height} px")
 
 
+def method(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Image:
+    if args.image:
+        image = eval_transform(model.image_size)(read_photo(args.image))
+    else:
+        image = Shapes("val", model.image_size).read(args.index)
+    generator = torch.Generator().manual_seed(args.seed)
+    mask = random_mask(1, model.grid, run.mask_ratio, generator=generator)
+    return draw_page(moves(model, run, normalise(image[None]), mask), model.token_stage)
+
+
+def why(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Image:
+    """The grid of mask units is that of pre-training. A unit gets as many pixels as the encoder's
+    stride, so that it is one feature of the last stage."""
+    if get_family(run.arch).name not in ("resnet", "convnext"):
+        raise ValueError(f"{printable(args.checkpoint)}: holds {run.arch}; --figure why shows the "
+                         f"four stages of a ResNet or a ConvNeXt")
+    size = tuple(units * model.stride for units in model.grid)
+    model, _ = load_model(args.checkpoint, size, mask_size=model.stride)
+    image = eval_transform(size)(read_photo(args.image or PHOTO))
+    generator = torch.Generator().manual_seed(args.seed)
+    mask = random_mask(1, model.grid, run.mask_ratio, generator=generator)
+    return draw_why(model, normalise(image[None]), mask)
+
+
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
-    parser = Parser("figure.py", "%(prog)s [--image FILE] [options]", __doc__, FLAGS, {})
+    parser = Parser("figure.py", "%(prog)s [--figure why] [--image FILE] [options]", __doc__,
+                    FLAGS, {})
     parser.epilog = None
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
 

@@ -43,8 +43,12 @@ MAX_RATIO = 10                                               # of a photograph's
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, SimpleNamespace]:
-    """The model of a checkpoint, and its settings; for images of `size` (H, W), or of its own size.
+def load_model(path: str, size: tuple[int, int] | None = None,
+               mask_size: int | None = None) -> tuple[A2MIM, SimpleNamespace]:
+    """The model of a checkpoint, and its settings.
+
+    size       (H, W) of the images, by default those of pre-training
+    mask_size  side of a mask unit in pixels, by default that of pre-training
 
     Raises ValueError if the file is no checkpoint of pre-training, or the size does not fit."""
     name = printable(str(path))
@@ -59,7 +63,7 @@ def load_model(path: str, size: tuple[int, int] | None = None) -> tuple[A2MIM, S
     except Exception:                                        # torch.load has no one type for a broken file
         raise ValueError(f"{name}: not a checkpoint.pt of pretrain.py") from None
     try:
-        model = build_model(run, size)
+        model = build_model(run, size, mask_size)
         model.load_state_dict(form, strict=False)
     except (AttributeError, TypeError, RuntimeError):        # settings that fit no weights
         raise ValueError(f"{name}: not a checkpoint.pt of this version of pretrain.py") from None
@@ -86,13 +90,13 @@ def read_photo(file: str) -> Tensor:
     return image
 
 
-def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None) -> A2MIM:
+def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None,
+                mask_size: int | None = None) -> A2MIM:
     """The model of a run's settings, with random weights: as the run itself makes it."""
     size = size or height_width(run.image_size)
     encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window,
                             getattr(run, "stem", None))         # older runs have no stem
-    return A2MIM(encoder, image_size=size, mask_size=run.mask_size, token_stage=run.token_stage, token=run.token,
-                 fill=run.fill)
+    return A2MIM(encoder, size, mask_size or run.mask_size, run.token_stage, run.token, run.fill)
 
 
 def fitted(image: Tensor, side: int, unit: int) -> Tensor:

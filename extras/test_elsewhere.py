@@ -1,0 +1,218 @@
+"""Facts about our weights in other people's code, and about the pictures of figure.py.
+
+    pytest extras/test_elsewhere.py        from the root; pip install timm for the tests of the ViT
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pretrain
+from extras import figure
+from masking import random_mask, resize_mask
+from model import A2MIM, Classifier, VITS, build_encoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+
+# ---- weights in other people's code ----
+
+def code_below(page: str, heading: str) -> str:
+    """The first block of Python below a heading of a page."""
+    text = (ROOT / page).read_text().split(f"{heading}\n", 1)[1]
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """The net with random weights: none of them is what it starts with."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return net.eval()
+
+
+def timm_arguments() -> dict[str, dict]:
+    """The table of docs/recipes.md: arch -> further arguments of timm.create_model."""
+    section = (ROOT / "docs/recipes.md").read_text().split("### A ViT in timm\n")[1]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", section.split("###")[0], re.MULTILINE)
+    table = {}
+    for arch, text in rows:
+        code = "" if text == "none" else text.strip("`")
+        table[arch] = eval(f"dict({code})")
+    return table
+
+
+@pytest.mark.parametrize("arch, size, patch", [
+    ("vit_base", 224, 16), ("vit_small", 64, 16), ("vit_large", 32, 16),
+    ("deit_tiny", (64, 96), 16), ("deit_small", 32, 4)])
+def test_timms_beit_takes_our_vit_and_gives_its_features(arch, size, patch):
+    timm = pytest.importorskip("timm")
+    assert set(timm_arguments()) == set(VITS)
+    encoder = randomised(build_encoder(arch, size, patch_size=patch))
+    shape = dict(img_size=size, patch_size=patch, use_abs_pos_emb=True, **timm_arguments()[arch])
+    plain = timm.create_model("beit_base_patch16_224", num_classes=0, global_pool="", **shape)
+    plain.load_state_dict(encoder.backbone.state_dict())     # strictly
+    height, width = encoder.backbone.image_size
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        difference = (plain.eval()(images) - encoder(images)).abs().max()
+    assert difference < 1e-5
+
+    if arch != "deit_tiny":
+        return
+    tuned = randomised(Classifier(arch, encoder, 7))
+    plain = timm.create_model("beit_base_patch16_224", num_classes=7, global_pool="avg", **shape)
+    plain.load_state_dict(tuned.torchvision_state_dict())
+    with torch.no_grad():
+        difference = (plain.eval()(images) - tuned(images)).abs().max()
+    assert difference < 1e-5
+
+
+def test_the_lines_of_the_readme_for_weights_elsewhere_run_as_they_are_written(tmp_path,
+                                                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/tuned").mkdir(parents=True)
+    tuned = randomised(Classifier("resnet18", build_encoder("resnet18"), 10))
+    torch.save(tuned.torchvision_state_dict(), "runs/tuned/best.pt")
+    encoder = randomised(build_encoder("resnet50"))
+    torch.save(encoder.backbone.state_dict(), "backbone.pt")
+    of_torchvision, of_timm = code_below("README.md", "## Use the weights elsewhere").split("\n\n")
+    names = {}
+    exec(of_torchvision, names)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(names["net"].eval()(images), tuned(images), atol=1e-5)
+        expected = encoder(images)                           # stride 32; DeepLab's has stride 8
+        found = names["det"].backbone.body.eval()(images)
+        assert torch.allclose(found["3"], expected, atol=1e-5)
+    own = encoder.backbone.state_dict()
+    segmentation = names["seg"].backbone.state_dict()
+    assert segmentation and all(torch.equal(segmentation[name], own[name]) for name in segmentation)
+
+    pytest.importorskip("timm")
+    vit = randomised(build_encoder("deit_tiny", 96))
+    torch.save(vit.backbone.state_dict(), "backbone.pt")
+    exec(of_timm, names)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.allclose(names["vit"].eval()(images), vit(images), atol=1e-5)
+
+
+def test_the_lines_of_the_docs_for_your_own_training_code_run_as_they_are_written(tmp_path,
+                                                                                 monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/imagenet-resnet50").mkdir(parents=True)
+    encoder = randomised(build_encoder("resnet50"))
+    torch.save(encoder.backbone.state_dict(), "runs/imagenet-resnet50/backbone.pt")
+    exec(code_below("docs/transfer.md", "## Your own training code"), names := {})
+    body = names["model"].backbone.body.state_dict()
+    own = encoder.backbone.state_dict()
+    assert len(body) > 200 and all(torch.equal(body[name], own[name]) for name in body)
+
+
+# ---- figure.py ----
+
+def test_feature_maps_are_coloured_by_one_principal_component_analysis_of_all_of_them():
+    """Second route: the axes are the eigenvectors of the covariance of all features."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([5.0, 3.0, 1.5, 0.4, 0.2])[:, None, None]
+    maps = [spread * torch.randn(5, 6, 8, generator=generator) for _ in range(3)]
+    maps[2][:, 0, 0] = maps[0][:, 5, 7]                      # the same feature in two maps
+    shown = figure.in_colour(maps, torch.rand(3, 48, 64, generator=generator))
+    assert [tuple(picture.shape) for picture in shown] == [(3, 6, 8)] * 3
+    assert torch.allclose(shown[2][:, 0, 0], shown[0][:, 5, 7], atol=1e-6)
+
+    features = torch.cat([z.flatten(1) for z in maps], 1).numpy().astype(float)
+    centred = features - features.mean(1, keepdims=True)
+    _, vectors = np.linalg.eigh(centred @ centred.T)
+    scores = vectors[:, ::-1].T @ centred                    # the largest first
+    pixels = torch.cat([x.flatten(1) for x in shown], 1).numpy()
+    inside = ((pixels > 0) & (pixels < 1)).all(0)            # where no colour is cut off
+    # brightness, warm-cold and magenta-green are one component each
+    for i, axis in enumerate(([1, 1, 1], [1, 0, -1], [0.5, -1, 0.5])):
+        look = np.array(axis) @ pixels[:, inside]
+        rows = [abs(np.corrcoef(look, row[inside])[0, 1]) for row in scores]
+        assert np.argmax(rows) == i and rows[i] > 0.95, rows
+
+
+def test_the_first_component_is_bright_where_the_image_is_bright():
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 16:] = 1.0
+    z = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.1
+    for sign in (1, -1):
+        z[0] = sign * torch.tensor([-3.0] * 4 + [3.0] * 4)   # by column
+        shown, = figure.in_colour([z], image)
+        assert shown[:, :, 4:].mean() > shown[:, :, :4].mean() + 0.3
+
+
+def test_the_numbers_of_the_picture_are_those_counted_by_hand():
+    whole = torch.tensor([[[0.0, 2.0], [0.0, 2.0]]])         # variance 1
+    hidden = torch.tensor([[True, False], [False, False]])
+    z = whole + torch.tensor([[[9.0, 0.5], [0.5, 0.5]]])
+    assert figure.change(z, whole, ~hidden) == pytest.approx(0.5)
+    assert figure.change(z, whole, hidden) == pytest.approx(9.0)
+    mean = whole.mean((1, 2), keepdim=True).expand_as(whole)
+    assert figure.change(mean, whole, hidden | True) == pytest.approx(1.0)
+
+
+def test_the_rows_differ_in_the_fill_and_in_the_token_alone():
+    """Hidden features become the token before the token stage; visible ones stay as they were."""
+    model = A2MIM(randomised(build_encoder("resnet18")), 128, mask_size=32, token_stage=3)
+    nn.init.zeros_(model.mask_token.gamma)
+    nn.init.normal_(model.mask_token.token)
+    model.eval()
+    image = torch.randn(1, 3, 128, 128)
+    mask = random_mask(1, model.grid)
+    whole, black, mean, token = figure.stages_of(model, image, mask)
+    assert [z.shape[-1] for z in whole] == [128, 32, 16, 8, 4]
+    for k in (0, 1):                                         # before the token both are the same
+        assert torch.equal(mean[k], token[k])
+    hidden = resize_mask(mask, (16, 16))[0, 0]               # stage 3 takes what stage 2 gives
+    assert torch.equal(token[2][:, ~hidden], mean[2][:, ~hidden])
+    assert (token[2][:, hidden] == model.mask_token.token[:, None]).all()
+    assert torch.equal(token[3], model.encoder.run_stage(3, token[2][None])[0])
+    shut = resize_mask(mask, (128, 128))[0, 0]
+    assert torch.equal(black[0][:, ~shut], whole[0][:, ~shut])
+    assert figure.denormalise(black[0][None])[0][:, shut].max() < 1e-6
+    assert torch.allclose(mean[0][:, shut], image[0].mean((1, 2))[:, None], atol=1e-5)
+
+
+def test_a_place_that_is_the_token_is_orange_and_others_keep_their_colour():
+    z = torch.randn(8, 4, 4)
+    token = torch.full((8,), 3.0)
+    z[:, 1, 2] = token
+    shown = torch.rand(3, 4, 4)
+    stamped = figure.stamp(shown, z, token)
+    orange = torch.tensor([0xf2, 0x8c, 0x1e]) / 255
+    assert torch.allclose(stamped[:, 1, 2], orange, atol=1e-6)
+    others = torch.ones(4, 4, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(stamped[:, others], shown[:, others])
+
+
+def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_path, monkeypatch,
+                                                                           capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--data shapes --image-size 64 --mask-size 16 --token-stage 2 --batch-size 4"
+    flags += " --epochs 0.001 --workers 0 --sheets 0 --val 0"
+    for arch in ("resnet18", "mobilenet_v2"):
+        pretrain.main([*flags.split(), "--arch", arch, "--out", arch])
+    capsys.readouterr()
+    call = ["--figure", "why", "--checkpoint"]
+    figure.main([*call, "resnet18/checkpoint.pt"])           # a grid of 4 x 4 units of 32 px
+    figure.main([*call, "resnet18/checkpoint.pt"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["why.png", "why-2.png"]
+    assert Image.open("why.png").size == tuple(map(int, said[0].split()[1:4:2]))
+    with pytest.raises(SystemExit) as exit:
+        figure.main([*call, "mobilenet_v2/checkpoint.pt"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1 and "--figure why shows" in said
