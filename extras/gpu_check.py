@@ -135,13 +135,13 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
         if not world.on_cuda:
             side, count = 64, 4
         torch.manual_seed(0)
-        settings = pretrain.parse(["--data", "shapes", "--arch", arch])
+        asked = pretrain.ask(pretrain.parse(["--data", "shapes", "--arch", arch]))
         encoder = build_encoder(arch, (side, side))
-        model = A2MIM(encoder, side, token=settings.token, fill=settings.fill)
+        model = A2MIM(encoder, side, token=asked["token"], fill=asked["fill"])
         show_residual_branches(model)
         images, mask = torch.randn(count, 3, side, side), random_mask(count, model.grid)
         given = (images, mask)
-        focal = settings.focal_pixels
+        focal = asked["focal_pixels"]
         exact, exact_gradient = loss_and_gradient(model, *given, torch.device("cpu"), None, focal)
         if is_cnn:                                           # as in a run
             model = model.to(memory_format=torch.channels_last)
@@ -165,8 +165,13 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
 def whole_step(program, flags: str, batch: int, side: int, world: Distributed):
     """The step of pretrain or finetune with what Checkpointer does around it, as a function."""
     words = f"--data shapes --workers 0 --batch-size {batch} --image-size {side} --out unused"
-    settings = program.parse(f"{words} {flags}".split())
-    prepared = program.prepare(settings, world, None)
+    asked = program.ask(program.parse(f"{words} {flags}".split()))
+    if program is pretrain:
+        images = (pretrain.open_source(asked), None)
+    else:
+        images = finetune.open_data(asked, world)            # to train on, for validation
+    settings = program.resolve(asked, len(images[0]), world)
+    prepared = program.prepare(settings, world, None, *images)
     state = prepared[0] if isinstance(prepared, tuple) else prepared
     state.model.train()
     statistics = Snapshot([b for b in state.model.buffers() if b.is_floating_point()])
