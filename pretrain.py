@@ -602,7 +602,8 @@ def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = Fal
     values = dict(asked)
     if values["recipe"] is None:
         values["recipe"] = "small" if images < FEW_IMAGES else "imagenet"
-    if values["recipe"] == "small" and not (values["batch_size"] or values["recipe_batch"]):
+    has_batch = values["batch_size"] or values["recipe_batch"]
+    if values["recipe"] == "small" and not has_batch and not is_resumed:
         forward_passes = values["accum"] * world.size
         values["batch_size"] = max(1, min(SMALL_BATCH, images) // forward_passes)
     values |= resolve_batch(values, world)

@@ -155,6 +155,22 @@ def test_another_global_batch_goes_on_at_the_same_epoch(few_images, capsys, tmp_
     assert max(line["step"] for line in lines[:-4]) == 12    # the lines of before are kept
 
 
+def test_a_run_that_was_begun_before_settings_were_frozen_keeps_its_batch_and_lr():
+    """Its checkpoint holds no batch size that was not typed, and the recipe's as global_batch."""
+    old = dict(program="pretrain.py", recipe="small", batch_size=None, peak_lr=3e-3, lr=0.048)
+    world = SimpleNamespace(size=2, on_gpu=False, local_size=1, default_amp=lambda: "off")
+
+    def again(**saved):
+        asked = pretrain.ask_again({"resume": True}, files.with_new_names({**old, **saved}))
+        return pretrain.resolve(asked, 9_469, world, is_resumed=True)
+    default, demo = again(global_batch=None), again(global_batch=16)
+    typed = again(global_batch=16, batch_size=4)
+    assert [made.batch_size for made in (default, demo, typed)] == [32, 8, 4]
+    assert [made.global_batch for made in (default, demo, typed)] == [64, 16, 8]
+    assert [made.peak_lr for made in (default, demo, typed)] == pytest.approx([3e-3] * 3)
+    assert again(peak_lr=None, global_batch=None).lr == 0.048    # typed: per 512 images
+
+
 def test_a_resumed_small_run_keeps_its_peak_lr_at_another_batch(few_images, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 2)
     flags = "--data shapes --arch resnet18 --stem imagenet --image-size 32 --batch-size 8".split()
