@@ -12,7 +12,7 @@ import data
 import masking
 import model
 import pretrain
-from engine.testing import (checkerboard, read_log)
+from engine.testing import checkerboard, read_log
 from model import A2MIM
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
