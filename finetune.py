@@ -303,7 +303,8 @@ def outputs(f, loader: DataLoader, labels: Tensor, settings: Settings, world: Di
     parts, bad = [], [torch.zeros(0, dtype=torch.long)]
     for images, index, broken in loader:
         is_read = broken < 0
-        images, index = images[is_read], index[is_read]
+        if not is_read.all():                                # the copy would not be pinned
+            images, index = images[is_read], index[is_read]
         bad.append(broken[~is_read])
         images = normalise(images, world.device).contiguous(memory_format=state.memory_format)
         with torch.autocast(world.device.type, AMP[settings.amp], settings.amp != "off"):

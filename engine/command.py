@@ -29,6 +29,8 @@ from .files import printable, release_locks
 
 # DDP warns about the strides of 1x1 convolutions, which are the same in both memory formats
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+# its new name, forward_sync_buffers, is not in torch 2.6
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 # ---- processes: one, or as many as torchrun started ----
 
