@@ -5,8 +5,9 @@
 
 In the order of this file: the recipes, one training step, the loop, the evaluation, the set-up,
 the flags. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the last state),
-best.pt (the best epoch's weights under torchvision's names, head included), result.json
-(accuracies, also per class) and confusion.png. The recipe `features` writes features.npz.
+best.pt (the best epoch's weights under torchvision's names, head included), model.json (what is
+needed to run best.pt on new images), result.json (accuracies, also per class) and confusion.png.
+The recipe `features` writes features.npz.
 """
 
 import contextlib
@@ -24,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data import (NAMED, ImageDataset, ResumableBatchSampler, augment, eval_transform,
+from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment, eval_transform,
                   every_image_once, make_loader, normalise, open_images, seed_for, some_labels)
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
+from engine.description import describe
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
                           defaults, format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages, name_some
@@ -213,7 +215,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
             record = train_step(step, batches, args, world, state)
             checkpointer.after(step, record)                 # logs, saves, stops on a signal
             result = evaluate_epoch(step + 1, args, world, state, best, checkpointer)
-    checkpointer.finish("best.pt")                           # raises Failed if a file is missing
+    checkpointer.finish("best.pt", "model.json")             # raises Failed if a file is missing
     report(result, args, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
     world.print0(f"done: {args.out}/best.pt holds the weights of the best epoch\n"
                  f"next: {evaluation_command(args)}")
@@ -248,8 +250,14 @@ def evaluate_epoch(done: int, args: SimpleNamespace, world: Distributed, state: 
     result = evaluate(state.evaluated, args, world, state)
     world.print0(f"epoch {done / plan.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
     weights = state.evaluated.torchvision_state_dict()
-    checkpointer.keep_best(best, "top1", result["top1"], weights)
+    checkpointer.keep_best(best, "top1", result["top1"], weights, description_of(args, state))
     return result
+
+
+def description_of(args: SimpleNamespace, state: TrainState) -> dict:
+    """The content of model.json, with which extras/predict.py runs best.pt on new images."""
+    return describe("classifier", args, state.classes, args.test_size or args.image_size, MEAN, STD,
+                    test_crop=args.test_crop)
 
 
 def evaluate_only(args: SimpleNamespace, world: Distributed, state: TrainState) -> None:
