@@ -28,7 +28,7 @@ except ImportError:
 from data import SUFFIXES, read_image
 from engine.files import printable
 from engine.images import reason
-from extras.dense import name_and_reason
+from extras.dense import FEW_IMAGES, name_and_reason
 
 
 def check_installed() -> None:
@@ -39,9 +39,6 @@ def check_installed() -> None:
 
 
 # ---- a folder in one of three layouts ----
-
-FEW_IMAGES = 2000                                            # to train on: see the recipe `small`
-
 
 def open_objects(root: Path, part: str, held_out: str | None = None,
                  longest: int | None = None) -> "Objects":
