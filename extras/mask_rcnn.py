@@ -19,6 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from data import MEAN, STD
 from engine.command import Distributed
@@ -81,6 +82,20 @@ def mask_loss(logits: Tensor, regions: list[Tensor], masks: list[Tensor], labels
 torchvision_mask_loss, roi_heads.maskrcnn_loss = roi_heads.maskrcnn_loss, mask_loss
 
 
+def region_pool(names: list[str], strides: tuple[int, ...], side: int,
+                canonical: int) -> MultiScaleRoIAlign:
+    """RoIAlign to side x side from the maps of these names and strides.
+
+    A region of `canonical` px is looked at on the map of stride 16. torchvision would infer the
+    strides from the first image that it sees. It would be wrong if most of a side is padding: 65 px
+    are padded to 96."""
+    pool = MultiScaleRoIAlign(names, side, 2, canonical_scale=canonical)
+    pool.scales = [1 / stride for stride in strides]
+    levels = [stride.bit_length() - 1 for stride in strides]                 # 4 is 2**2
+    pool.map_levels = initLevelMapper(levels[0], levels[-1], canonical, canonical_level=4)
+    return pool
+
+
 def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distributed,
              with_masks: bool = True) -> FasterRCNN:
     """Mask R-CNN, or Faster R-CNN without masks, for `classes` classes, background (0) included.
@@ -115,8 +130,8 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
         shorter, longer, multiple = (), most, most
         after = 2 * n                                        # 2,000 in training, as released
     # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
-    box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor)
-                           for side in pooled)
+    strides = (16,) if args.neck == "c4" else (4, 8, 16, 32)
+    box_pool, mask_pool = (region_pool(names, strides, side, 7 * args.anchor) for side in pooled)
     settings = {
         "min_size": (*shorter, most), "max_size": longer, "size_divisible": multiple,
         "image_mean": MEAN, "image_std": STD,
