@@ -269,7 +269,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
         flip = v2.RandomHorizontalFlip(0.5)                  # image, boxes and masks together
         samples = ImageDataset(source, flip, args.seed)
         loader = make_loader(samples, batches, args.workers, world, listed)
-    val_batches = every_image_once(len(val), 8 if size < 256 else 1, world)
+    # photographs differ in size: in a batch they would be padded, which changes what is found
+    val_batches = every_image_once(len(val), 8 if args.data == "shapes" else 1, world)
     val_samples = ImageDataset(val, nn.Identity(), args.seed)
     val_loader = make_loader(val_samples, val_batches, args.workers, world, listed)
 
@@ -471,12 +472,14 @@ def drawn(image: Tensor, objects: dict[str, Tensor], classes: list[str], side: i
         scores = objects["scores"].tolist()
         names = [f"{name} {100 * score:.0f}" for name, score in zip(names, scores)]
 
-    page, font = tvf.to_pil_image(picture), ImageFont.load_default(11)
+    page = tvf.to_pil_image(picture)
+    font, line = ImageFont.load_default(max(11, side // 60)), max(2, side // 300)
     draw = ImageDraw.Draw(page)
     boxes = objects["boxes"].tolist() if objects else []
     for (x1, y1, x2, y2), name, colour in zip(boxes, names, colours):
         x1, y1, x2, y2 = x1 * w / W, y1 * h / H, x2 * w / W, y2 * h / H
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour,
+                       width=line)
         draw.text((x1 + 3, y1 + 1), name, "white", font, stroke_width=1, stroke_fill=colour)
     return tvf.to_dtype(tvf.to_image(page).as_subclass(Tensor), torch.float32, scale=True)
 
