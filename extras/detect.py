@@ -244,6 +244,11 @@ def tell_outlines(source, what: str, world: Distributed) -> None:
                      f"them")
 
 
+def share_images(source, val) -> bool:
+    files = [{part.file(i) for i in range(len(part))} for part in (source, val)]
+    return not files[0].isdisjoint(files[1])
+
+
 def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size = args.image_size                                   # as released: 640 to 800, at most 1333
@@ -257,6 +262,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     some_usable(val, "images for validation", args, world)
     if not args.eval_only:
         some_usable(source, "images for training", args, world)
+    if args.split_val and not args.eval_only and share_images(source, val):
+        raise ValueError(f"--split-val {args.split_val}: these images are trained on; choose "
+                         f"another part, or add --eval-only")
     if source.classes != val.classes:
         raise ValueError(f"--data {args.data}: the annotations of train and val list different "
                          f"classes")

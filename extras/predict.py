@@ -269,6 +269,8 @@ def run(args: SimpleNamespace, world: Distributed) -> None:
     out = choose_out(args)
     try:
         predictor = PREDICTORS[about.kind](about, args, world)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{args.weights}: does not fit {MODEL} ({reason(error)})") from None
     names = [os.fsdecode(name) for name in source.names]

@@ -554,6 +554,8 @@ def test_mistakes_on_the_command_line_get_one_line(folder, capsys, tmp_path, mon
             ("--split-val: ../x: must be a name such as test", ["--split-val", "../x"]),
             ("--split-val: drawn scenes have one part", ["--data", "shapes", *start,
                                                          "--split-val", "test"]),
+            ("--split-val train: these images are trained on; choose another part",
+             ["--data", folder, *start, "--split-val", "train"]),
             ("cifar10: has no boxes", ["--data", "cifar10", *start]),
             ("--neck c4: its head is stage 4 of a ResNet of 50", ["--data", "shapes", *start, "--neck", "c4"]),
             ("give --weights FILE, or --init scratch", ["--data", "shapes", "--arch", "resnet18"]),
