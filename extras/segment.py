@@ -153,7 +153,8 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
                                 world_size=world.size)
-    kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
+    # resumed by --out, the recipe is not known yet, and the name is not needed
+    kind = "eval" if args.eval_only else f"{args.recipe}" + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-segment-{kind}"
     args, checkpoint = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
