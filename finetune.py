@@ -6,8 +6,8 @@
 In the order of this file: the recipes, one training step, the loop, the evaluation, the set-up,
 the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the
 last state), best.pt (the best epoch's weights under torchvision's names, head included),
-result.json (accuracies, also per class) and confusion.png. The recipe `features` writes
-features.npz.
+model.json (what is needed to run best.pt on new images), result.json (accuracies, also per class)
+and confusion.png. The recipe `features` writes features.npz.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data import (NAMED, ImageDataset, ResumableBatchSampler, augment, default_workers,
+from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment, default_workers,
                   eval_transform, every_image_once, make_loader, normalise, open_images, seed_for,
                   some_labels)
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
+from engine.description import describe
 from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
                           format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages, name_some
@@ -239,7 +240,7 @@ def train(typed: dict, world: Distributed) -> None:
             record = train_step(step, batches, settings, world, state)
             checkpointer.after(step, record)                 # logs, saves, stops on a signal
             result = evaluate_epoch(step + 1, settings, world, state, best, checkpointer)
-    checkpointer.finish("best.pt")                           # raises Failed if a file is missing
+    checkpointer.finish("best.pt", "model.json")             # raises Failed if a file is missing
     report(result, settings, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
     world.print0(f"done: {settings.out}/best.pt holds the weights of the best epoch\n"
                  f"next: {evaluation_command(settings)}")
@@ -280,8 +281,16 @@ def evaluate_epoch(done: int, settings: Settings, world: Distributed, state: Tra
     result = evaluate(state.evaluated, settings, world, state)
     world.print0(f"epoch {done / plan.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
     weights = state.evaluated.torchvision_state_dict()
-    checkpointer.keep_best(best, "top1", result["top1"], weights)
+    checkpointer.keep_best(best, "top1", result["top1"], weights,
+                           description_of(settings, state))
     return result
+
+
+def description_of(settings: Settings, state: TrainState) -> dict:
+    """The content of model.json, with which extras/predict.py runs best.pt on new images."""
+    size = settings.test_size or settings.image_size
+    return describe("classifier", settings, state.classes, size, MEAN, STD,
+                    test_crop=settings.test_crop)
 
 
 def evaluate_only(settings: Settings, world: Distributed, state: TrainState) -> None:

@@ -3,6 +3,7 @@
     command       processes, signals, errors of one line
     flags         the command line, from one table of flags
     checkpointer  the course of a run: steps, exact resume
+    description   model.json: what is needed to run a trained net on new pictures
     progress      means between two log lines, and how far a run is
     files         the output folder, checkpoints, log lines
     images        images that cannot be read, torchvision's datasets

@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor
 
 from .command import Distributed, Failed, Signals, Stopped, explain
+from .description import write_description
 from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
                     read_checkpoint, read_lines, refuse_odd_files, save_atomically,
                     trim_log, write_text_atomically)
@@ -335,12 +336,16 @@ class Checkpointer:
                              f"{size}); resume with the run's own flags, or choose another "
                              f"--out") from None
 
-    def keep_best(self, best: dict, name: str, value: float, weights: dict) -> None:
+    def keep_best(self, best: dict, name: str, value: float, weights: dict,
+                  description: dict | None = None) -> None:
         """Writes `weights` as best.pt if `value` beats best[name], or if there is no best.pt.
 
+        description: of the net (engine/description.py), for the model.json beside best.pt.
         All processes take part. `best` changes only once the file is on the disk: it goes into the
         checkpoint, and a resumed run has to know that the file is still to be written."""
         file = self.out / "best.pt"
+        if description and self.world.rank == 0:
+            self.write("model.json", write_description, description, self.out)
         is_missing = self.world.broadcast_from_rank0(lambda: not file.is_file())
         if value <= best[name] and not is_missing:
             return

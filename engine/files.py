@@ -30,8 +30,8 @@ import torch
 
 WRITTEN = ("args.json", "backbone.pt", "best.pt", "broken.txt", "checkpoint.pt",
            "checkpoint-previous.pt", "confusion.png", "detections.png", "features.npz", ".lock",
-           "log.jsonl", "loss.png", "predictions.json", "predictions-masks.json", "result.json",
-           "segmentation.png")
+           "log.jsonl", "loss.png", "model.json", "predictions.json", "predictions-masks.json",
+           "result.json", "segmentation.png")
 locks = {}                                                   # folder -> its lock file, kept open
 
 

@@ -195,7 +195,8 @@ def free_place(y: float, taken: list[float], distance: float) -> float:
 
 def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
     """A table of shares (C, C) as grey squares: row i is true class i, column j the share of its
-    images that were taken for class j. Rows sum to 1; darker is more.
+    images (of its pixels, in segmentation) that were taken for class j. Rows sum to 1; darker is
+    more. Up to 20 classes have their names and their shares in per cent.
 
     Raises OSError if the file cannot be written."""
     C = len(shares)
@@ -216,4 +217,11 @@ def save_confusion(path: Path, shares: Tensor, classes: list[str]) -> None:
         for i, name in enumerate(classes):
             draw.text((left - 6, top + (i + 0.5) * side), str(name)[:12], "black", font,
                       anchor="rm")
+        small = ImageFont.load_default(10)
+        for i, row in enumerate(shares.tolist()):
+            for j, share in enumerate(row):
+                place = (left + (j + 0.5) * side, top + (i + 0.5) * side)
+                colour = "white" if share > 0.25 else "black"
+                if share >= 0.005:
+                    draw.text(place, f"{100 * share:.0f}", colour, small, anchor="mm")
     page.save(path, "PNG")                                   # whatever the path ends in

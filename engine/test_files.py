@@ -195,6 +195,7 @@ def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_image
         "log.jsonl",
         "checkpoint.pt",
         "best.pt",
+        "model.json",
         "loss.png",
         "result.json",
         "confusion.png",

@@ -28,7 +28,7 @@ except ImportError:
 from data import SUFFIXES, read_image
 from engine.files import printable
 from engine.images import reason
-from extras.dense import name_and_reason
+from extras.dense import FEW_IMAGES, name_and_reason
 
 
 def check_installed() -> None:
@@ -39,9 +39,6 @@ def check_installed() -> None:
 
 
 # ---- a folder in one of three layouts ----
-
-FEW_IMAGES = 2000                                            # to train on: see the recipe `small`
-
 
 def open_objects(root: Path, part: str, held_out: str | None = None,
                  longest: int | None = None) -> "Objects":
@@ -291,11 +288,12 @@ class Objects:
                 # json may hold half of a surrogate pair, which no terminal and no file takes
                 names[i] = str(one["name"]).encode(errors="backslashreplace").decode()
             objects = {i: [] for i in images}
+            unlisted = []                                    # images that only annotations name
             for one in content["annotations"]:
                 image, crowd = one["image_id"], one.get("iscrowd")
                 if image not in objects:
-                    raise ValueError(f"an annotation is of image {short(image)}, which is not "
-                                     f"listed; list the image, or remove its annotations")
+                    unlisted.append(image)
+                    continue
                 if crowd not in (None, 0, 1):
                     raise ValueError(f"iscrowd of annotation {short(one.get('id'))} is "
                                      f"{short(crowd)}; it must be 0 or 1")
@@ -313,6 +311,9 @@ class Objects:
         if not images or not names:
             what = "classes" if images else "images with objects" if train else "images"
             raise ValueError(f"{told}: holds no {what}")
+        if unlisted:
+            self.notes.append(f"{told}: {len(unlisted)} annotations are of images that are not "
+                              f"listed, such as {short(unlisted[0])}, and left out")
         self.classes, self.class_ids = list(names.values()), list(names)
         self.label_of = {i: label for label, i in enumerate(names, 1)}
         asked = [one for i in images for one in objects[i] if not one.get("iscrowd")]
@@ -444,8 +445,7 @@ def to_mask(outline: list | dict, h: int, w: int) -> np.ndarray:
     if isinstance(outline, list):
         for polygon in outline:
             check_polygon(polygon)
-        parts = mask_utils.frPyObjects(outline, h, w)
-        return mask_utils.decode(mask_utils.merge(parts))
+        return fill(outline, h, w)
     if not isinstance(outline, dict):
         raise ValueError("an outline is neither a list of polygons nor run lengths")
     size, counts = outline.get("size"), outline.get("counts")
@@ -465,6 +465,42 @@ def to_mask(outline: list | dict, h: int, w: int) -> np.ndarray:
     if mask_utils.encode(mask)["counts"] != runs["counts"]:  # too few: the rest was never written
         raise wrong
     return mask
+
+
+def fill(polygons: list[list[float]], h: int, w: int) -> np.ndarray:
+    """Flat polygons x, y, x, y ... -> uint8 (h, w), 1 inside any of them.
+
+    pycocotools fills them inside their common box: 0.06 ms for an object of 100 px in 640 x 480, and
+    0.23 ms over the whole image."""
+    points = np.concatenate([np.array(polygon, float) for polygon in polygons])
+    (left, right), (top, bottom) = span(points[::2], w), span(points[1::2], h)
+    mask = np.zeros((h, w), np.uint8)
+    if left >= right or top >= bottom:                       # outside of the image
+        return mask
+    moved = []
+    for polygon in polygons:
+        flat = np.array(polygon, float)
+        flat[::2] = moved_by(left, flat[::2])
+        flat[1::2] = moved_by(top, flat[1::2])
+        moved.append(flat.tolist())
+    parts = mask_utils.frPyObjects(moved, bottom - top, right - left)
+    mask[top:bottom, left:right] = mask_utils.decode(mask_utils.merge(parts))
+    return mask
+
+
+def span(values: np.ndarray, limit: int) -> tuple[int, int]:
+    """The whole pixels (first, last + 1) that coordinates reach, with a margin, inside 0 to
+    `limit`."""
+    low, high = int(np.floor(values.min())) - 1, int(np.ceil(values.max())) + 2
+    return max(0, low), min(limit, high)
+
+
+def moved_by(pixels: int, values: np.ndarray) -> np.ndarray:
+    """values - pixels, so that pycocotools rounds them as it would round the values: it takes
+    int(5 value + 0.5) fifths of a pixel."""
+    if pixels == 0:
+        return values
+    return (np.floor(5 * values + 0.5) - 5 * pixels) / 5
 
 
 def check_polygon(polygon: list) -> None:

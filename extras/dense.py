@@ -1,19 +1,24 @@
-"""What detection and segmentation share: four maps of any backbone, drawn scenes, batches, schedules, flags.
+"""What detection and segmentation share.
 
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
-    Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index); nothing is stored
-    plan, rate, wrapped, optimizer_for      a run counted in iterations, as the released recipes are
-    some_usable, left_out                   what both programs check and say
+    Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
+    plan_steps, rate, wrapped, optimizer_for
+              a run counted in iterations, as the released recipes are
+    some_usable, left_out, read_state, load_state
+              what both programs check and print
 """
 
+import re
 import sys
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from PIL import Image
@@ -26,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.shapes import SHAPES, draw_shape, texture
 from engine.command import Distributed
-from engine.files import printable
+from engine.files import load_checked, printable
 from engine.flags import MAX_EPOCHS, number
+from engine.images import reason
 from engine.checkpointer import StepPlan
 from engine.optim import layer_groups, lr_at, momentum_sgd
 from model import Encoder, get_family
@@ -35,12 +41,15 @@ from model import Encoder, get_family
 # ---- four maps of any encoder ----
 
 class Maps(nn.Module):
-    """Four feature maps of an encoder, finest first, with `channels`, at strides 4, 8, 16 and 32 of the image.
+    """Four feature maps of an encoder, finest first, with `channels`, at strides 4, 8, 16 and 32 of
+    the image.
 
-    They are what the last module at each stride gives: layer1 to layer4 of a ResNet, the odd `features` of ConvNeXt and
-    Swin. A backbone that ends in a LayerNorm has one per map instead. A ViT has stride 16 alone: four of its blocks are
-    taken, and brought to the four strides by deconvolution and pooling (mmsegmentation's Feature2Pyramid).
-    Load weights before: a final norm leaves the encoder. Raises ValueError if the four strides are not there."""
+    They are what the last module at each stride gives: layer1 to layer4 of a ResNet, the odd
+    `features` of ConvNeXt and Swin. A backbone that ends in a LayerNorm has one per map instead. A
+    ViT has stride 16 alone: four of its blocks are taken, and brought to the four strides by
+    deconvolution and pooling (mmsegmentation's Feature2Pyramid).
+    Load weights before: a final norm leaves the encoder. Raises ValueError if the four strides are
+    not there."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -80,27 +89,29 @@ class Maps(nn.Module):
     def look(self) -> dict[str, int]:
         """The names of the four modules that are tapped, with their channels."""
         encoder, found = self.encoder, {}
-        if self.vit:                                         # blocks 4, 6, 8 and 12 of 12, as released
+        if self.vit:                                         # blocks 4, 6, 8, 12 of 12: as released
             depth, C = len(encoder.backbone.blocks), encoder.backbone.cls_token.shape[-1]
             return {f"blocks.{round(k * depth / 12) - 1}": C for k in (4, 6, 8, 12)}
         training, side = encoder.training, 128
         z = torch.zeros(1, encoder.channels, side, side)
         encoder.eval()                                       # BatchNorm statistics stay as they are
         try:
-            for name in (name for stage in encoder.stages for name in stage):
+            names = [name for stage in encoder.stages for name in stage]
+            for name in names:
                 z = attrgetter(name)(encoder.backbone)(z)
                 found[side // self.to_map(z).shape[2]] = (name, self.to_map(z).shape[1])
         except RuntimeError:                                 # of one image size, as MaxViT is
             found = {}
         encoder.train(training)
         if not {4, 8, 16, 32} <= set(found):
-            raise ValueError("this backbone has no maps at strides 4, 8, 16 and 32 for images of any size; use --arch "
-                             "resnet50, convnext_tiny, swin_tiny or vit_base")
+            raise ValueError("this backbone has no maps at strides 4, 8, 16 and 32 for images of "
+                             "any size; use --arch resnet50, convnext_tiny, swin_tiny or vit_base")
         return dict(found[stride] for stride in (4, 8, 16, 32))
 
 
 def pyramid(C: int) -> nn.ModuleList:
-    """A map of stride 16 -> 4, 8, 16, 32. LayerNorm, as in ViTDet, where mmsegmentation has SyncBN."""
+    """A map of stride 16 -> 4, 8, 16, 32. LayerNorm, as in ViTDet, where mmsegmentation has
+    SyncBN."""
     up = lambda: nn.ConvTranspose2d(C, C, 2, stride=2)
     finest = nn.Sequential(up(), LayerNorm2d(C, eps=1e-6), nn.GELU(), up())
     return nn.ModuleList([finest, up(), nn.Identity(), nn.MaxPool2d(2)])
@@ -109,9 +120,11 @@ def pyramid(C: int) -> nn.ModuleList:
 # ---- scenes: the built-in dense set ----
 
 class Scenes:
-    """1 to 4 of the ten outlines of `shapes` on a faintly textured ground, anywhere, drawn from (seed, split, index).
+    """1 to 4 of the ten outlines of `shapes` on a faintly textured ground, anywhere, drawn from
+    (seed, split, index).
 
-    Later objects cover earlier ones; one with fewer than 16 visible pixels is left out. Class 0 is the ground."""
+    Later objects cover earlier ones; one with fewer than 16 visible pixels is left out. Class 0 is
+    the ground."""
 
     def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
         self.key = (seed, 2 if split == "train" else 3)      # `shapes` has 0 and 1
@@ -125,7 +138,8 @@ class Scenes:
         return f"scene {index}"
 
     def draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """image uint8 (3, H, W), disjoint masks bool (n, H, W), labels int64 (n,) from 1 to 10; n may be 0."""
+        """image uint8 (3, H, W), disjoint masks bool (n, H, W), labels int64 (n,) from 1 to 10; n
+        may be 0."""
         rng, (H, W) = np.random.default_rng((*self.key, index)), self.size
         side = min(H, W)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
@@ -133,7 +147,8 @@ class Scenes:
         canvas, masks, labels = texture(rng, x, y, ground), [], []
         for _ in range(rng.integers(1, 5)):
             kind, radius = rng.integers(len(SHAPES)), rng.uniform(0.10, 0.28)
-            cx, cy = rng.uniform(0.08, W / side - 0.08), rng.uniform(0.08, H / side - 0.08)  # some reach over the edge
+            cx = rng.uniform(0.08, W / side - 0.08)          # some reach over the edge
+            cy = rng.uniform(0.08, H / side - 0.08)
             alpha, rows, cols = draw_shape(canvas, rng, kind, radius, cx, cy, ground)
             mask = np.zeros((H, W), bool)
             mask[rows, cols] = alpha >= 0.5
@@ -142,15 +157,18 @@ class Scenes:
         seen = [i for i, mask in enumerate(masks) if mask.sum() >= 16]
         masks = np.stack([masks[i] for i in seen]) if seen else np.zeros((0, H, W), bool)
         image = torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
-        return image, torch.from_numpy(masks), torch.tensor([labels[i] for i in seen], dtype=torch.long)
+        labels = torch.tensor([labels[i] for i in seen], dtype=torch.long)
+        return image, torch.from_numpy(masks), labels
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """For detection: the image, and its objects: boxes (n, 4), x1 y1 x2 y2 with excluded ends, labels, masks."""
+        """For detection: the image, and its objects: boxes (n, 4), x1 y1 x2 y2 with excluded ends,
+        labels, masks."""
         image, masks, labels = self.draw(index)
         boxes = masks_to_boxes(masks).float().view(-1, 4)
         boxes[:, 2:] += 1                                    # torchvision's ends are included
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size)
-        return tv_tensors.Image(image), dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.byte()))
+        target = dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.byte()))
+        return tv_tensors.Image(image), target
 
 
 class Semantic(Scenes):
@@ -159,8 +177,13 @@ class Semantic(Scenes):
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """For segmentation: the image, and the class of every pixel, uint8 (H, W)."""
         image, masks, labels = self.draw(index)
-        classes = (masks * labels[:, None, None]).sum(0, dtype=torch.uint8)  # disjoint: at most one is not 0
+        # the masks are disjoint: at most one number is not 0
+        classes = (masks * labels[:, None, None]).sum(0, dtype=torch.uint8)
         return tv_tensors.Image(image), tv_tensors.Mask(classes)
+
+    def label_name(self, index: int) -> str:
+        """As of pixels.Pairs: the file of a label picture."""
+        return f"scene-{index:05}.png"
 
 
 def stacked(samples: list) -> list:
@@ -183,8 +206,7 @@ def name_and_reason(source, index: int, file: str) -> str:
         source.read(index)
         return printable(file)
     except Exception as error:
-        reason = (str(error).splitlines() or ["damaged"])[0]
-        return f"{printable(file)} ({printable(reason)})"
+        return f"{printable(file)} ({reason(error)})"
 
 
 # what read() raises, as Pillow does
@@ -212,7 +234,7 @@ def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) ->
 
 
 def left_out(source, indices: list[int], world: Distributed) -> None:
-    """Says which images an evaluation left out, and why. All processes take part.
+    """Prints which images an evaluation left out, and why. All processes take part.
 
     indices: of the images that this process left out."""
     mine = torch.tensor(indices, dtype=torch.long)
@@ -222,22 +244,73 @@ def left_out(source, indices: list[int], world: Distributed) -> None:
         world.print0(f"{len(missing)} images cannot be read and are left out of the count: {names}")
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Up to `most` positions in a list of `count` things, evenly spaced: for a sheet of pictures.
+    Neighbours in a list may be frames of one film."""
+    some = min(count, most)
+    return [i * count // some for i in range(some)]
+
+
+def same_size(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures (3, h, w) in [0, 1], stacked to (N, 3, H, W): white beside the smaller ones."""
+    H = max(picture.shape[1] for picture in pictures)
+    W = max(picture.shape[2] for picture in pictures)
+    padded = []
+    for picture in pictures:
+        right, bottom = W - picture.shape[2], H - picture.shape[1]
+        padded.append(F.pad(picture, (0, right, 0, bottom), value=1.0))
+    return torch.stack(padded)
+
+
+def check_part(name: str) -> None:
+    """Raises ValueError unless a name can be a part of file names."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{printable(name)}: must be a name such as test: letters, digits, '.', "
+                         f"'_' and '-'")
+
+
+def read_state(file: str, wrong: str) -> dict[str, Tensor]:
+    """The state dict in best.pt of a run. Raises ValueError, with the reason `wrong`, if the file
+    holds none."""
+    try:
+        state = load_checked(file)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception:                                        # of a broken file, any type
+        raise ValueError(f"{file}: {wrong}") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file}: {wrong}")
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], file: str, wrong: str) -> None:
+    """Raises ValueError, with the reason `wrong`, if the state is of another model."""
+    try:
+        model.load_state_dict(state)
+    except Exception:                                        # any type, if values are no tensors
+        raise ValueError(f"{file}: {wrong}") from None
+
+
 # ---- a run counted in iterations ----
 
+FEW_IMAGES = 2000                                            # to train on: see the recipes `small`
 MOST_STEPS, MOST_IMAGES = 10**9, 10**6                       # more is a slip of the keyboard
 OPTIM_FLAGS = {
     "optimizer": ("adamw", ("adamw", "sgd"), "SGD with momentum 0.9"),
-    "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the training images; a fraction too"),
+    "epochs": (20, number(float, 0.001, MAX_EPOCHS),
+               "passes over the training images; a fraction too"),
     "iterations": (None, number(int, 1, MOST_STEPS), "steps, in place of --epochs"),
     "batch_size": (None, number(int, 1, MOST_IMAGES),
                    "images per process and forward pass (by recipe: 8 or 16 in all)"),
     "accum": (1, number(int, 1, MOST_IMAGES), "forward passes per optimiser step"),
     "lr": (1e-4, number(float, 0), "per --lr-batch images of the global batch"),
     "lr_batch": (16, number(int, 1, MOST_IMAGES), "see --lr"),
-    "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of the next"),
+    "layer_decay": (1.0, number(float, 0.01, 1),
+                    "lr of each stage (ViT: block), times that of the next"),
     "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
     "clip_grad": (0.0, number(float, 0), "largest gradient norm, 0 = none"),
-    "schedule": ("cosine", ("cosine", "poly", "steps"), "steps: x0.1 at two milestones of the recipe"),
+    "schedule": ("cosine", ("cosine", "poly", "steps"),
+                 "steps: x0.1 at two milestones of the recipe"),
     "power": (1.0, number(float, 0, 100), "of poly"),
     "warmup": (0, number(int, 0, MOST_STEPS),
                "steps of linear warm-up, at most a tenth of the run"),
@@ -245,19 +318,22 @@ OPTIM_FLAGS = {
 }
 
 
-def plan(args: SimpleNamespace, world: Distributed, images: int, saved: dict | None) -> StepPlan:
-    """Steps.plan for a run that may be given in iterations, and with a warm-up in iterations."""
+def plan_steps(args: SimpleNamespace, world: Distributed, images: int,
+               checkpoint: dict | None) -> StepPlan:
+    """StepPlan.plan for a run that may be given in iterations, and with a warm-up in iterations."""
     if "epochs" in args.given and "iterations" not in args.given:
         args.iterations = None
     if args.iterations:
         args.epochs = args.iterations / StepPlan.plan(args, world, images, None).per_epoch
-    steps = StepPlan.plan(args, world, images, saved)
+    steps = StepPlan.plan(args, world, images, checkpoint)
     steps.warmup = min(args.warmup, steps.total // 10)
     return steps
 
 
 def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> float:
-    """lr of one parameter group at a step, as released (mmcv); t = step, T = all, W = those of the warm-up:
+    """lr of one parameter group at a step, as released (mmcv).
+
+    t = step, T = all steps, W = steps of the warm-up:
 
     poly     floor + (base - floor) (1 - t/T)^power
     steps    base, x0.1 at each of args.milestones, shares of the run
@@ -276,12 +352,15 @@ def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> floa
 
 
 def memory_format(args: SimpleNamespace, world: Distributed) -> torch.memory_format:
-    channels_last = args.channels_last and get_family(args.arch).convolutional and not world.on_mps  # faster on a CNN
+    is_cnn = get_family(args.arch).convolutional             # channels_last is faster on a CNN
+    channels_last = args.channels_last and is_cnn and not world.on_mps
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tuple[nn.Module, nn.Module]:
-    """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP over processes."""
+def wrapped(model: nn.Module, args: SimpleNamespace,
+            world: Distributed) -> tuple[nn.Module, nn.Module]:
+    """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP
+    over processes."""
     model = net = model.to(world.device).to(memory_format=memory_format(args, world))
     if world.size > 1 and world.on_cuda:
         model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -295,9 +374,10 @@ def wrapped(model: nn.Module, args: SimpleNamespace, world: Distributed) -> tupl
 
 
 def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch.optim.Optimizer:
-    """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see there."""
+    """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see
+    there."""
     groups = layer_groups(model, args.weight_decay, args.layer_decay, prefix)
-    fused = next(model.parameters()).device.type != "mps"
-    make = {"sgd": partial(momentum_sgd, fused=fused),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=fused)}
+    is_fused = next(model.parameters()).device.type != "mps"
+    make = {"sgd": partial(momentum_sgd, fused=is_fused),
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=is_fused)}
     return make[args.optimizer](groups, lr=0.0)

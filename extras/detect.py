@@ -11,7 +11,7 @@ Recipes: RECIPES below; 1x, c4_2x and vit are after the released configs. Writes
 
     args.json, log.jsonl, loss.png
     checkpoint.pt        the last state, for --resume
-    best.pt              the detector of the best epoch, for --eval-only
+    best.pt, model.json  the detector of the best epoch, for --eval-only and extras/predict.py
     result.json          AP of boxes and masks, of each class too
     detections.png       image | truth | prediction
     predictions.json     with --save-predictions: COCO's results (predictions-masks.json: of masks)
@@ -19,7 +19,6 @@ Recipes: RECIPES below; 1x, c4_2x and vit are after the released configs. Writes
 
 import contextlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from operator import itemgetter
@@ -40,41 +39,47 @@ from torchvision.utils import draw_segmentation_masks
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from data import (NAMED, ImageDataset, ResumableBatchSampler, every_image_once, make_loader,
-                  seed_for)
+from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_image_once,
+                  make_loader, seed_for)
+from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, Failed, command_line
-from engine.files import load_checked, printable, write_text_atomically
+from engine.description import describe
+from engine.files import printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
                           defaults, number, path, remembered)
 from engine.images import UnreadableImages
-from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.pictures import save_sheet
 from engine.weights import load_backbone, summary_of
-from extras.coco import (FEW_IMAGES, average_precision, check_installed, has_few_images,
-                         open_objects, results_of, truth_of)
-from extras.dense import (OPTIM_FLAGS, Scenes, left_out, listed, optimizer_for, plan,
-                          rate, some_usable, wrapped)
+from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
+                         results_of, truth_of)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, evenly_spaced, left_out,
+                          listed, load_state, optimizer_for, plan_steps, rate, read_state,
+                          same_size, some_usable, wrapped)
 from extras.mask_rcnn import detector
 from model import build_encoder, get_family
 
 # ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images
 # of a step ----
 
-SGD = dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="steps", epochs=12, milestones=(8 / 12, 11 / 12))
+SGD = dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="steps", epochs=12,
+           milestones=(8 / 12, 11 / 12))
 RECIPES = {
-    "1x":     dict(SGD, warmup=500),  # a folder in COCO's format, any backbone but a ViT
-    "c4_2x":  dict(SGD, warmup=1000, epochs=24, milestones=(16 / 24, 22 / 24), neck="c4"),   # the paper's, for ResNet
-    "vit":    dict(SGD, warmup=500, milestones=(9 / 12, 11 / 12), optimizer="adamw", lr=3e-4, weight_decay=0.05,
-                   drop_path=0.2, image_size=512),
+    # a folder in COCO's format, any backbone but a ViT
+    "1x":     dict(SGD, warmup=500),
+    # the paper's, for a ResNet
+    "c4_2x":  dict(SGD, warmup=1000, epochs=24, milestones=(16 / 24, 22 / 24), neck="c4"),
+    "vit":    dict(SGD, warmup=500, milestones=(9 / 12, 11 / 12), optimizer="adamw", lr=3e-4,
+                   weight_decay=0.05, drop_path=0.2, image_size=512),
     # Fewer than FEW_IMAGES images to train on: smaller steps and images, more epochs. No paper's.
     # Four epochs of ResNet-18 on 205 images of blood cells (BCCD) at 128 px, one seed: box AP 17
     # with lr 1.6e-3, 9 with lr 4e-4, and 1 by recipe 1x.
     "small":  dict(optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine",
                    global_batch=8, epochs=60, warmup=100, eval_every=5, image_size=480),
     # drawn scenes of 128 px: small anchors, narrow heads
-    "shapes": dict(optimizer="adamw", lr=4e-3, weight_decay=0.05, schedule="cosine", global_batch=8, epochs=0.4,
-                   warmup=50, eval_every=10, image_size=128, smallest=128, longest=128, anchor=8, width=64,
-                   convs=2, proposals=100, rois=64, detections=20),
+    "shapes": dict(optimizer="adamw", lr=4e-3, weight_decay=0.05, schedule="cosine",
+                   global_batch=8, epochs=0.4, warmup=50, eval_every=10, image_size=128,
+                   smallest=128, longest=128, anchor=8, width=64, convs=2, proposals=100, rois=64,
+                   detections=20),
 }
 DEMO = dict(data="shapes", arch="resnet18", log_every=5)
 DEMO_WEIGHTS = "runs/shapes-resnet18/backbone.pt"            # of the demo of pretrain.py
@@ -82,46 +87,54 @@ DEMO_WEIGHTS = "runs/shapes-resnet18/backbone.pt"            # of the demo of pr
 # ---- one step ----
 
 @dataclass
-class Run:
+class TrainState:
     """What a step and an evaluation work on."""
-    steps: StepPlan | None                                      # None: evaluation only
+    plan: StepPlan | None                                    # None: evaluation only
     classes: list[str]                                       # without the background
     with_masks: bool                                         # Mask R-CNN, or Faster R-CNN
     loader: DataLoader | None
     val_loader: DataLoader
-    model: FasterRCNN                                        # the weights, under their plain names
-    net: nn.Module  # what a step calls: the model, wrapped by DDP if need be
-    optimizer: torch.optim.Optimizer
+    model: FasterRCNN                                        # the weights, under their own names
+    net: nn.Module                                           # model, inside DDP if there is more
+    optimizer: torch.optim.Optimizer                         # than one process
     scaler: torch.amp.GradScaler
-    broken: UnreadableImages
+    unreadable: UnreadableImages
 
 
-def train_step(step: int, batches, args: SimpleNamespace, world: Distributed, run: Run) -> dict[str, Tensor]:
-    """One optimiser step; returns this process's mean losses, on the device. Randomness comes from
-    (seed, step)."""
-    # stochastic depth, sizes, samples of anchors, regions
+    @property
+    def val(self):
+        """The images for validation."""
+        return self.val_loader.dataset.source
+
+
+def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
+               state: TrainState) -> dict[str, Tensor]:
+    """One optimiser step. Returns the mean losses of this process, on the device.
+
+    All randomness comes from (seed, step): stochastic depth, sizes, samples of anchors and
+    regions."""
     torch.manual_seed(seed_for(args.seed, step, world.rank))
     record = {}
     for part in range(args.accum):
         images, targets, _, broken = next(batches)
-        run.broken.note(broken)
+        state.unreadable.note(broken)
         images = [as_float(image, world) for image in images]    # (3, H, W) each
         targets = [to_learn(target, world) for target in targets]
-        # processes average their gradients once a step
-        sync_now = part == args.accum - 1 or world.size == 1
-        with contextlib.nullcontext() if sync_now else run.net.no_sync():
+        is_last = part == args.accum - 1
+        average_gradients = is_last or world.size == 1       # over the processes, once a step
+        with contextlib.nullcontext() if average_gradients else state.net.no_sync():
             # of proposals: 2, of their boxes and classes: 2, masks: 1
-            losses = run.net(images, targets)
+            losses = state.net(images, targets)
             losses = {"loss": sum(losses.values()), **losses}
-            run.scaler.scale(losses["loss"] / args.accum).backward()
-        record = {name: record.get(name, 0) + value.detach() / args.accum for name, value in losses.items()}
+            state.scaler.scale(losses["loss"] / args.accum).backward()
+        for name, value in losses.items():
+            record[name] = record.get(name, 0) + value.detach() / args.accum
     if args.clip_grad:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
-    run.scaler.step(run.optimizer)                           # not made if a gradient is not finite
-    # the scale of fp16 adapts, else it stays 1
-    run.scaler.update(None if args.amp == "fp16" else 1.0)
-    run.optimizer.zero_grad(set_to_none=True)
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+    state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
+    state.scaler.update(None if args.amp == "fp16" else 1.0)                 # adapts for fp16 only
+    state.optimizer.zero_grad(set_to_none=True)
     return record
 
 
@@ -144,58 +157,62 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     check_installed()
     world.set_device(args.device, fixed_sizes=False)         # images of any size are evaluated
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank, world_size=world.size)
+        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
+                                world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
-    args, saved = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
+    args, checkpoint = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
     args.amp = args.amp or world.default_amp()
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
         start = args.weights or "random weights"
         world.print0(f"no --data given: running the demo on drawn scenes, from {start}{hint}")
-    run = prepare(args, world, saved)
-    world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: {len(run.classes)} classes, "
-              f"{len(run.val_loader.dataset)} images for validation\n"
-              f"{told_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
-              f"writing {args.out}/")
+    state = prepare(args, world, checkpoint)
+    world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: "
+                 f"{len(state.classes)} classes, {len(state.val)} images for validation\n"
+                 f"{told_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
+                 f"writing {args.out}/")
     if args.eval_only:
         make_folder(args, world, 0)
-        result, found = evaluate(run.model, args, world, run)
-        return report(result, found, args, world, run)
+        result, found = evaluate(state.model, args, world, state)
+        return report(result, found, args, world, state)
 
-    steps = run.steps
-    peak = args.lr * steps.global_batch / args.lr_batch
+    plan = state.plan
+    peak = args.lr * plan.global_batch / args.lr_batch
     best, result = finetune.BestEpoch(AP=-2.0), {}
     found = []
-    keep = dict(model=run.model, optimizer=run.optimizer, scaler=run.scaler, broken=run.broken, best=best)
-    checkpointer = Checkpointer(args, world, steps, keep, saved)
-    world.print0(f"{len(run.loader.dataset)} images, global batch {steps.global_batch}, peak lr {peak:.2e}, "
-              f"{args.epochs:g} x {steps.per_epoch} steps")
+    saved = dict(model=state.model, optimizer=state.optimizer, scaler=state.scaler,
+                 broken=state.unreadable, best=best)
+    checkpointer = Checkpointer(args, world, plan, saved, checkpoint)
+    world.print0(f"{len(state.loader.dataset)} images, global batch {plan.global_batch}, "
+                 f"peak lr {peak:.2e}, {args.epochs:g} x {plan.per_epoch} steps")
+    description = description_of(args, state)
 
     def evaluate_after(done: int) -> None:
         """At the end of every --eval-every epochs, and of the run."""
-        epoch, inside = divmod(done, steps.per_epoch)
-        if done == 0 or done < steps.total and (inside or epoch % args.eval_every):
+        epoch, inside = divmod(done, plan.per_epoch)
+        is_due = inside == 0 and epoch % args.eval_every == 0
+        if done == 0 or done < plan.total and not is_due:
             return
-        now, found[:] = evaluate(run.model, args, world, run)
+        now, found[:] = evaluate(state.model, args, world, state)
         result.update(now)
         scores = [f"{kind} {percent(result[kind], 'AP')}" for kind in kinds(result)]
-        world.print0(f"epoch {done / steps.per_epoch:g}: " + ", ".join(scores))
-        checkpointer.keep_best(best, "AP", result["box"]["AP"], run.model.state_dict())
+        world.print0(f"epoch {done / plan.per_epoch:g}: " + ", ".join(scores))
+        checkpointer.keep_best(best, "AP", result["box"]["AP"], state.model.state_dict(),
+                               description)
 
-    run.model.train()
-    batches = checkpointer.timed(run.loader)
+    state.model.train()
+    batches = checkpointer.timed(state.loader)
     with checkpointer:
-        evaluate_after(steps.start)  # a checkpoint is written before its evaluation
+        evaluate_after(plan.start)                           # a checkpoint comes before it
         for step in checkpointer.steps():
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak * group["scale"], args)
-            record = train_step(step, batches, args, world, run)
-            # undoes a non-finite step, logs, saves, stops on a signal
-            checkpointer.after(step, record)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate(step, plan, peak * group["scale"], args)
+            record = train_step(step, batches, args, world, state)
+            checkpointer.after(step, record)                 # logs, saves, stops on a signal
             evaluate_after(step + 1)
-    checkpointer.finish("best.pt")  # raises Failed if a file that was promised is not there
-    report(result, found, args, world, run, best_AP=best["AP"], best_epoch=best.get("epoch"))
+    checkpointer.finish("best.pt", "model.json")             # raises Failed if a file is missing
+    report(result, found, args, world, state, best_AP=best["AP"], best_epoch=best.get("epoch"))
 
 
 def told_recipe(args: SimpleNamespace) -> str:
@@ -220,13 +237,19 @@ def open_scenes(args: SimpleNamespace, split: str):
 
 
 def tell_outlines(source, what: str, world: Distributed) -> None:
-    """Says how many objects have no outline, if some have none. what: passes over these objects."""
+    """Prints how many objects have no outline, if some have none. what: passes over these."""
     count, outlines = getattr(source, "count", 0), getattr(source, "outlines", 0)
     if outlines < count:
-        world.print0(f"{count - outlines} of {count} objects have no outline: {what} passes over them")
+        world.print0(f"{count - outlines} of {count} objects have no outline: {what} passes over "
+                     f"them")
 
 
-def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Run:
+def share_images(source, val) -> bool:
+    files = [{part.file(i) for i in range(len(part))} for part in (source, val)]
+    return not files[0].isdisjoint(files[1])
+
+
+def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size = args.image_size                                   # as released: 640 to 800, at most 1333
     args.smallest = min(args.smallest or round(size * 0.8), size)
@@ -239,32 +262,40 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
     some_usable(val, "images for validation", args, world)
     if not args.eval_only:
         some_usable(source, "images for training", args, world)
+    if args.split_val and not args.eval_only and share_images(source, val):
+        raise ValueError(f"--split-val {args.split_val}: these images are trained on; choose "
+                         f"another part, or add --eval-only")
     if source.classes != val.classes:
-        raise ValueError(f"--data {args.data}: the annotations of train and val list different classes")
-    classes, batches = val.classes[args.data == "shapes":], []  # scenes count the ground among them
-    steps = None if args.eval_only else plan(args, world, len(source), saved)
-    if steps:
-        batches = ResumableBatchSampler(len(source), steps.batch, args.accum, world.size,
-                                        world.rank, args.seed, steps.start,
-                          steps.total)
-    flip = v2.RandomHorizontalFlip(0.5)                      # image, boxes and masks together
-    loader = make_loader(ImageDataset(source, flip, args.seed), batches, args.workers, world, listed) if steps else None
-    val_once = every_image_once(len(val), 8 if size < 256 else 1, world)
-    val_loader = make_loader(ImageDataset(val, nn.Identity(), args.seed), val_once, args.workers, world, listed,
+        raise ValueError(f"--data {args.data}: the annotations of train and val list different "
+                         f"classes")
+    classes = val.classes[args.data == "shapes":]            # scenes count the ground among them
+    plan = loader = None
+    if not args.eval_only:
+        plan = plan_steps(args, world, len(source), checkpoint)
+        batches = ResumableBatchSampler(len(source), plan.batch, args.accum, world.size,
+                                        world.rank, args.seed, plan.start, plan.total)
+        flip = v2.RandomHorizontalFlip(0.5)                  # image, boxes and masks together
+        samples = ImageDataset(source, flip, args.seed)
+        loader = make_loader(samples, batches, args.workers, world, listed)
+    # photographs differ in size: in a batch they would be padded, which changes what is found
+    val_batches = every_image_once(len(val), 8 if args.data == "shapes" else 1, world)
+    val_samples = ImageDataset(val, nn.Identity(), args.seed)
+    val_loader = make_loader(val_samples, val_batches, args.workers, world, listed,
                              persistent=not args.eval_only)
 
-    torch.manual_seed(seed_for(args.seed))  # every process starts from the same heads
+    torch.manual_seed(seed_for(args.seed))                   # all processes: the same heads
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
                             args.stem)
-    if args.weights and not saved and not args.eval_only:
-        world.print0(f"{args.weights}: " + summary_of(load_backbone(encoder, args.weights)))
-    weights = read_detector(args.weights) if args.eval_only else {}
+    if args.weights and not checkpoint and not args.eval_only:
+        found = load_backbone(encoder, args.weights)
+        world.print0(f"{args.weights}: {summary_of(found)}")
+    weights = read_state(args.weights, NO_DETECTOR) if args.eval_only else {}
     with_masks = bool(getattr(source, "outlines", True))
     if args.eval_only:                                       # as the detector was trained
-        with_masks = any(name.startswith("roi_heads.mask_") for name in weights)
+        with_masks = has_masks(weights)
     model = detector(encoder, len(classes) + 1, args, world, with_masks)
     if args.eval_only:
-        load_detector(model, weights, args.weights)
+        load_state(model, weights, args.weights, NO_DETECTOR)
     if not with_masks:
         world.print0("no outlines: Faster R-CNN, boxes only")
     else:
@@ -273,44 +304,40 @@ def prepare(args: SimpleNamespace, world: Distributed, saved: dict | None) -> Ru
         tell_outlines(source, "the loss of masks", world)
     model, net = wrapped(model, args, world)
     optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
-    # without fp16 the scale stays 1, and the scaler does one thing: it skips a step with a gradient
-    # that is not finite
-    scaler = torch.amp.GradScaler(world.device.type, **({} if args.amp == "fp16" else dict(init_scale=1.0)))
-    broken = UnreadableImages(source, args.max_bad, args.out)
-    return Run(steps, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
-               broken)
+    # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
+    scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
+    scaler = torch.amp.GradScaler(world.device.type, **scale)
+    unreadable = UnreadableImages(source, args.max_bad, args.out)
+    return TrainState(plan, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
+                      unreadable)
 
 
 NO_DETECTOR = ("does not hold this detector; --eval-only needs best.pt, with args.json of its run "
                "beside it or the run's own flags, and the same classes")
 
 
-def read_detector(file: str) -> dict[str, Tensor]:
-    """The weights in best.pt of a run. Raises ValueError if the file holds none."""
-    try:
-        weights = load_checked(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except Exception:                                        # of a broken file, any type
-        raise ValueError(f"{file}: {NO_DETECTOR}") from None
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"{file}: {NO_DETECTOR}")
-    return weights
+def has_masks(weights: dict[str, Tensor]) -> bool:
+    """Is it a Mask R-CNN?"""
+    return any(name.startswith("roi_heads.mask_") for name in weights)
 
 
-def load_detector(model: FasterRCNN, weights: dict[str, Tensor], file: str) -> None:
-    """Raises ValueError if they do not fit."""
-    try:
-        model.load_state_dict(weights)
-    except Exception:                                        # any type, if values are no tensors
-        raise ValueError(f"{file}: {NO_DETECTOR}") from None
+HEAD = ("neck", "width", "convs", "anchor", "proposals", "rois", "detections", "smallest",
+        "longest")
+
+
+def description_of(args: SimpleNamespace, state: TrainState) -> dict:
+    """The content of model.json. class_ids: of the annotations, one for each class."""
+    head = {name: getattr(args, name) for name in HEAD}
+    class_ids = getattr(state.val, "class_ids", list(range(1, len(state.classes) + 1)))
+    return describe("detector", args, state.classes, args.image_size, MEAN, STD, **head,
+                    class_ids=class_ids)
 
 
 # ---- evaluation ----
 
 @torch.no_grad()
 def evaluate(model: FasterRCNN, args: SimpleNamespace, world: Distributed,
-             run: Run) -> tuple[dict, list[dict]]:
+             state: TrainState) -> tuple[dict, list[dict]]:
     """Exact AP over the whole validation set, on any number of processes, and the number of images.
 
     Rank 0 judges what all processes found (see average_precision), and gets all of it: COCO's
@@ -319,7 +346,7 @@ def evaluate(model: FasterRCNN, args: SimpleNamespace, world: Distributed,
     model.eval()
     world.broadcast_buffers(model)
     images, truth, found, missing = [], [], [], []
-    for batch, targets, index, broken in run.val_loader:
+    for batch, targets, index, broken in state.val_loader:
         missing += broken[broken >= 0].tolist()
         good = [i for i in range(len(batch)) if broken[i] < 0]
         outputs = model([as_float(batch[i], world) for i in good]) if good else []
@@ -333,14 +360,14 @@ def evaluate(model: FasterRCNN, args: SimpleNamespace, world: Distributed,
             found += results_of(output, image)
     model.train(training)
 
-    left_out(run.val_loader.dataset.source, missing, world)
+    left_out(state.val, missing, world)
     images, truth, found = gather_lists((images, truth, found), world)
     found.sort(key=itemgetter("image_id"))                   # the same for any number of processes
     count = world.broadcast_from_rank0(lambda: len(images))
     if not count:
         raise Failed(f"--data {args.data}: no image for validation can be read")
-    result = world.broadcast_from_rank0(lambda: average_precision(images, truth, found, run.classes,
-                                                   run.with_masks))
+    result = world.broadcast_from_rank0(
+        lambda: average_precision(images, truth, found, state.classes, state.with_masks))
     return {**result, "images": count}, found
 
 
@@ -377,10 +404,10 @@ def class_table(result: dict, classes: list[str]) -> str:
     return "\n".join(lines)
 
 
-def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distributed, run: Run,
-           **more) -> None:
-    """Says the result, writes result.json, detections.png and, if asked for, predictions.json."""
-    world.print0(class_table(result, run.classes))
+def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distributed,
+           state: TrainState, **more) -> None:
+    """Prints the result, writes result.json, detections.png and, if asked for, predictions.json."""
+    world.print0(class_table(result, state.classes))
     for kind in kinds(result):
         names = ("AP", "AP50", "AP75", "S", "M", "L", "any class")
         world.print0(f"{kind}: " + percent(result[kind], *names))
@@ -389,15 +416,15 @@ def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distri
         text = json.dumps({**result, **more}, indent=1) + "\n"
         write_text_atomically(Path(args.out) / "result.json", text)
         if args.save_predictions:
-            save_predictions(found, Path(args.out), run)
-        save_detections(Path(args.out) / "detections.png", args, world, run)
+            save_predictions(found, Path(args.out), state)
+        save_detections(Path(args.out) / "detections.png", args, world, state)
 
 
-def save_predictions(found: list[dict], out: Path, run: Run) -> None:
+def save_predictions(found: list[dict], out: Path, state: TrainState) -> None:
     """predictions.json of boxes, predictions-masks.json of masks; ids are those of the annotations.
 
     They are two files: where there is a `bbox`, pycocotools takes its area for S, M and L."""
-    source = run.val_loader.dataset.source
+    source = state.val
     has_ids = hasattr(source, "class_ids")                   # drawn scenes have none
     image_ids, boxes, masks = {}, [], []
     for one in found:
@@ -410,30 +437,31 @@ def save_predictions(found: list[dict], out: Path, run: Run) -> None:
         if "segmentation" in one:
             masks.append(named | {"segmentation": one["segmentation"]})
     write_text_atomically(out / "predictions.json", json.dumps(boxes) + "\n")
-    if run.with_masks:
+    if state.with_masks:
         write_text_atomically(out / "predictions-masks.json", json.dumps(masks) + "\n")
 
 
 @torch.no_grad()
-def save_detections(file: Path, args: SimpleNamespace, world: Distributed, run: Run) -> None:
+def save_detections(file: Path, args: SimpleNamespace, world: Distributed,
+                    state: TrainState) -> None:
     """Six images for validation, evenly spaced: image | truth | prediction (scores above 0.5)."""
-    samples, model = run.val_loader.dataset, run.model.eval()
+    samples, model = state.val_loader.dataset, state.model.eval()
     columns = {"image": [], "truth": [], "prediction": []}
-    for k in range(0, len(samples), max(1, len(samples) // 6))[:6]:
+    for k in evenly_spaced(len(samples), 6):
         (image, truth), *_ = samples[0, k]
         [found] = model([as_float(image, world)])
-        found = {name: value.cpu() for name, value in found.items()}
-        sure = found["scores"] > 0.5
-        found = {name: value[sure] for name, value in found.items()}
+        found = sure_of(found, 0.5)
         image = image.as_subclass(Tensor)
         for title, objects in zip(columns, ({}, truth, found)):
-            columns[title].append(drawn(image, objects, run.classes))
-    H = max(picture.shape[1] for picture in columns["image"])
-    W = max(picture.shape[2] for picture in columns["image"])
-    for title, pictures in columns.items():                  # white beside the smaller ones
-        columns[title] = torch.stack([F.pad(p, (0, W - p.shape[2], 0, H - p.shape[1]), value=1)
-                                      for p in pictures])
+            columns[title].append(drawn(image, objects, state.classes))
+    columns = {title: same_size(pictures) for title, pictures in columns.items()}
     save_sheet(file, columns)
+
+
+def sure_of(found: dict[str, Tensor], least: float) -> dict[str, Tensor]:
+    """What a detector found with a score above `least`, on the CPU."""
+    sure = found["scores"] > least
+    return {name: value[sure].cpu() for name, value in found.items()}
 
 
 def drawn(image: Tensor, objects: dict[str, Tensor], classes: list[str], side: int = 320) -> Tensor:
@@ -453,17 +481,20 @@ def drawn(image: Tensor, objects: dict[str, Tensor], classes: list[str], side: i
         scores = objects["scores"].tolist()
         names = [f"{name} {100 * score:.0f}" for name, score in zip(names, scores)]
 
-    page, font = tvf.to_pil_image(picture), ImageFont.load_default(11)
+    page = tvf.to_pil_image(picture)
+    font, line = ImageFont.load_default(max(11, side // 60)), max(2, side // 300)
     draw = ImageDraw.Draw(page)
     boxes = objects["boxes"].tolist() if objects else []
     for (x1, y1, x2, y2), name, colour in zip(boxes, names, colours):
         x1, y1, x2, y2 = x1 * w / W, y1 * h / H, x2 * w / W, y2 * h / H
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour,
+                       width=line)
         draw.text((x1 + 3, y1 + 1), name, "white", font, stroke_width=1, stroke_fill=colour)
     return tvf.to_dtype(tvf.to_image(page).as_subclass(Tensor), torch.float32, scale=True)
 
 
-COLOURS = ("#d43f3a", "#2e86de", "#27ae60", "#f39c12", "#8e44ad", "#16a2b8", "#e056fd", "#b7950b", "#ff7979", "#34495e")
+COLOURS = ("#d43f3a", "#2e86de", "#27ae60", "#f39c12", "#8e44ad", "#16a2b8", "#e056fd", "#b7950b",
+           "#ff7979", "#34495e")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -472,13 +503,6 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides
 # both ----
-
-def check_part(name: str) -> None:
-    """Raises ValueError unless it can be a part of file names."""
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{printable(name)}: must be a name such as test: letters, digits, '.', "
-                         f"'_' and '-'")
-
 
 count, side = number(int, 1, 100_000), number(int, 32, MAX_SIDE)
 FLAGS = {
@@ -489,12 +513,15 @@ FLAGS = {
         "split_val": (None, checked("NAME", check_part),
                       "the part to evaluate on, such as test (val; VOC without val: test)"),
         "image_size": (800, side, "shorter side at evaluation; ViT: of the padded square"),
-        "smallest": (None, side, "shorter side in training: from this to --image-size, in steps of 32 (4/5 of it)"),
+        "smallest": (None, side, "shorter side in training: from this to --image-size, in steps of "
+                     "32 (4/5 of it)"),
         "longest": (None, side, "most for the longer side (5/3 of --image-size)"),
-        **{name: flag for name, flag in DATA_FLAGS.items() if name in ("workers", "max_bad")}},
+        "workers": DATA_FLAGS["workers"],
+        "max_bad": DATA_FLAGS["max_bad"]},
     "model": {
         **finetune.FLAGS["model"],
-        "neck": ("fpn", ("fpn", "c4"), "feature pyramid, or ResNet's stage 4 as the head (50 layers or more)"),
+        "neck": ("fpn", ("fpn", "c4"), "feature pyramid, or ResNet's stage 4 as the head (50 "
+                 "layers or more)"),
         "width": (256, number(int, 1, 4096), "channels of the pyramid and of its heads"),
         "convs": (4, number(int, 1, 100), "convolutions in the heads of boxes and of masks"),
         "anchor": (32, number(int, 1, MAX_SIDE),
@@ -515,14 +542,17 @@ FLAGS = {
         "save_predictions": (False, SWITCH,
                              "write predictions.json, and predictions-masks.json: COCO's results")},
 }
-DETECTOR = ["recipe", "image_size", "longest", "neck", "width", "convs", "anchor", "proposals", "detections"]
-DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "milestones": (), "warmup_epochs": None, "compile": False}
+DETECTOR = ["recipe", "image_size", "longest", "neck", "width", "convs", "anchor", "proposals",
+            "detections"]
+DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "milestones": (), "warmup_epochs": None,
+            "compile": False}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags over the recipe; `given` holds what was typed. Raises ValueError for a value that is
     off."""
-    parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS, RECIPES)
+    parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
+                    RECIPES)
     given = vars(parser.parse_args(argv))
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):
@@ -530,7 +560,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     # as pre-trained; to evaluate, the whole detector
     names = ["arch", "patch_size", "window", "stem"]
     names += DETECTOR if "eval_only" in given else []
-    known = {**demo, **remembered(given.get("weights", demo.get("weights")), parser, names), **given}
+    weights = given.get("weights", demo.get("weights"))
+    known = {**demo, **remembered(weights, parser, names), **given}
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, program="detect.py", given=given, demo=bool(demo))
@@ -543,7 +574,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if args.eval_only and args.init:
         raise ValueError("--eval-only: needs --weights, best.pt of a run")
     if args.arch is None:
-        raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch resnet50")
+        raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch "
+                         "resnet50")
     return args
 
 

@@ -19,6 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from data import MEAN, STD
 from engine.command import Distributed
@@ -52,7 +53,8 @@ class Backbone(nn.Module):
         self.amp, self.memory_format, self.fpn = args.amp, memory_format(args, world), None
         self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
         if args.neck == "fpn":
-            self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(), nn.BatchNorm2d)
+            self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(),
+                                             nn.BatchNorm2d)
         self.out_channels = args.width if self.fpn else self.maps.channels[-1]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -80,6 +82,20 @@ def mask_loss(logits: Tensor, regions: list[Tensor], masks: list[Tensor], labels
 torchvision_mask_loss, roi_heads.maskrcnn_loss = roi_heads.maskrcnn_loss, mask_loss
 
 
+def region_pool(names: list[str], strides: tuple[int, ...], side: int,
+                canonical: int) -> MultiScaleRoIAlign:
+    """RoIAlign to side x side from the maps of these names and strides.
+
+    A region of `canonical` px is looked at on the map of stride 16. torchvision would infer the
+    strides from the first image that it sees. It would be wrong if most of a side is padding: 65 px
+    are padded to 96."""
+    pool = MultiScaleRoIAlign(names, side, 2, canonical_scale=canonical)
+    pool.scales = [1 / stride for stride in strides]
+    levels = [stride.bit_length() - 1 for stride in strides]                 # 4 is 2**2
+    pool.map_levels = initLevelMapper(levels[0], levels[-1], canonical, canonical_level=4)
+    return pool
+
+
 def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distributed,
              with_masks: bool = True) -> FasterRCNN:
     """Mask R-CNN, or Faster R-CNN without masks, for `classes` classes, background (0) included.
@@ -87,28 +103,35 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
     Raises ValueError if the neck does not fit. The detector takes lists of images (3, H, W) in
     [0, 1], normalises and resizes them itself, and gives boxes in their pixels.
     In training: {name: loss}, whose sum is minimised."""
-    if args.neck == "c4" and not isinstance(getattr(encoder.backbone, "layer4", [None])[-1], Bottleneck):
-        raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not {args.arch}; use fpn")
+    last_block = getattr(encoder.backbone, "layer4", [None])[-1]
+    if args.neck == "c4" and not isinstance(last_block, Bottleneck):
+        raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not "
+                         f"{args.arch}; use fpn")
     backbone, n = Backbone(encoder, args, world), args.proposals
     sizes, C = tuple(args.anchor * 2**i for i in range(5)), args.width
     if args.neck == "c4":                                    # five sizes of anchors at one stride
-        wide, hidden, sizes, names, cells = 2 * backbone.out_channels, 256, (sizes,), ["0"], (14, 14)
+        wide, hidden = 2 * backbone.out_channels, 256
+        sizes, names, pooled = (sizes,), ["0"], (14, 14)
         # the extra norm is the authors'
         mask_head = nn.Sequential(encoder.backbone.layer4, nn.BatchNorm2d(wide))
         box_head = nn.Sequential(mask_head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         before, before_test, after = 12 * n, 6 * n, 2 * n
     else:                                                    # one size a level
-        wide, hidden, sizes, names, cells = 4 * C, C, tuple((side,) for side in sizes), ["0", "1", "2", "3"], (7, 14)
+        wide, hidden = 4 * C, C
+        sizes, names = tuple((side,) for side in sizes), ["0", "1", "2", "3"]
+        pooled = (7, 14)                                     # sides of regions: of boxes, of masks
         box_head = FastRCNNConvFCHead((C, 7, 7), [C] * args.convs, [wide], nn.BatchNorm2d)
         mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
         before, before_test, after = 2 * n, n, n
-    most, shorter, longer, multiple = args.image_size, range(args.smallest, args.image_size, 32), args.longest, 32
+    most = args.image_size
+    shorter, longer, multiple = range(args.smallest, most, 32), args.longest, 32
     # one grid of positions: a square, padded by mean colour
     if get_family(args.arch).name == "vit":
         shorter, longer, multiple = (), most, most
         after = 2 * n                                        # 2,000 in training, as released
     # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
-    box_pool, mask_pool = (MultiScaleRoIAlign(names, side, 2, canonical_scale=7 * args.anchor) for side in cells)
+    strides = (16,) if args.neck == "c4" else (4, 8, 16, 32)
+    box_pool, mask_pool = (region_pool(names, strides, side, 7 * args.anchor) for side in pooled)
     settings = {
         "min_size": (*shorter, most), "max_size": longer, "size_divisible": multiple,
         "image_mean": MEAN, "image_std": STD,

@@ -178,12 +178,14 @@ def test_learning_rates_as_released():
 def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
     flags = dict(global_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20, iterations=160_000,
                  warmup=1500)
-    steps = dense.plan(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None)
+    steps = dense.plan_steps(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None)
     assert (steps.total, steps.per_epoch, steps.warmup) == (160_000, 1263, 1500)
-    steps = dense.plan(SimpleNamespace(**flags, given={"epochs": 20}), Distributed(), 20_210, None)
+    typed = SimpleNamespace(**flags, given={"epochs": 20})
+    steps = dense.plan_steps(typed, Distributed(), 20_210, None)
     assert (steps.total, steps.warmup) == (20 * 1263, 1500)
     flags["iterations"] = 50
-    assert dense.plan(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None).warmup == 5
+    short = SimpleNamespace(**flags, given={})
+    assert dense.plan_steps(short, Distributed(), 20_210, None).warmup == 5
 
 
 # ---- the heads ----
@@ -284,12 +286,14 @@ def test_miou_against_counting_pixels_one_by_one():
 @pytest.mark.parametrize("size", [(32, 32), (32, 100), (61, 75), (20, 50), (9, 7)])
 def test_windows_cover_every_pixel_and_overlaps_are_averaged(size):
     x, seen = torch.randn(2, 3, *size), []
-    close(segment.slide(lambda window: seen.append(window.shape) or window, x, 32), x)   # windows of the image itself
+    # windows of the image itself
+    close(segment.slide(lambda window: seen.append(window.shape) or window, x, (32, 32)), x)
     assert set(seen) == {(2, 3, 32, 32)}
     number = lambda length: max(length - 32 + 21 - 1, 0) // 21 + 1           # as mmsegmentation counts them
     assert len(seen) == number(size[0]) * number(size[1])
     order = iter(range(100))
-    got = segment.slide(lambda window: torch.full_like(window[:, :1], next(order)), torch.zeros(1, 3, 32, 53), 32)
+    got = segment.slide(lambda window: torch.full_like(window[:, :1], next(order)),
+                        torch.zeros(1, 3, 32, 53), (32, 32))
     close(got[0, 0, 5], torch.tensor([0.0] * 21 + [0.5] * 11 + [1.0] * 21))  # windows at 0 and 21
 
 
@@ -405,8 +409,8 @@ def painted(root, train, val=None, size=(40, 48)):
 
 
 def opened(root, **flags):
-    args = SimpleNamespace(data=str(root), zero_is_other=None, **flags)
-    return pixels.open_pairs(args, "train", Distributed())
+    settings = dict(data=str(root), zero_is_other=None, split_val=None, ignore=()) | flags
+    return pixels.open_pairs(SimpleNamespace(**settings), "train", Distributed())
 
 
 def test_a_label_picture_without_a_known_pixel_counts_no_class(tmp_path):
@@ -422,8 +426,9 @@ def test_classes_that_no_label_picture_holds_are_named(tmp_path, capsys):
     said, folder = capsys.readouterr().err, root / "annotations" / "train"
     named = "1 (road), 3 (tree), 5 (dog) and 2 more classes"
     assert f"no label picture in {folder} holds class {named}" in said
-    opened(root, eval_only=True)                             # a trained model knows its classes
-    assert capsys.readouterr().err == ""
+    args = SimpleNamespace(data=str(root), zero_is_other=None, split_val=None, ignore=())
+    trained = pixels.open_pairs(args, "val", Distributed(), count=8)         # knows its classes
+    assert len(trained.classes) == 8 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content, names", [
@@ -461,7 +466,7 @@ def test_a_class_without_a_validation_pixel_is_a_dash_and_null(tmp_path, capsys,
     root = painted(tmp_path / "set", [(0, 1, 2, 3)], [(0, 2, 2)])
     (root / "classes.txt").write_text("background\nroad\ncar\ntree\n")
 
-    def predict(images, size, *rest):
+    def predict(model, images, size, *rest):
         said = torch.full((1, *size), 2)
         said[:, 0, 0] = 1
         return said
@@ -469,7 +474,11 @@ def test_a_class_without_a_validation_pixel_is_a_dash_and_null(tmp_path, capsys,
     monkeypatch.setattr(segment, "predict", predict)
     result = run(tmp_path / "run", *ONE_STEP, "--data", root)
     said, car = capsys.readouterr().err, pytest.approx(2 / 3, abs=1e-3)
-    assert "IoU: background 0, road -, car 67, tree - (-: in no label picture for valid" in said
+    table = [line.split() for line in said.splitlines()]
+    rows = [["class", "IoU", "accuracy"], ["background", "0.0", "0.0"], ["road", "-", "-"],
+            ["car", "66.7", "100.0"], ["tree", "-", "-"]]
+    assert all(row in table for row in rows)
+    assert "-: in no label picture for validation" in said
     assert "predicted, so that mIoU counts it as 0: road" in said
     assert result["per_class"] == {"background": 0, "road": None, "car": car, "tree": None}
     assert result["miou"] == pytest.approx(2 / 3 / 3, abs=1e-3)              # background, road, car
@@ -478,7 +487,7 @@ def test_a_class_without_a_validation_pixel_is_a_dash_and_null(tmp_path, capsys,
 def test_without_any_object_their_iou_is_a_dash_and_null(tmp_path, capsys, monkeypatch):
     root = painted(tmp_path / "set", [(0, 1)], [(0,)])
     (root / "classes.txt").write_text("background\nroad\n")
-    nothing = lambda images, size, *rest: torch.zeros(1, *size, dtype=torch.long)
+    nothing = lambda model, images, size, *rest: torch.zeros(1, *size, dtype=torch.long)
     monkeypatch.setattr(segment, "predict", nothing)
     result = run(tmp_path / "run", *ONE_STEP, "--data", root)
     assert "any object, as one class, - %" in capsys.readouterr().err and result["found"] is None
@@ -535,12 +544,13 @@ def ade(root, count=8):
 
 def test_ade20k_trains_on_150_classes_and_its_0_is_ignored(tmp_path, capsys):
     ade(tmp_path / "ade")
-    source = pixels.open_pairs(SimpleNamespace(data=str(tmp_path / "ade"), zero_is_other=None), "train", Distributed())
+    source = opened(tmp_path / "ade")
     raw = np.array(Image.open(tmp_path / "ade/annotations/training/ADE_train_00000003.png"))
     image, labels = source.read(3)
     assert image.shape[1:] == labels.shape == (73, 87) and source.classes[0] == "class 1, thing"
     assert (labels.numpy()[raw == 0] == 255).all() and (labels.numpy()[raw > 0] == raw[raw > 0] - 1).all()
-    result = run(tmp_path / "run", *SMALL, "--data", tmp_path / "ade", "--iterations", 2, "--inference", "slide")
+    result = run(tmp_path / "run", *SMALL, "--data", tmp_path / "ade", "--recipe", "fcn",
+                 "--iterations", 2, "--inference", "slide")
     assert len(result["per_class"]) == 150 and result["recipe"] == "fcn"
     assert Image.open(tmp_path / "run" / "segmentation.png").height > 6 * 160
     again = run(tmp_path / "eval", "--weights", tmp_path / "run" / "best.pt", "--data", tmp_path / "ade", "--eval-only",
@@ -631,7 +641,7 @@ def test_names_from_files_are_made_printable(tmp_path, capsys, monkeypatch):
     run(tmp_path / "run", *SMALL, "--data", root, "--iterations", 1, "--batch-size", 2)
     said = capsys.readouterr().err
     assert "holds class 2 (<sea>)" in said and "<sky>" in said and "<r\x1b[2Koad>" in said
-    assert f"<{root}/images/val/\\xff.png> (<no label picture" in said
+    assert f"<{root}/images/val/\\xff.png> (no label picture <" in said
     assert said.count("\x1b[2K") == said.count("<r\x1b[2Koad>")
 
 
@@ -656,7 +666,7 @@ def test_a_folder_without_names_counts_its_classes_and_other_archs_take_upernet(
         for i in range(4):
             noise(tmp_path / "set" / "images" / split / "deep" / f"{i}.png", (40, 48), rng)
             numbers(tmp_path / "set" / "annotations" / split / "deep" / f"{i}.png", rng.integers(0, 7, (40, 48)))
-    flags = [*SMALL, "--data", tmp_path / "set", "--iterations", 1]
+    flags = [*SMALL, "--data", tmp_path / "set", "--recipe", "upernet", "--iterations", 1]
     flags[flags.index("resnet18")] = "deit_tiny"
     result = run(tmp_path / "run", *flags)
     assert list(result["per_class"]) == list("0123456") and result["recipe"] == "upernet"
@@ -717,8 +727,10 @@ LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-deca
 
 @pytest.mark.parametrize("flags, words", [
     ("--data nowhere --init scratch --arch resnet18", "--data nowhere: no such folder; give one with images/ and"),
-    ("--data empty --init scratch --arch resnet18", "no folder empty/images/train*; expected empty/images/train/x.jpg"),
-    ("--data voc --init scratch --arch resnet18", "--data voc: not found as datasets/VOCdevkit/VOC2012"),
+    ("--data empty --init scratch --arch resnet18",
+     "no folder empty/images/train*; expected empty/images/train/x.jpg"),
+    ("--data voc --init scratch --arch resnet18", "--data voc: no datasets/VOCdevkit/VOC2012/; give "
+     "the folder that holds VOCdevkit/ as --data-root, or add --download to fetch it into datasets/"),
     ("--data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
     ("--data shapes --init scratch", "--arch is missing"),
     ("--data shapes --init scratch --arch convnext_tiny --head fcn", "--head fcn: is for ResNet alone"),
@@ -728,8 +740,11 @@ LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-deca
     ("--data shapes --init scratch --arch resnet18 --eval-only", "--eval-only: needs --weights"),
     ("--data shapes --weights text.pt --arch resnet18", "text.pt: not a file of weights"),
     ("--data shapes --weights other.pt --arch resnet18 --eval-only", "does not hold this backbone and head"),
-    ("--data shapes --init scratch --arch resnet18 --image-size 8", "--image-size: 8: must be an integer from 32"),
+    ("--data shapes --init scratch --arch resnet18 --image-size 8", "--image-size 8 px: both sides must be at least"),
     ("--data alike --init scratch --arch resnet18", "in alike/annotations/train hold class 0 alone"),
+    ("--data shapes --init scratch --arch resnet18 --ignore 3", "--ignore: is for a folder, not for"),
+    ("--data voc --init scratch --arch resnet18 --split-val test", "--split-val: is for a folder"),
+    ("--data x --init scratch --ignore 255", "--ignore: 255: must be an integer from 0 to 254"),
     *((f"--{name} {HUGE}", f"--{name}: {HUGE}: must be ") for name in LIMITED),
     ("--weight-decay 1e308", "--weight-decay: 1e308: must be a number from 0 to 1000"),
     ("--iterations 1000000001", "must be an integer from 1 to 1000000000"),
@@ -745,6 +760,190 @@ def test_mistakes_are_answered_in_one_line_and_leave_no_folder(flags, words, tmp
     code, said = complaint(capsys, *flags.split(), "--workers", 0)
     assert code == 2 and said.startswith("segment.py: error: ") and words in said, said
     assert not Path("runs").exists()
+
+
+# ---- CamVid's layout, ignored numbers, colours ----
+
+def camvid(root, parts=("train", "val", "test"), count=8):
+    """CamVid's layout: classes 0 to 2, and 11 where nothing is labelled."""
+    rng = np.random.default_rng(0)
+    for k, part in enumerate(parts):
+        for i in range(count):
+            name = f"{part}-{i}.png"
+            noise(root / part / name, (40, 48), rng)
+            values = rng.choice([0, 1, 2, 11], (40, 48))
+            values[:k + 1] = k                               # each part has other labels
+            numbers(root / f"{part}annot" / name, values)
+    return root
+
+
+def test_camvids_folders_are_read_as_they_are_and_a_number_is_ignored(tmp_path):
+    root = camvid(tmp_path / "CamVid")
+    source = opened(root, ignore=[11])
+    raw = np.array(Image.open(root / "trainannot" / "train-3.png"))
+    assert len(source) == 8 and source.classes == ["0", "1", "2"]
+    assert source.name(3) == f"{root}/train/train-3.png"
+    assert np.array_equal(source.read(3)[1], np.where(raw == 11, 255, raw))
+    assert opened(root).classes[-1] == "11"                  # without the flag it is a class
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    assert opened(root, ignore=[11]).classes == ["sky", "road", "car"]
+    reason = "its label picture holds class 11; there are 3 classes; if it means unlabelled, give "
+    assert reason + "--ignore 11" in opened(root).name(3)
+
+
+def test_the_other_classes_keep_their_names_if_one_in_the_middle_is_ignored(tmp_path):
+    root = painted(tmp_path / "set", [(0, 1, 2, 3)])
+    (root / "classes.txt").write_text("void\nsky\nroad\ncar\n")
+    source = opened(root, ignore=[0, 2])
+    assert source.classes == ["sky", "car"] and source.code.numbers == [1, 3]
+    assert source.read(0)[1][0, :4].tolist() == [255, 0, 255, 1]
+    other = opened(root, ignore=[2], zero_is_other=True)     # then void is not in the list
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    other = opened(root, ignore=[2], zero_is_other=True)
+    assert other.classes == ["sky", "car"]
+    assert other.read(0)[1][0, :4].tolist() == [255, 0, 255, 1]
+
+
+def test_another_part_to_evaluate_on_and_evaluation_without_training_images(tmp_path, capsys):
+    """The part for validation has 8 images, the one for tests 5."""
+    root = camvid(tmp_path / "CamVid")
+    for file in sorted((root / "test").iterdir())[5:]:
+        file.unlink()
+    flags = ["--data", root, "--ignore", 11]
+    result = run(tmp_path / "run", *SMALL, *flags, "--iterations", 2)
+    said = capsys.readouterr().err
+    assert result["images"] == 8 and "recipe small (under 2,000 images), upernet, 64 px" in said
+    code, said = complaint(capsys, *SMALL, *flags, "--split-val", "train", "--out", tmp_path / "no")
+    assert code == 2 and "--split-val train: these images are trained on; choose another" in said
+    for name in ("train", "trainannot"):
+        (root / name).rename(tmp_path / f"{name}-away")
+    alone = ["--weights", tmp_path / "run" / "best.pt", "--data", root, "--eval-only",
+             "--workers", 0, "--amp", "off"]                 # --ignore is remembered
+    again = run(tmp_path / "val", *alone)
+    assert again["miou"] == result["miou"] and again["per_class"] == result["per_class"]
+    assert run(tmp_path / "test", *alone, "--split-val", "test")["images"] == 5
+    for name in ("val", "valannot"):
+        (root / name).rename(tmp_path / f"{name}-away")
+    assert run(tmp_path / "without", *alone)["images"] == 5  # without val: test
+    code, said = complaint(capsys, *alone, "--split-val", "holiday", "--out", tmp_path / "no")
+    assert code == 2 and f"no folder {root}/holiday*; expected {root}/holiday/x.jpg and" in said
+    assert "choose another part with --split-val" in said and not (tmp_path / "no").exists()
+
+
+def miou_by_numpy(labels, predictions, numbers, ignored):
+    """Over all label pictures of a folder, by sets of pixels. A class that occurs nowhere is left
+    out."""
+    truth, guess = [], []
+    for file in sorted(labels.iterdir()):
+        truth.append(np.array(Image.open(file)).ravel())
+        guess.append(np.array(Image.open(predictions / file.name)).ravel())
+    truth, guess = np.concatenate(truth), np.concatenate(guess)
+    known = ~np.isin(truth, [*ignored, 255])
+    truth, guess = truth[known], guess[known]
+    ious = []
+    for number in numbers:
+        both = np.sum((truth == number) & (guess == number))
+        either = np.sum((truth == number) | (guess == number))
+        ious += [both / either] if either else []
+    return np.mean(ious)
+
+
+def test_saved_predictions_have_the_same_miou_by_numpy(tmp_path):
+    root = camvid(tmp_path / "CamVid")
+    result = run(tmp_path / "run", *SMALL, "--data", root, "--ignore", 1, 11, "--iterations", 3,
+                 "--save-predictions")
+    saved = tmp_path / "run" / "predictions"
+    found = [np.array(Image.open(file)) for file in sorted(saved.iterdir())]
+    assert {picture.shape for picture in found} == {(40, 48)}
+    assert set(np.unique(found)) <= {0, 2}                   # the set's numbers, not 0 and 1
+    miou = miou_by_numpy(root / "valannot", saved, [0, 2], [1, 11])
+    assert result["miou"] == pytest.approx(miou, abs=1e-9)
+    assert Image.open(saved / "val-0.png").mode == "P"       # shown in colours
+
+
+def test_pictures_in_colours_are_read_by_the_colours_of_classes_txt(tmp_path):
+    """A road has two colours. What has no listed colour is unlabelled."""
+    root, rng = tmp_path / "set", np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "classes.txt").write_text("sky\t128 128 128\nroad 128,64,128\nroad 0 0 9\n"
+                                      "traffic light, 255, 0, 0\n")
+    colours = np.array([(128, 128, 128), (128, 64, 128), (0, 0, 9), (255, 0, 0), (0, 0, 0),
+                        (128, 64, 129)], np.uint8)
+    wanted = np.array([0, 1, 1, 2, 255, 255])
+    for split in ("val", "train"):                           # `chosen` is then of the last one
+        for i in range(2):
+            chosen = rng.integers(0, 6, (40, 48))
+            noise(root / "images" / split / f"{i}.jpg", (40, 48), rng)
+            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(colours[chosen])
+            picture = picture.convert("RGBA") if i else picture
+            picture.save(root / "annotations" / split / f"{i}.png")
+    source = opened(root)
+    assert source.classes == ["sky", "road", "traffic light"]
+    assert np.array_equal(source.read(1)[1], wanted[chosen])
+    shown = pixels.colours_of(source.classes, source.code)
+    assert shown[:3].tolist() == [[128, 128, 128], [128, 64, 128], [255, 0, 0]]
+    with pytest.raises(ValueError, match="--ignore: is for numbers, but .* lists colours"):
+        opened(root, ignore=[2])
+    (root / "classes.txt").unlink()
+    assert "expected one channel of class numbers, or the colours of the classes in classes.txt" in (
+        pixels.Pairs(source.images.tolist(), source.labels.tolist(),
+                     pixels.LabelCode(["a", "b"], [0, 1])).name(0))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("sky 1 2 3\nroad 4 5 6\ncar\n", "has colours, but not in the line car; write"),
+    ("sky 1 2 3\nroad 4 5 300\n", "road 4 5 300: red, green and blue must be 0 to 255"),
+    ("sky 1 2 3\nroad 1 2 3\n", "lists a colour twice; every colour means one class"),
+    ("sky 1 2 3\nsky 4 5 6\n", "lists 1 class; expected 2 to 255"),
+    ("sky 1 2 3\nroad 4 5 6\n", "hold no class; none holds class 0 (sky), 1 (road); expected PNG "
+                                "files of the colours that classes.txt lists")])
+def test_colours_that_cannot_be_used_get_one_line(text, words, tmp_path):
+    root = painted(tmp_path / "set", [(0, 1)])
+    (root / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        opened(root)
+
+
+def test_an_image_size_of_two_sides(tmp_path):
+    """32 x 64 windows of an image that is 40 x 48, resized to 32 x 38."""
+    root = camvid(tmp_path / "CamVid")
+    args = SimpleNamespace(image_size=[32, 64], scale_min=1.0, scale_max=1.0, same_class=1.0,
+                           distort=False)
+    image, labels = pixels.ScaleCropFlip(args)(opened(root, ignore=[11]).read(0))
+    assert image.shape == (3, 32, 64) and labels.shape == (32, 64)
+    flags = [*SMALL, "--data", root, "--ignore", 11, "--iterations", 1, "--inference", "slide"]
+    flags[flags.index("--image-size"):flags.index("--image-size") + 2] = ["--image-size", 32, 64]
+    flags[flags.index("resnet18")] = "deit_tiny"
+    assert run(tmp_path / "run", *flags)["images"] == 8
+    about = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert about["image_size"] == [32, 64] and about["numbers"] == [0, 1, 2]
+    rows, columns = [], []
+
+    def seen(window):
+        rows.append(window.shape[-2])
+        columns.append(window.shape[-1])
+        return window
+
+    picture = torch.randn(1, 3, 50, 100)
+    close(segment.slide(seen, picture, (32, 64)), picture)
+    assert set(rows) == {32} and set(columns) == {64} and len(rows) == 2 * 2
+
+
+def test_a_small_set_has_a_recipe_of_its_own(tmp_path, monkeypatch):
+    root = camvid(tmp_path / "CamVid")
+    flags = ["--data", str(root), "--init", "scratch", "--arch", "resnet18"]
+    args = segment.parse(flags)
+    assert (args.recipe, args.head, args.width, args.image_size) == ("small", "upernet", 64, 96)
+    assert segment.parse([*flags, "--recipe", "fcn"]).recipe == "fcn"
+    assert segment.parse([*flags, "--lr", "1"]).lr == 1
+    monkeypatch.setattr(pixels, "FEW_IMAGES", 8)
+    assert segment.parse(flags).recipe == "fcn"
+
+
+def test_the_sheet_shows_evenly_spaced_images():
+    assert dense.evenly_spaced(101, 6) == [0, 16, 33, 50, 67, 84]
+    assert dense.evenly_spaced(3, 6) == [0, 1, 2] and dense.evenly_spaced(7, 6) == [0, 1, 2, 3, 4, 5]
 
 
 # ---- other people's code ----
