@@ -128,8 +128,8 @@ RUN_FLAGS = {
                "machine, or the CPU if there is none)"),
     "amp": (None, tuple(AMP), "mixed precision (bf16 if the device has it; otherwise CUDA fp16, "
             "others off)"),
-    "compile": (False, bool, "torch.compile the model for training steps; of little use for a "
-                "ResNet on several GPUs, where SyncBatchNorm breaks the graph at every layer"),
+    "compile": (False, bool, "torch.compile for training steps; of little use for a ResNet on "
+                "several GPUs, where SyncBatchNorm breaks the graph at every layer of the model"),
     "channels_last": (True, bool, "memory format of CNNs"),
     "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
     "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; the run "

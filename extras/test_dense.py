@@ -520,7 +520,8 @@ def run(out, *flags):
 
 def log_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_s", "data_wait", "peak_memory_mb")} for line in lines]
+    clock = ("time", "images_per_s", "data_wait", "peak_memory_mb")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def complaint(capsys, *flags):
