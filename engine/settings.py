@@ -19,7 +19,8 @@ RESOLVED = {
     "global_batch": "images of a step: batch_size x accum x processes",
     "peak_lr": "the highest learning rate of the schedule",
 }
-OF_THIS_START = ("resume", "download", "device")             # a resumed run does not take them over
+# a resumed run does not take these over
+OF_THIS_START = ("resume", "download", "device", "given", "demo")
 
 
 def settings_class(flags: dict) -> type:

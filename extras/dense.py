@@ -2,7 +2,7 @@
 
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
-    plan_steps, rate, wrapped, optimizer_for
+    resume_or_start, plan_steps, rate, layout_for, optimizer_for
               a run counted in iterations, as the released recipes are
     some_usable, left_out, read_state, load_state
               what both programs check and print
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
@@ -29,13 +28,16 @@ from torchvision.ops import masks_to_boxes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import default_workers
 from engine.shapes import SHAPES, draw_shape, texture
 from engine.command import Distributed
 from engine.files import load_checked, printable
 from engine.flags import MAX_EPOCHS, number
 from engine.images import reason
-from engine.checkpointer import StepPlan
+from engine.checkpointer import StepPlan, open_run, steps_per_epoch
 from engine.optim import layer_groups, lr_at, momentum_sgd
+from engine.settings import resolve_batch
+from engine.step import memory_format
 from model import Encoder, get_family
 
 # ---- four maps of any encoder ----
@@ -318,16 +320,37 @@ OPTIM_FLAGS = {
 }
 
 
+def resume_or_start(args: SimpleNamespace, world: Distributed, own: dict, name: str,
+                    flags: dict) -> tuple[SimpleNamespace, dict | None]:
+    """(settings, checkpoint): opens the output folder (engine.checkpointer.open_run).
+
+    own: the program's default settings. A resumed run has its own settings, then what was typed."""
+    args.out, checkpoint = open_run(args.given, world, args.program, name, flags)
+    if checkpoint:
+        saved = checkpoint["args"]
+        recent = dict(given=args.given, demo=False, out=args.out)
+        args = SimpleNamespace(**{"typed": [], **own, **saved, **args.given, **recent})
+        args.typed = sorted({*args.typed, *args.given})
+    args.amp = args.amp or world.default_amp()
+    if args.workers is None:
+        args.workers = default_workers(world)
+    return args, checkpoint
+
+
 def plan_steps(args: SimpleNamespace, world: Distributed, images: int,
                checkpoint: dict | None) -> StepPlan:
-    """StepPlan.plan for a run that may be given in iterations, and with a warm-up in iterations."""
-    if "epochs" in args.given and "iterations" not in args.given:
+    """StepPlan.plan for a run that may be given in iterations, and with a warm-up in iterations.
+
+    Sets the batch sizes and the epochs in `args`."""
+    vars(args).update(resolve_batch(vars(args), world))
+    if "epochs" in args.typed and "iterations" not in args.typed:
         args.iterations = None
     if args.iterations:
-        args.epochs = args.iterations / StepPlan.plan(args, world, images, None).per_epoch
-    steps = StepPlan.plan(args, world, images, checkpoint)
-    steps.warmup = min(args.warmup, steps.total // 10)
-    return steps
+        args.epochs = args.iterations / steps_per_epoch(images, args.global_batch)
+    args.warmup_epochs = 0.0                                 # it is counted in iterations
+    plan = StepPlan.plan(args, world, images, checkpoint)
+    plan.warmup = min(args.warmup, plan.total // 10)
+    return plan
 
 
 def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> float:
@@ -351,26 +374,8 @@ def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> floa
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
 
 
-def memory_format(args: SimpleNamespace, world: Distributed) -> torch.memory_format:
-    is_cnn = get_family(args.arch).convolutional             # channels_last is faster on a CNN
-    channels_last = args.channels_last and is_cnn and not world.on_mps
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def wrapped(model: nn.Module, args: SimpleNamespace,
-            world: Distributed) -> tuple[nn.Module, nn.Module]:
-    """(the model with its plain names, what a step calls): on its device, SyncBN over GPUs, DDP
-    over processes."""
-    model = net = model.to(world.device).to(memory_format=memory_format(args, world))
-    if world.size > 1 and world.on_cuda:
-        model = net = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
-        model.compile(dynamic=False)                         # a training batch has one size
-    if world.size > 1:
-        devices = [world.local_rank] if world.on_gpu else None
-        # rank 0's BatchNorm statistics are saved, and shared before each evaluation
-        net = DDP(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return model, net
+def layout_for(args: SimpleNamespace, world: Distributed) -> torch.memory_format:
+    return memory_format(args, world, get_family(args.arch).convolutional)
 
 
 def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch.optim.Optimizer:

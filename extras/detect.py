@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_image_once,
                   make_loader, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
+from engine.checkpointer import Checkpointer, StepPlan, make_folder
 from engine.command import Distributed, Failed, command_line
 from engine.description import describe
 from engine.files import printable, write_text_atomically
@@ -49,12 +49,13 @@ from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, P
                           defaults, number, path, remembered)
 from engine.images import UnreadableImages
 from engine.pictures import save_sheet
+from engine.step import make_scaler, take_step, wrap
 from engine.weights import load_backbone, summary_of
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, evenly_spaced, left_out,
-                          listed, load_state, optimizer_for, plan_steps, rate, read_state,
-                          same_size, some_usable, wrapped)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, evenly_spaced, layout_for,
+                          left_out, listed, load_state, optimizer_for, plan_steps, rate,
+                          read_state, resume_or_start, same_size, some_usable)
 from extras.mask_rcnn import detector
 from model import build_encoder, get_family
 
@@ -74,10 +75,10 @@ RECIPES = {
     # Four epochs of ResNet-18 on 205 images of blood cells (BCCD) at 128 px, one seed: box AP 17
     # with lr 1.6e-3, 9 with lr 4e-4, and 1 by recipe 1x.
     "small":  dict(optimizer="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine",
-                   global_batch=8, epochs=60, warmup=100, eval_every=5, image_size=480),
+                   recipe_batch=8, epochs=60, warmup=100, eval_every=5, image_size=480),
     # drawn scenes of 128 px: small anchors, narrow heads
     "shapes": dict(optimizer="adamw", lr=4e-3, weight_decay=0.05, schedule="cosine",
-                   global_batch=8, epochs=0.4, warmup=50, eval_every=10, image_size=128,
+                   recipe_batch=8, epochs=0.4, warmup=50, eval_every=10, image_size=128,
                    smallest=128, longest=128, anchor=8, width=64, convs=2, proposals=100, rois=64,
                    detections=20),
 }
@@ -129,12 +130,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
             state.scaler.scale(losses["loss"] / args.accum).backward()
         for name, value in losses.items():
             record[name] = record.get(name, 0) + value.detach() / args.accum
-    if args.clip_grad:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
-    state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
-    state.scaler.update(None if args.amp == "fp16" else 1.0)                 # adapts for fp16 only
-    state.optimizer.zero_grad(set_to_none=True)
+    take_step(state, args)
     return record
 
 
@@ -161,8 +157,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
                                 world_size=world.size)
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
-    args, checkpoint = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
-    args.amp = args.amp or world.default_amp()
+    args, checkpoint = resume_or_start(args, world, DEFAULTS, name, FLAGS)
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
         start = args.weights or "random weights"
@@ -173,7 +168,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
                  f"{told_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
                  f"writing {args.out}/")
     if args.eval_only:
-        make_folder(args, world, 0)
+        make_folder(args, world)
         result, found = evaluate(state.model, args, world, state)
         return report(result, found, args, world, state)
 
@@ -218,7 +213,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
 def told_recipe(args: SimpleNamespace) -> str:
     if args.eval_only:
         return "evaluation only"
-    chosen = args.recipe == "small" and "recipe" not in args.given and not args.resume
+    chosen = args.recipe == "small" and "recipe" not in args.typed and not args.resume
     return f"recipe {args.recipe}" + f" (under {FEW_IMAGES:,} images)" * chosen
 
 
@@ -302,11 +297,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
         tell_outlines(val, "AP of masks", world)
     if with_masks and not args.eval_only:
         tell_outlines(source, "the loss of masks", world)
-    model, net = wrapped(model, args, world)
+    model, net = wrap(model, args, world, layout_for(args, world))
     optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
-    # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
-    scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
-    scaler = torch.amp.GradScaler(world.device.type, **scale)
+    scaler = make_scaler(args, world)
     unreadable = UnreadableImages(source, args.max_bad, args.out)
     return TrainState(plan, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
                       unreadable)
@@ -544,7 +537,7 @@ FLAGS = {
 }
 DETECTOR = ["recipe", "image_size", "longest", "neck", "width", "convs", "anchor", "proposals",
             "detections"]
-DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "milestones": (), "warmup_epochs": None,
+DEFAULTS = {**defaults(FLAGS), "recipe_batch": 16, "milestones": (), "warmup_epochs": None,
             "compile": False}
 
 
@@ -554,6 +547,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     RECIPES)
     given = vars(parser.parse_args(argv))
+    about = dict(program="detect.py", given=given, typed=sorted(given))
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):
         demo |= {"weights": DEMO_WEIGHTS} if Path(DEMO_WEIGHTS).is_file() else {"init": "scratch"}
@@ -564,7 +558,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     known = {**demo, **remembered(weights, parser, names), **given}
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
-    args = SimpleNamespace(**known, program="detect.py", given=given, demo=bool(demo))
+    args = SimpleNamespace(**known, **about, demo=bool(demo))
     if args.resume and args.out:                             # the rest is remembered
         return args
     if args.data is None:

@@ -24,7 +24,7 @@ from torchvision.ops.poolers import initLevelMapper
 from data import MEAN, STD
 from engine.command import Distributed
 from engine.flags import AMP
-from extras.dense import Maps, memory_format
+from extras.dense import Maps, layout_for
 from model import Encoder, get_family
 
 
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
 
     def __init__(self, encoder: Encoder, args: SimpleNamespace, world: Distributed):
         super().__init__()
-        self.amp, self.memory_format, self.fpn = args.amp, memory_format(args, world), None
+        self.amp, self.memory_format, self.fpn = args.amp, layout_for(args, world), None
         self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
         if args.neck == "fpn":
             self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(),

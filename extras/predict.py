@@ -41,7 +41,7 @@ from engine.flags import AMP, DATA_FLAGS, RUN_FLAGS, Parser, defaults, number, p
 from engine.images import reason
 from engine.weights import load_backbone, load_head
 from extras.coco import check_installed, results_of
-from extras.dense import UNREADABLE, load_state, memory_format, read_state
+from extras.dense import UNREADABLE, layout_for, load_state, read_state
 from extras.detect import as_float, drawn, has_masks, sure_of
 from extras.mask_rcnn import detector
 from extras.output import check_folder, free_name
@@ -97,7 +97,7 @@ class Predictor:
         self.settings = SimpleNamespace(**{**vars(about), "amp": args.amp,
                                            "channels_last": args.channels_last})
         self.model = self.build().eval()
-        self.memory_format = memory_format(self.settings, world)
+        self.memory_format = layout_for(self.settings, world)
         self.model = self.model.to(world.device).to(memory_format=self.memory_format)
 
     def start(self, out: Path, names: list[str]) -> None:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, STD, ImageDataset, ResumableBatchSampler, every_image_once, make_loader,
                   normalise, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
+from engine.checkpointer import Checkpointer, StepPlan, make_folder
 from engine.command import Distributed, Failed, command_line
 from engine.description import describe
 from engine.files import printable, write_text_atomically
@@ -47,19 +47,20 @@ from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH,
                           checked, defaults, format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages
 from engine.pictures import save_confusion, sheet
+from engine.step import make_scaler, take_step, wrap
 from engine.weights import load_backbone, summary_of
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, evenly_spaced, left_out, load_state,
-                          memory_format, optimizer_for, plan_steps, rate, read_state, same_size,
-                          some_usable, stacked, wrapped)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, evenly_spaced, layout_for, left_out,
+                          load_state, optimizer_for, plan_steps, rate, read_state,
+                          resume_or_start, same_size, some_usable, stacked)
 from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_few_images, legend,
                            open_pairs, resize, save_labels, whole)
 from model import build_encoder, get_family
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of a step ----
 
-ADE = dict(global_batch=16, iterations=160_000, warmup=1500, schedule="poly")  # as released
+ADE = dict(recipe_batch=16, iterations=160_000, warmup=1500, schedule="poly")  # as released
 SGD = dict(optimizer="sgd", lr=0.01, weight_decay=5e-4, power=0.9, min_lr=1e-4, warmup=0)
-NARROW = dict(head="upernet", width=64, aux=0.0, image_size=96, global_batch=8, lr_batch=8,
+NARROW = dict(head="upernet", width=64, aux=0.0, image_size=96, recipe_batch=8, lr_batch=8,
               lr=2e-3, warmup=50)
 RECIPES = {
     "fcn":     dict(ADE, **SGD, head="fcn"),                 # for a ResNet: output stride 8
@@ -113,7 +114,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
         images, labels, _, broken = next(batches)
         state.unreadable.note(broken)
         images = normalise(images, world.device)             # (B, 3, H, W)
-        images = images.contiguous(memory_format=memory_format(args, world))
+        images = images.contiguous(memory_format=layout_for(args, world))
         labels = labels.to(world.device, non_blocking=world.on_cuda).long()  # (B, H, W)
         is_last = part == args.accum - 1
         average_gradients = is_last or world.size == 1       # over the processes, once a step
@@ -125,12 +126,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
             state.scaler.scale(loss / args.accum).backward()
         total = total + loss.detach() / args.accum
 
-    if args.clip_grad:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
-    state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
-    state.scaler.update(None if args.amp == "fp16" else 1.0)                 # adapts for fp16 only
-    state.optimizer.zero_grad(set_to_none=True)
+    take_step(state, args)
     return {"loss": total}
 
 
@@ -156,12 +152,11 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     # resumed by --out, the recipe is not known yet, and the name is not needed
     kind = "eval" if args.eval_only else f"{args.recipe}" + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-segment-{kind}"
-    args, checkpoint = open_run(args, world, own=DEFAULTS, name=name, flags=FLAGS)
-    args.amp = args.amp or world.default_amp()
+    args, checkpoint = resume_or_start(args, world, DEFAULTS, name, FLAGS)
     state = prepare(args, world, checkpoint)
     print_start(args, world, state)
     if args.eval_only:
-        make_folder(args, world, 0)
+        make_folder(args, world)
         report(evaluate(args, world, state, True), args, world, state)
         return
 
@@ -201,7 +196,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
 
 
 def print_start(args: SimpleNamespace, world: Distributed, state: TrainState) -> None:
-    chosen = args.recipe == "small" and "recipe" not in args.given and not args.resume
+    chosen = args.recipe == "small" and "recipe" not in args.typed and not args.resume
     few = f" (under {FEW_IMAGES:,} images)" if chosen else ""
     how = "evaluation only" if args.eval_only else f"recipe {args.recipe}{few}"
     images = "" if args.eval_only else f"{len(state.loader.dataset)} images for training, "
@@ -244,11 +239,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     model = Segmenter(encoder, args.head, args.width, len(classes), args.dropout, args.aux > 0)
     if args.eval_only:
         load_state(model, weights, args.weights, NO_SEGMENTER)
-    model, net = wrapped(model, args, world)
+    model, net = wrap(model, args, world, layout_for(args, world))
     optimizer = optimizer_for(model, args, "maps.encoder.backbone.")
-    # Without fp16 the scale stays 1; the scaler then only skips steps with non-finite gradients.
-    scale = {} if args.amp == "fp16" else {"init_scale": 1.0}
-    scaler = torch.amp.GradScaler(world.device.type, **scale)
+    scaler = make_scaler(args, world)
     unreadable = UnreadableImages(source, args.max_bad, args.out)
     colours = colours_of(classes, getattr(val, "code", None))
     return TrainState(plan, classes, loader, val_loader, model, net, optimizer, scaler, unreadable,
@@ -335,7 +328,7 @@ def predict(model: Segmenter, images: Tensor, size: tuple[int, int], args: Simpl
             world: Distributed) -> Tensor:
     """uint8 (B, 3, h, w) -> the likeliest class of every pixel (B, *size), whole or by windows."""
     images = normalise(images, world.device)
-    images = images.contiguous(memory_format=memory_format(args, world))
+    images = images.contiguous(memory_format=layout_for(args, world))
 
     def logits_of(x: Tensor) -> Tensor:
         # by forward, because model(...) may be compiled, for a training batch
@@ -561,7 +554,7 @@ FLAGS = {
                              "of the last evaluation")},
 }
 # and what a recipe alone can set
-DEFAULTS = {**defaults(FLAGS), "global_batch": 16, "warmup_epochs": None}
+DEFAULTS = {**defaults(FLAGS), "recipe_batch": 16, "warmup_epochs": None}
 SEGMENTER = ["recipe", "head", "width", "aux", "image_size", "inference", "ignore", "zero_is_other"]
 
 
@@ -570,10 +563,11 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("segment.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     RECIPES)
     given = vars(parser.parse_args(argv))
+    about = dict(program="segment.py", given=given, typed=sorted(given))
     if "resume" in given and "out" in given and "data" not in given:
         # the rest is remembered
         settings = {**DEFAULTS, **given}
-        return SimpleNamespace(**settings, program="segment.py", given=given, demo=False)
+        return SimpleNamespace(**settings, **about, demo=False)
     start, demo = {}, "data" not in given
     if demo:
         start = dict(data="shapes", arch="resnet18")
@@ -591,7 +585,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     kind = get_family(start["arch"]).name
     recipe = start.setdefault("recipe", default_recipe(start["data"], kind))
     settings = {**DEFAULTS, **RECIPES[recipe], **EXCEPTIONS.get((recipe, kind), {}), **start}
-    args = SimpleNamespace(**settings, program="segment.py", given=given, demo=demo)
+    args = SimpleNamespace(**settings, **about, demo=demo)
     if min(height_width(args.image_size)) < 32:
         raise ValueError(f"--image-size {format_size(args.image_size)}: both sides must be at "
                          f"least 32 px")

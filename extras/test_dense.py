@@ -176,15 +176,15 @@ def test_learning_rates_as_released():
 
 
 def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
-    flags = dict(global_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20, iterations=160_000,
+    flags = dict(recipe_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20, iterations=160_000,
                  warmup=1500)
-    steps = dense.plan_steps(SimpleNamespace(**flags, given={}), Distributed(), 20_210, None)
+    steps = dense.plan_steps(SimpleNamespace(**flags, typed=[]), Distributed(), 20_210, None)
     assert (steps.total, steps.per_epoch, steps.warmup) == (160_000, 1263, 1500)
-    typed = SimpleNamespace(**flags, given={"epochs": 20})
+    typed = SimpleNamespace(**flags, typed=["epochs"])
     steps = dense.plan_steps(typed, Distributed(), 20_210, None)
     assert (steps.total, steps.warmup) == (20 * 1263, 1500)
     flags["iterations"] = 50
-    short = SimpleNamespace(**flags, given={})
+    short = SimpleNamespace(**flags, typed=[])
     assert dense.plan_steps(short, Distributed(), 20_210, None).warmup == 5
 
 

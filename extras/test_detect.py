@@ -945,7 +945,7 @@ def test_the_released_recipes():
     for flags, falls, lr in ((["--arch", "resnet50"], (8, 11), 0.02), (["--arch", "vit_base"], (9, 11), 3e-4),
                              (["--arch", "resnet50", "--recipe", "c4_2x"], (8, 11), 0.02)):
         args = detect.parse([*folder, *flags])
-        assert args.lr == lr and args.global_batch == args.lr_batch == 16
+        assert args.lr == lr and args.recipe_batch == args.lr_batch == 16
         steps = dense.StepPlan(16, 16, 100, 1200, 0, 0)
         rates = [dense.rate(100 * epoch, steps, lr, args) for epoch in range(12)]
         assert rates == pytest.approx([lr * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(12)])
