@@ -28,8 +28,9 @@ from data import (NAMED, ImageDataset, ResumableBatchSampler, augment, eval_tran
                   every_image_once, make_loader, normalise, open_images, seed_for, some_labels)
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          defaults, format_size, height_width, number, path, remembered)
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
+                          Parser, checked, defaults, format_size, height_width, number, path,
+                          remembered)
 from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at
 from engine.results import report, score, write_features
@@ -215,6 +216,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
             result = evaluate_epoch(step + 1, args, world, state, best, checkpointer)
     checkpointer.finish("best.pt")                           # raises Failed if a file is missing
     report(result, args, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
+    checkpointer.board.add_picture("confusion", checkpointer.out / "confusion.png", plan.total)
     world.print0(f"done: {args.out}/best.pt holds the weights of the best epoch\n"
                  f"next: {evaluation_command(args)}")
 
@@ -381,6 +383,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     torch.manual_seed(seed_for(args.seed))                   # all processes: the same head
     encoder = build_encoder(args.arch, size if is_training(args) else test_size, args.drop_path,
                             args.patch_size, args.window, args.stem)
+    if args.grad_checkpoint:
+        encoder.checkpoint_gradients()
     model = Classifier(args.arch, encoder, len(source.classes), args.frozen)
     head = set()                                             # the names of a loaded head
     if args.eval_only:
@@ -516,12 +520,14 @@ FLAGS = {
         "weights": (None, path("FILE"), "backbone.pt, checkpoint.pt, best.pt, torchvision's or a "
                     "released checkpoint"),
         "init": (None, ("scratch",), "train the same thing from random weights"),
-        "arch": (None, checked("NAME", get_family), "backbone (from args.json beside the weights)"),
+        "arch": (None, checked("NAME", get_family), "backbone, table: docs/recipes.md (from "
+                 "args.json beside the weights)"),
         "drop_path": (0.0, number(float, 0, 0.99), "stochastic depth of the deepest block"),
         "patch_size": (16, count, "ViT only (as pre-trained)"),
         "window": (7, count, "Swin only (as pre-trained)"),
         "stem": (None, STEMS, "ResNet only (as pre-trained; from scratch: small below 64 px, "
-                 "otherwise imagenet)")},
+                 "otherwise imagenet)"),
+        **STAGE_FLAGS},
     "optimiser": {
         "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn "
                    "for a quick look (one pass, nothing is trained), and linear for the accuracy "

@@ -27,8 +27,8 @@ from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, denor
                   seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, open_run
 from engine.command import Distributed, command_line
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          defaults, format_size, height_width, number, path)
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
+                          Parser, checked, defaults, format_size, height_width, number, path)
 from engine.images import UnreadableImages
 from engine.optim import lr_at, parameter_groups
 from engine.pictures import save_sheet
@@ -295,6 +295,7 @@ def save_reconstructions(done: int, args: SimpleNamespace, world: Distributed, s
     note = UNTRAINED if args.visible_weight < 0.01 else ""
     file = checkpointer.out / f"reconstruction-{done:06d}.png"
     checkpointer.write("a picture", save_sheet, file, columns, note)
+    checkpointer.board.add_picture("reconstruction", file, done)
 
 
 # ---- set-up ----
@@ -332,6 +333,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None
     torch.manual_seed(seed_for(args.seed))                   # all processes: the same weights
     encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
                             args.stem)
+    if args.grad_checkpoint:
+        encoder.checkpoint_gradients()
     if checkpoint:
         keep_peak_lr(args, plan)
     else:
@@ -522,8 +525,8 @@ FLAGS = {
         "baseline": (None, ("simmim",), "SimMIM: token replaces features after the stem, zero "
                      "fill, L1, no Fourier loss")},
     "model": {
-        "arch": ("resnet50", checked("NAME", get_family), "a backbone of the paper, or any of "
-                 "torchvision's"),
+        "arch": ("resnet50", checked("NAME", get_family), "a backbone of the paper (table: "
+                 "docs/recipes.md), or any of torchvision's"),
         "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or "
                     "a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT "
@@ -532,7 +535,8 @@ FLAGS = {
         "stem": (None, STEMS, "ResNet only: imagenet (7x7, stride 2, pooling), or small (3x3, "
                  "stride 1), the default below 64 px"),
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 "
-                   "px")},
+                   "px"),
+        **STAGE_FLAGS},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
         "stand_in": ("mixed", STAND_INS, "what visible pixels show it: mixed as released, "

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
                     read_checkpoint, read_lines, refuse_odd_files, save_atomically, settings,
@@ -220,6 +221,7 @@ class Checkpointer:
         self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
         if checkpoint:                                       # older ones have no means
             self.load({"means": self.means.state_dict(), **checkpoint})
+        self.board = Board(args, world, plan.start)
         make_folder(args, world, plan.global_batch)
         if world.rank == 0:
             start = checkpoint["step"] / checkpoint["per_epoch"] if checkpoint else 0.0
@@ -238,6 +240,7 @@ class Checkpointer:
     def __exit__(self, kind, error, trace) -> None:
         self.signals.__exit__()
         self.bar.close()
+        self.board.close()
         if self.in_step and isinstance(error, Exception):
             self.save_whole_steps(error)
 
@@ -343,6 +346,7 @@ class Checkpointer:
 
         All processes take part. `best` changes only once the file is on the disk: it goes into the
         checkpoint, and a resumed run has to know that the file is still to be written."""
+        self.board.add_line(self.place() | {name: value})
         file = self.out / "best.pt"
         is_missing = self.world.broadcast_from_rank0(lambda: not file.is_file())
         if value <= best[name] and not is_missing:
@@ -409,6 +413,7 @@ class Checkpointer:
         line["images_per_s"] = round(speed, 1)
         line["peak_memory_mb"] = peak_memory_mb(self.world.device)
         self.write("log.jsonl", append_line, self.log, line)
+        self.board.add_line(line)
         self.bar.show(means["loss"], line["lr"], speed, steps)
         self.logged_at, self.logged = now, self.done
 
@@ -420,6 +425,7 @@ class Checkpointer:
         for name, value in values.items():
             line[name] = round(value, 6) if math.isfinite(value) else None
         self.write("log.jsonl", append_line, self.log, line)
+        self.board.add_line(line)
         self.write("loss.png", save_curve, self.out / "loss.png", self.log)
         if "held_out" in values:
             self.bar.held_out = (self.done, values["held_out"])
