@@ -32,8 +32,8 @@ from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
 from engine.description import describe
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          format_size, height_width, number, path, remembered)
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
+                          Parser, checked, format_size, height_width, number, path, remembered)
 from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at, momentum_sgd
 from engine.results import report, score, write_features
@@ -242,6 +242,7 @@ def train(typed: dict, world: Distributed) -> None:
             result = evaluate_epoch(step + 1, settings, world, state, best, checkpointer)
     checkpointer.finish("best.pt", "model.json")             # raises Failed if a file is missing
     report(result, settings, world, state, best_top1=best["top1"], best_epoch=best["epoch"])
+    checkpointer.board.add_picture("confusion", checkpointer.out / "confusion.png", plan.total)
     world.print0(f"done: {settings.out}/best.pt holds the weights of the best epoch\n"
                  f"next: {evaluation_command(settings)}")
 
@@ -430,10 +431,12 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     val_loader = make_loader(val_samples, val_batches, settings.workers, world,
                              persistent=is_training(settings))
 
-    torch.manual_seed(seed_for(settings.seed))                   # all processes: the same head
+    torch.manual_seed(seed_for(settings.seed))               # all processes: the same head
     encoder = build_encoder(settings.arch, size if is_training(settings) else test_size,
                             settings.drop_path, settings.patch_size, settings.window,
                             settings.stem)
+    if settings.grad_checkpoint:
+        encoder.checkpoint_gradients()
     model = Classifier(settings.arch, encoder, len(source.classes), settings.frozen)
     head = set()                                             # the names of a loaded head
     if settings.eval_only:
@@ -541,12 +544,14 @@ FLAGS = {
         "weights": (None, path("FILE"), "backbone.pt, checkpoint.pt, best.pt, torchvision's or a "
                     "released checkpoint"),
         "init": (None, ("scratch",), "train the same thing from random weights"),
-        "arch": (None, checked("NAME", get_family), "backbone (from args.json beside the weights)"),
+        "arch": (None, checked("NAME", get_family), "backbone, table: docs/recipes.md (from "
+                 "args.json beside the weights)"),
         "drop_path": (0.0, number(float, 0, 0.99), "stochastic depth of the deepest block"),
         "patch_size": (16, count, "ViT only (as pre-trained)"),
         "window": (7, count, "Swin only (as pre-trained)"),
         "stem": (None, STEMS, "ResNet only (as pre-trained; from scratch: small below 64 px, "
-                 "otherwise imagenet)")},
+                 "otherwise imagenet)"),
+        **STAGE_FLAGS},
     "optimiser": {
         "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn "
                    "for a quick look (one pass, nothing is trained), and linear for the accuracy "

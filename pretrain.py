@@ -29,8 +29,8 @@ from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, defau
                   open_images, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, open_run, steps_per_epoch
 from engine.command import Distributed, command_line
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, checked,
-                          format_size, height_width, number, path)
+from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
+                          Parser, checked, format_size, height_width, number, path)
 from engine.images import UnreadableImages
 from engine.optim import lr_at, parameter_groups
 from engine.pictures import save_sheet
@@ -305,6 +305,7 @@ def save_reconstructions(done: int, settings: Settings, world: Distributed, stat
     note = UNTRAINED if settings.visible_weight < 0.01 else ""
     file = checkpointer.out / f"reconstruction-{done:06d}.png"
     checkpointer.write("a picture", save_sheet, file, columns, note)
+    checkpointer.board.add_picture("reconstruction", file, done)
 
 
 # ---- set-up ----
@@ -352,9 +353,11 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     plan = StepPlan.plan(settings, world, len(source), checkpoint)
     warn_of_few_units(settings, world)
 
-    torch.manual_seed(seed_for(settings.seed))                   # all processes: the same weights
+    torch.manual_seed(seed_for(settings.seed))               # all processes: the same weights
     encoder = build_encoder(settings.arch, size, settings.drop_path, settings.patch_size,
                             settings.window, settings.stem)
+    if settings.grad_checkpoint:
+        encoder.checkpoint_gradients()
     if settings.weights and not checkpoint:
         found = load_backbone(encoder, settings.weights)
         world.print0(f"{settings.weights}: {summary_of(found)}")
@@ -509,8 +512,8 @@ FLAGS = {
         "baseline": (None, ("simmim",), "SimMIM: token replaces features after the stem, zero "
                      "fill, L1, no Fourier loss")},
     "model": {
-        "arch": ("resnet50", checked("NAME", get_family), "a backbone of the paper, or any of "
-                 "torchvision's"),
+        "arch": ("resnet50", checked("NAME", get_family), "a backbone of the paper (table: "
+                 "docs/recipes.md), or any of torchvision's"),
         "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or "
                     "a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT "
@@ -519,7 +522,8 @@ FLAGS = {
         "stem": (None, STEMS, "ResNet only: imagenet (7x7, stride 2, pooling), or small (3x3, "
                  "stride 1), the default below 64 px"),
         "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 "
-                   "px")},
+                   "px"),
+        **STAGE_FLAGS},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
         "stand_in": ("mixed", STAND_INS, "what visible pixels show it: mixed as released, "

@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .description import write_description
 from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
@@ -209,6 +210,7 @@ class Checkpointer:
         self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
         if checkpoint:                                       # older ones have no means
             self.load({"means": self.means.state_dict(), **checkpoint})
+        self.board = Board(settings, world, plan.start)
         make_folder(settings, world)
         if world.rank == 0:
             start = checkpoint["step"] / checkpoint["per_epoch"] if checkpoint else 0.0
@@ -227,6 +229,7 @@ class Checkpointer:
     def __exit__(self, kind, error, trace) -> None:
         self.signals.__exit__(kind, error, trace)
         self.bar.close()
+        self.board.close()
         if self.in_step and isinstance(error, Exception):
             self.save_whole_steps(error)
 
@@ -343,6 +346,7 @@ class Checkpointer:
         description: of the net (engine/description.py), for the model.json beside best.pt.
         All processes take part. `best` changes only once the file is on the disk: it goes into the
         checkpoint, and a resumed run has to know that the file is still to be written."""
+        self.board.add_line(self.place() | {name: value})
         file = self.out / "best.pt"
         if description and self.world.rank == 0:
             self.write("model.json", write_description, description, self.out)
@@ -413,6 +417,7 @@ class Checkpointer:
             line["data_wait"] = round(self.batches.take(now - self.logged_at, steps), 3)
         line["peak_memory_mb"] = peak_memory_mb(self.world.device)
         self.write("log.jsonl", append_line, self.log, line)
+        self.board.add_line(line)
         self.bar.show(means["loss"], line["lr"], speed, steps)
         self.logged_at, self.logged = now, self.done
 
@@ -424,6 +429,7 @@ class Checkpointer:
         for name, value in values.items():
             line[name] = round(value, 6) if math.isfinite(value) else None
         self.write("log.jsonl", append_line, self.log, line)
+        self.board.add_line(line)
         self.write("loss.png", save_curve, self.out / "loss.png", self.log)
         if "held_out" in values:
             self.bar.held_out = (self.done, values["held_out"])

@@ -3,7 +3,7 @@
     number, path, checked, how_often, Several
                                         kinds of flags: what is allowed, one clear line otherwise
     SIDES, height_width, format_size    an image size: one side of a square, or height and width
-    DATA_FLAGS, RUN_FLAGS               the flags of both stages
+    DATA_FLAGS, STAGE_FLAGS, RUN_FLAGS  the flags of both stages
     Parser                              argparse, made from such a table
     remembered                          flags from the args.json beside a file of weights
 """
@@ -119,6 +119,10 @@ DATA_FLAGS = {
     "max_bad": (0.01, number(float, 0, 1), "stop if more than this share of the images cannot be "
                 "read"),
 }
+STAGE_FLAGS = {
+    "grad_checkpoint": (False, bool, "less memory, more time: the backward pass runs each stage of "
+                        "the encoder again (nets without BatchNorm)"),
+}
 RUN_FLAGS = {
     "out": (None, path("DIR"), "folder for all files of the run (runs/<data>-<arch>..., numbered "
             "if taken)"),
@@ -131,6 +135,8 @@ RUN_FLAGS = {
     "compile": (False, bool, "torch.compile for training steps; of little use for a ResNet on "
                 "several GPUs, where SyncBatchNorm breaks the graph at every layer of the model"),
     "channels_last": (True, bool, "memory format of CNNs"),
+    "tensorboard": (False, bool, "write the numbers of log.jsonl and the pictures for TensorBoard, "
+                    "too"),
     "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
     "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; the run "
                    "ends with a checkpoint, too"),

@@ -196,10 +196,10 @@ ROWS = {  # title -> what a newcomer should see
     "black squares": "The squares have hard edges. Convolutions respond to them and spread the "
                      "response: visible parts no longer look as in the first row.",
     "mean colour": "No hard edges: visible parts stay much closer to the first row. But a hidden "
-                   "patch is hard to tell from a flat surface, and stays flat.",
+                   "patch now looks like any flat part of the image.",
     "mean colour and\nlate mask token": "In the frame all hidden places become nearly one "
-                                        "vector, the token. It marks what the next stages have "
-                                        "to fill in.",
+                                        "vector, the token. It tells the next stages which "
+                                        "places to fill in.",
 }
 
 
@@ -238,6 +238,17 @@ def change(z: Tensor, whole: Tensor, places: Tensor) -> float:
     return (error / spread).sqrt().item()
 
 
+def share_of_mask(z: Tensor, hidden: Tensor) -> float:
+    """The share of the variance of features z (C, h, w) that lies between hidden and visible
+    places, 0 to 1. hidden (h, w)."""
+    middle = z.mean((1, 2), keepdim=True)
+    between = torch.zeros_like(z)
+    for part in (hidden, ~hidden):
+        between[:, part] = z[:, part].mean(1, keepdim=True)
+    explained = (between - middle).square().sum()
+    return (explained / (z - middle).square().sum()).item()
+
+
 def draw_why(model: A2MIM, image: Tensor, mask: Tensor) -> Image.Image:
     """The page: four rows, the input and the features after four stages. image: normalised."""
     rows = stages_of(model, image, mask)
@@ -248,7 +259,7 @@ def draw_why(model: A2MIM, image: Tensor, mask: Tensor) -> Image.Image:
 
     step = WHY_SIDE + WHY_GAP
     width = WHY_LEFT + len(columns) * step
-    height = WHY_TOP + sum(WHY_ROWS) + 68
+    height = WHY_TOP + sum(WHY_ROWS) + 92
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     titles = ["input", *(f"after stage {stage}" for stage in STAGES)]
@@ -275,15 +286,17 @@ def draw_why(model: A2MIM, image: Tensor, mask: Tensor) -> Image.Image:
                 z, whole = rows[r][k], rows[0][k]
                 places = resize_mask(mask, z.shape[-2:])[0, 0]           # hidden
                 words = (f"visible parts off by {change(z, whole, ~places):.0%}\n"
-                         f"hidden parts off by {change(z, whole, places):.0%}")
+                         f"mask explains {share_of_mask(z, places):.0%}")
                 write(draw, x + WHY_SIDE / 2, y + WHY_SIDE + 6, words, 15, GRAY)
 
     notes = (
         "One encoder, trained by A2MIM, in all rows. Colours: the first three principal components "
         "of the features, one fit for each column.\n"
         "Off by: distance to the features of the first row, relative to their spread over the "
-        "image. White lines: the mask.")
-    write(draw, MARGIN, height - 58, notes, 16, INK, 0, "la")
+        "image. White lines: the mask.\n"
+        "Mask explains: the share of the features' variance that lies between hidden and visible "
+        "places.")
+    write(draw, MARGIN, height - 82, notes, 16, INK, 0, "la")
     return page
 
 

@@ -1,16 +1,29 @@
 """Paint my image: what a pre-trained model makes of photographs whose parts are hidden.
 
     python extras/paint.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
-    python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."      a mask drawn by hand
+    python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."
+                                                                    a mask drawn by hand
+    python extras/paint.py runs/x/checkpoint.pt photo.jpg --full-size tiled
+                                                                    at the photograph's own size
 
-Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in hidden cells, and a
-blur of the visible pixels, which is what mere interpolation paints. The shorter side becomes that of pre-training, and
-both become multiples of what the model needs; the image need not be square. Each panel is then
-enlarged by a whole number, until its longer side reaches the photograph's or 512 pixels.
+Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in
+hidden cells, and a blur of the visible pixels, which is what mere interpolation paints. The shorter
+side becomes that of pre-training, and both become multiples of what the model needs; the image need
+not be square. Each panel is then enlarged by a whole number, until its longer side reaches the
+photograph's or 512 pixels.
+
+With --full-size there are three files for each photograph, all at its own size: -seen,
+-reconstruction, and -pasted, which is the photograph with its hidden patches replaced.
+
+    resized   the model sees the photograph at the size of pre-training; the reconstruction is
+              enlarged, so it is blurry
+    tiled     the photograph is cut into tiles of the size of pre-training, with a mask each; what
+              is hidden in a tile is reconstructed from that tile alone
 
 No file is overwritten: if the name is taken, the picture is called painted-<name>-2.png, and so on.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -21,6 +34,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +49,8 @@ from extras.output import check_file, check_folder, free_name, writing
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
 
-TITLES = ("image", "encoder sees", "reconstruction", "hidden cells pasted", "a blur of what is seen")
+TITLES = ("image", "encoder sees", "reconstruction", "hidden cells pasted",
+          "a blur of what is seen")
 PANEL = 512                                                  # pixels, the longer side of a panel
 MAX_RATIO = 10                                               # of a photograph's sides
 
@@ -60,7 +75,7 @@ def load_model(path: str, size: tuple[int, int] | None = None,
         run, weights = SimpleNamespace(**with_new_names(state["args"])), state["model"]
         form = {key: value for key, value in weights.items() if not key.startswith("encoder.")}
         assert "mask_token.token" in form
-    except Exception:                                        # torch.load has no one type for a broken file
+    except Exception:                                        # of no one type for a broken file
         raise ValueError(f"{name}: not a checkpoint.pt of pretrain.py") from None
     try:
         model = build_model(run, size, mask_size)
@@ -100,7 +115,8 @@ def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None,
 
 
 def fitted(image: Tensor, side: int, unit: int) -> Tensor:
-    """(3, h, w) -> the shorter side `side`, both multiples of `unit`: as much of the middle as fits."""
+    """(3, h, w) -> the shorter side `side`, both multiples of `unit`: as much of the middle as
+    fits."""
     scale = side / min(image.shape[-2:])
     h, w = (max(unit, round(s * scale)) for s in image.shape[-2:])
     image = tvf.resize(image, [h, w], antialias=True)
@@ -108,7 +124,8 @@ def fitted(image: Tensor, side: int, unit: int) -> Tensor:
 
 
 def drawn(text: str, grid: tuple[int, int]) -> Tensor:
-    """'..##/.##.' -> a mask (1, gh, gw), True = hidden where there is a #; a coarser drawing is enlarged.
+    """'..##/.##.' -> a mask (1, gh, gw), True = hidden where there is a #; a coarser drawing is
+    enlarged.
 
     Raises ValueError if it is no drawing, or finer than the grid."""
     rows = text.strip("/").split("/")
@@ -130,6 +147,96 @@ def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
     return panel.repeat_interleave(n, 2).repeat_interleave(n, 3)
 
 
+# ---- at the photograph's own size ----
+
+AT_ONCE = 16                                                 # tiles of a forward pass
+
+
+def choose_masks(args: SimpleNamespace, ratio: float, count: int, grid: tuple[int, int]) -> Tensor:
+    """Random masks (count, gh, gw) by the seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return random_mask(count, grid, ratio, generator=generator)
+
+
+def resized(photo: Tensor, args: SimpleNamespace, run: SimpleNamespace, ratio: float,
+            unit: int) -> dict[str, Tensor]:
+    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8; one forward pass.
+
+    For it both sides become multiples of `unit`, so the image is stretched a little."""
+    h, w = photo.shape[-2:]
+    scale = min(height_width(run.image_size)) / min(h, w)
+    size = tuple(max(unit, round(side * scale / unit) * unit) for side in (h, w))
+    model, _ = load_model(args.checkpoint, size)
+    if h < model.grid[0] or w < model.grid[1]:
+        raise ValueError(f"--full-size resized: a photograph of {w} x {h} pixels is too small for "
+                         f"a mask of {model.grid[1]} x {model.grid[0]} patches; leave the flag out")
+    if args.mask:
+        mask = drawn(args.mask, model.grid)
+    else:
+        mask = choose_masks(args, ratio, 1, model.grid)
+    image = normalise(tvf.resize(photo, list(size), antialias=True)[None])
+    _, reconstruction, _ = model.reconstruct(image, mask)
+    reconstruction = tvf.resize(denormalise(reconstruction), [h, w],
+                                InterpolationMode.BICUBIC, antialias=True)
+    reconstruction = to_bytes(reconstruction[0])
+    hidden = resize_mask(mask, (h, w))[0]                    # (1, h, w)
+    colour = to_bytes(photo.float().mean((1, 2), keepdim=True) / 255)
+    return {"seen": torch.where(hidden, colour, photo), "reconstruction": reconstruction,
+            "pasted": torch.where(hidden, reconstruction, photo)}
+
+
+def tiled(photo: Tensor, args: SimpleNamespace, model: A2MIM, ratio: float) -> dict[str, Tensor]:
+    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8; tile by tile.
+
+    At the right and at the bottom the edge is repeated until whole tiles fit, and cut off again."""
+    h, w = photo.shape[-2:]
+    H, W = model.image_size
+    rows, columns = math.ceil(h / H), math.ceil(w / W)
+    gh, gw = model.grid
+    padded = tvf.pad(photo, [0, 0, columns * W - w, rows * H - h], padding_mode="edge")
+    tiles = split_into_tiles(padded, rows, columns)          # (n, 3, H, W)
+    if args.mask:
+        masks = drawn(args.mask, (rows * gh, columns * gw))  # of the whole photograph
+        masks = split_into_tiles(masks, rows, columns)[:, 0]
+    else:
+        masks = choose_masks(args, ratio, len(tiles), model.grid)
+
+    parts = []                                               # (seen, reconstruction, pasted)
+    for first in range(0, len(tiles), AT_ONCE):
+        images = normalise(tiles[first:first + AT_ONCE])
+        three = model.reconstruct(images, masks[first:first + AT_ONCE])
+        parts.append([to_bytes(denormalise(x)) for x in three])
+    pictures = {}
+    for name, batches in zip(("seen", "reconstruction", "pasted"), zip(*parts)):
+        whole = torch.cat(batches).unflatten(0, (rows, columns))             # (r, c, 3, H, W)
+        pictures[name] = whole.permute(2, 0, 3, 1, 4).reshape(3, rows * H, columns * W)[:, :h, :w]
+    return pictures
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8."""
+    return (255 * x.clamp(0, 1)).round().byte()
+
+
+def split_into_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(C, rows H, columns W) -> (rows columns, C, H, W), row by row."""
+    x = x.unflatten(2, (columns, -1)).unflatten(1, (rows, -1))               # (C, r, H, c, W)
+    return x.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def save_full_size(pictures: dict[str, Tensor], wanted: Path) -> list[Path]:
+    """Writes <wanted>-<name> for each picture. All get the same number if a name is taken."""
+    for n in itertools.count(1):
+        stem = wanted.stem if n == 1 else f"{wanted.stem}-{n}"
+        files = [wanted.with_stem(f"{stem}-{name}") for name in pictures]
+        if not any(os.path.lexists(file) for file in files):
+            break
+    for file, picture in zip(files, pictures.values()):
+        with writing(file):
+            tvf.to_pil_image(picture).save(file)
+    return files
+
+
 # ---- the command ----
 
 def paint(args: SimpleNamespace, world: Distributed) -> None:
@@ -146,13 +253,22 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
 
     for name in args.images:
         photo = read_photo(name)
+        if args.full_size:
+            if args.full_size == "tiled":
+                pictures = tiled(photo, args, plain, ratio)
+            else:
+                pictures = resized(photo, args, run, ratio, unit)
+            files = save_full_size(pictures, out if one_file else
+                                   out / f"painted-{Path(name).stem}.png")
+            names = ", ".join(printable(str(file)) for file in files)
+            print(f"{names}: {photo.shape[-2]} x {photo.shape[-1]} px")
+            continue
         image = fitted(photo, min(height_width(run.image_size)), unit)
         model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
         if args.mask:
             mask = drawn(args.mask, model.grid)
         else:
-            generator = torch.Generator().manual_seed(args.seed)
-            mask = random_mask(1, model.grid, ratio, generator=generator)
+            mask = choose_masks(args, ratio, 1, model.grid)
         image = normalise(image[None])                       # (1, 3, H, W)
         columns = (image, *model.reconstruct(image, mask), fill_hidden(image, mask, "blur"))
         panels = {title: enlarged(denormalise(x), photo) for title, x in zip(TITLES, columns)}
@@ -170,6 +286,7 @@ FLAGS = {
         "mask": (None, path("TEXT"), "a mask drawn by hand: rows of . and #, # is hidden"),
         "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
     "where it goes": {
+        "full_size": (None, ("resized", "tiled"), "three pictures at the photograph's own size"),
         "out": (".", path("PATH"),
                 "a folder, or a file such as painted.png; a name that is taken gets a number")},
 }

@@ -1,4 +1,4 @@
-"""Facts about our weights in other people's code, and about the pictures of figure.py.
+"""Facts about our weights in other people's code, and about the pictures of figure.py and paint.py.
 
     pytest extras/test_elsewhere.py        from the root; pip install timm for the tests of the ViT
 """
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pretrain
-from extras import figure
-from masking import random_mask, resize_mask
+from extras import figure, paint
+from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, Classifier, VITS, build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -162,6 +162,13 @@ def test_the_numbers_of_the_picture_are_those_counted_by_hand():
     mean = whole.mean((1, 2), keepdim=True).expand_as(whole)
     assert figure.change(mean, whole, hidden | True) == pytest.approx(1.0)
 
+    z = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])             # all of the variance is hidden or not
+    assert figure.share_of_mask(z, hidden) == pytest.approx(1.0)
+    z = torch.tensor([[[2.0, 1.0], [2.0, 3.0]]])             # equal means
+    assert figure.share_of_mask(z, hidden) == pytest.approx(0.0, abs=1e-6)
+    z = torch.tensor([[[4.0, 0.0], [2.0, 1.0]]])             # 27 of 35, by hand
+    assert figure.share_of_mask(z, hidden) == pytest.approx(27 / 35)
+
 
 def test_the_rows_differ_in_the_fill_and_in_the_token_alone():
     """Hidden features become the token before the token stage; visible ones stay as they were."""
@@ -216,3 +223,88 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
         figure.main([*call, "mobilenet_v2/checkpoint.pt"])
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.count("\n") == 1 and "--figure why shows" in said
+
+
+# ---- paint.py at the photograph's own size ----
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """Of a run of one or two steps: a ResNet-18 at 64 px, a grid of 4 x 4 mask units."""
+    out = tmp_path_factory.mktemp("paint") / "run"
+    flags = "--data shapes --arch resnet18 --image-size 64 --mask-size 16 --token-stage 2"
+    flags += " --batch-size 4 --epochs 0.001 --workers 0 --sheets 0 --val 0"
+    pretrain.main([*flags.split(), "--out", str(out)])
+    return str(out / "checkpoint.pt")
+
+
+def pixels(file: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+def photograph(file: str, width: int, height: int) -> torch.Tensor:
+    """Saves a photograph of noise; returns its pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    return pixels(file)
+
+
+def test_a_photograph_is_reconstructed_tile_by_tile_at_its_own_size(checkpoint, tmp_path,
+                                                                    monkeypatch):
+    """Visible pixels are the photograph's own, bit by bit. A tile is what the model makes of it."""
+    monkeypatch.chdir(tmp_path)
+    photo = photograph("photo.png", 150, 70)                 # 3 x 2 tiles of 64 px, not whole ones
+    rows = ["#" + 11 * ".", *4 * [12 * "."], 6 * "." + "##" + 4 * ".", *2 * [12 * "."]]
+    paint.main([checkpoint, "photo.png", "--full-size", "tiled", "--mask", "/".join(rows)])
+    seen, whole, pasted = (pixels(f"painted-photo-{name}.png")
+                           for name in ("seen", "reconstruction", "pasted"))
+    assert seen.shape == whole.shape == pasted.shape == photo.shape
+    hidden = torch.tensor([[c == "#" for c in row] for row in rows])
+    hidden = hidden.repeat_interleave(16, 0).repeat_interleave(16, 1)[:70, :150]
+    assert hidden.sum() == 256                               # the other two patches are cut off
+    assert torch.equal(pasted[:, ~hidden], photo[:, ~hidden])
+    assert torch.equal(seen[:, ~hidden], photo[:, ~hidden])
+    assert torch.equal(pasted[:, hidden], whole[:, hidden])
+
+    model, _ = paint.load_model(checkpoint)
+    tile = figure.normalise(photo[None, :, :64, :64])        # the first
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    with torch.no_grad():
+        expected = figure.denormalise(model(tile, mask))[0]
+    assert (whole[:, :64, :64] / 255 - expected).abs().max() < 0.6 / 255
+    filled = figure.denormalise(fill_hidden(tile, mask))[0]
+    assert (seen[:, :64, :64] / 255 - filled).abs().max() < 0.6 / 255
+
+
+def test_full_size_by_resizing_pastes_into_the_photograph_and_overwrites_nothing(
+        checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo = photograph("photo.png", 300, 200)
+    call = [checkpoint, "photo.png", "--full-size", "resized", "--mask", "#./.."]
+    capsys.readouterr()
+    paint.main(call)
+    first = {file.name: file.read_bytes() for file in Path().glob("painted-*")}
+    assert sorted(first) == [f"painted-photo-{name}.png"
+                             for name in ("pasted", "reconstruction", "seen")]
+    pasted = pixels("painted-photo-pasted.png")
+    assert torch.equal(pasted[:, 100:], photo[:, 100:])
+    assert torch.equal(pasted[:, :, 150:], photo[:, :, 150:])
+    assert not torch.equal(pasted[:, :100, :150], photo[:, :100, :150])
+    assert torch.equal(pasted[:, :100, :150],
+                       pixels("painted-photo-reconstruction.png")[:, :100, :150])
+
+    Path("painted-photo-2-seen.png").touch()                 # one of three names is enough
+    paint.main(call)
+    assert Path("painted-photo-3-pasted.png").exists()
+    assert all(Path(name).read_bytes() == content for name, content in first.items())
+    paint.main([*call, "--out", "new/one.png"])
+    assert Path("new/one-pasted.png").exists()
+    assert "new/one-pasted.png: 200 x 300 px" in capsys.readouterr().out
+
+    photograph("tiny.png", 3, 3)
+    paint.main([checkpoint, "tiny.png", "--full-size", "tiled"])
+    assert Image.open("painted-tiny-pasted.png").size == (3, 3)
+    with pytest.raises(SystemExit) as exit:
+        paint.main([checkpoint, "tiny.png", "--full-size", "resized"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1 and "3 x 3 pixels is too small" in said
