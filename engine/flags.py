@@ -1,6 +1,7 @@
 """Flags: a program's table {group: {name: (default, kind, help)}} holds everything about them.
 
-    number, path, checked, how_often    kinds of flags: what is allowed, one clear line otherwise
+    number, path, checked, how_often, Several
+                                        kinds of flags: what is allowed, one clear line otherwise
     SIDES, height_width, format_size    an image size: one side of a square, or height and width
     DATA_FLAGS, RUN_FLAGS               the flags of both stages
     Parser                              argparse, made from such a table
@@ -77,6 +78,13 @@ def how_often(text: str) -> str:
 
 
 how_often.metavar = "N"
+
+
+class Several:
+    """A kind of flag: one value or more of another kind, as a list."""
+
+    def __init__(self, kind):
+        self.kind = kind
 
 
 class Sides(argparse.Action):
@@ -174,7 +182,7 @@ def default_notes(default, kind) -> list[str]:
         return []
     if kind is bool:
         return ["yes" if default else "no"]
-    return [] if default is None else [str(default)]
+    return [] if default in (None, ()) else [str(default)]
 
 
 def argparse_options(kind) -> dict:
@@ -188,6 +196,8 @@ def argparse_options(kind) -> dict:
                 "metavar": ("H", "W")}
     if isinstance(kind, tuple):
         return {"choices": kind}
+    if isinstance(kind, Several):
+        return {"type": kind.kind, "nargs": "+", "metavar": kind.kind.metavar}
     return {"type": kind, "metavar": kind.metavar}
 
 
@@ -238,6 +248,13 @@ def accepts(flags: dict, name: str, value) -> bool:
         sides = value if type(value) is list else [value]
         are_sides = [type(side) is int and 1 <= side <= MAX_SIDE for side in sides]
         return len(sides) in (1, 2) and all(are_sides)
+    if isinstance(kind, Several):
+        return type(value) in (list, tuple) and all(fits(kind.kind, one) for one in value)
+    return fits(kind, value)
+
+
+def fits(kind, value) -> bool:
+    """Does a kind of flag that reads a text give this value?"""
     if type(value) not in (str, int, float):
         return False
     try:                                                     # as if it were typed
