@@ -189,7 +189,7 @@ def seconds_of(runs: list[Run], speeds: dict[str, Speed]) -> float:
 def in_words(seconds: float) -> str:
     """A length of time: '40 seconds', '12 minutes', '3.4 hours'."""
     if seconds < 100:
-        return f"{max(1, round(seconds))} seconds"
+        return f"{seconds:.2g} seconds"
     if seconds < 100 * 60:
         return f"{round(seconds / 60)} minutes"
     return f"{seconds / 3600:.1f} hours"

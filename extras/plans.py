@@ -289,12 +289,11 @@ def fine_tuning(settings: Settings, counts: Counts, amount: str, name: str, seed
     """A run of finetune.py. start: see from_weights and from_scratch."""
     labels = counts.labels[amount]
     epochs = epochs_of(settings, counts, amount) + more_epochs
+    batch, recipe = TUNE_BATCH, TUNE
     if settings.is_drawn:
         batch = DRAWN_TUNE_BATCH
         recipe = f"{DRAWN_TUNE[settings.family]} --log-every 50"
-    else:
-        batch = min(TUNE_BATCH, labels)
-        recipe = TUNE
+    batch = min(batch, labels)
     flags = [*common_flags(settings), *recipe.split(), *label_flags(amount),
              "--batch-size", str(batch), "--lr-batch", str(batch),
              "--epochs", as_text(epochs), "--seed", str(seed)]

@@ -536,8 +536,8 @@ def test_the_time_of_all_runs_is_that_of_their_steps():
     plan = [Run("a", "pretrain", (), steps=100), Run("b", "segment", ()),
             Run("c", "random", (), steps=0), Run("d", "segment", (), steps=0)]
     assert many_runs.seconds_of(plan, speeds) == 200 + 30
-    assert [many_runs.in_words(t) for t in (0.2, 99, 600, 7200)] == [
-        "1 seconds", "99 seconds", "10 minutes", "2.0 hours"]
+    assert [many_runs.in_words(t) for t in (0.23, 99, 600, 7200)] == [
+        "0.23 seconds", "99 seconds", "10 minutes", "2.0 hours"]
 
 
 # ---- the tables ----
