@@ -58,6 +58,52 @@ from extras.scores import (Column, by_pretraining, difference, mean_and_spread, 
                            sentence)
 from model import ARCHS, get_family
 
+# ---- all runs, then the table ----
+
+def compare(settings: Settings, world: Distributed) -> None:
+    """Makes all runs that are missing, and writes the tables.
+
+    Raises ValueError for a mistake, Failed if a run fails, Stopped after a signal."""
+    out = Path(settings.out)
+    check_folder(out)
+    runs = plan(settings)
+    check_flags(runs, out)
+    check_matplotlib()
+    if settings.is_dense and settings.is_drawn and not settings.weights_of:
+        with writing(out / "scenes"):
+            draw_scenes(out / "scenes", scene_count(settings), height_width(settings.image_size))
+    print_estimate(settings, runs, world)
+    try:
+        make_all(runs, out, settings.jobs, world)
+    finally:
+        if any(run.is_done(out) for run in runs):
+            with writing(out / "table.md"):
+                print(summarise(settings))
+
+
+def print_estimate(settings: Settings, runs: list[Run], world: Distributed) -> None:
+    """How many runs there are, and how long they take here, from some training steps of each
+    program."""
+    out = Path(settings.out)
+    missing = [run for run in runs if not run.is_done(out)]
+    world.print0(f"{len(runs)} runs in {printable(settings.out)}/, {len(missing)} to make, "
+                 f"{settings.jobs} at a time")
+    speeds = {}
+    for program in dict.fromkeys(run.program for run in missing):
+        first = next((run for run in runs if run.program == program and run.steps != 0), None)
+        if first is None or program == "random":
+            continue
+        start = () if program == "pretrain" else from_scratch(settings)["start"]
+        speed = time_steps(first, start, one_thread=settings.jobs > 1)
+        if speed:
+            speeds[program] = speed
+            world.print0(f"a step of {program}: {speed.seconds:.3f} s")
+    seconds = seconds_of(missing, speeds) / settings.jobs
+    if seconds:
+        more = ", and the evaluations" if settings.is_dense else ""
+        world.print0(f"all missing runs: about {in_words(seconds)} here{more}")
+
+
 # ---- what came out ----
 
 def columns_of(settings: Settings) -> list[Column]:
@@ -109,56 +155,73 @@ def explanation(settings: Settings) -> str:
     return f"{epochs}; {score}; in percent, mean ± standard deviation over {over}"
 
 
-def summarise(settings: Settings) -> str:
-    """The table and what it says. Writes table.md, results.json and plot.png."""
-    out, count = Path(settings.out), settings.pretrain_seeds
-    titles = arm_titles(settings)
-    scores = {}                                              # column -> arm -> label seed -> score
+def all_scores(settings: Settings) -> dict[str, dict[str, dict[int, float]]]:
+    """Column -> arm -> label seed -> score in percent. What is missing is left out."""
+    scores = {}
     for column in columns_of(settings):
-        of_arms = {arm: read_scores(out, column, arm) for arm in settings.arms}
-        of_arms = {arm: found for arm, found in of_arms.items() if found}
+        of_arms = {}
+        for arm in settings.arms:
+            found = read_scores(Path(settings.out), column, arm)
+            if found:
+                of_arms[arm] = found
         if of_arms or not settings.is_dense:                 # not every set has outlines
             scores[column.title] = of_arms
+    return scores
 
-    lines = [f"{heading(settings)}: {explanation(settings)}", ""]
-    lines.append("| start | " + " | ".join(scores) + " |")
-    lines.append("|---" * (len(scores) + 1) + "|")
-    for arm, title in titles.items():
-        cells = []
-        for of_arms in scores.values():
-            means = by_pretraining(of_arms.get(arm, {}), count)
-            cells.append(mean_and_spread(means) if means else "-")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
-    differences = []
-    first, *others = settings.arms
-    lines.append("")
-    for column, of_arms in scores.items():
-        for arm in others:
-            gain = difference(of_arms.get(first, {}), of_arms.get(arm, {}), count)
-            if gain:
-                other = titles[arm].split(";")[0]
-                lines.append(sentence(f"{column}, {titles[first]}", gain, other))
-                differences.append(dict(column=column, arm=first, other=arm, **asdict(gain)))
-    ablations = read_ablations(settings)
+def summarise(settings: Settings) -> str:
+    """The table and what it says. Writes table.md, results.json and plot.png."""
+    scores, ablations = all_scores(settings), read_ablations(settings)
+    lines = [f"{heading(settings)}: {explanation(settings)}", "", *score_table(settings, scores)]
+    sentences, rows = differences(settings, scores)
+    lines += ["", *sentences]
     if ablations:
         lines += ["", *ablation_table(settings, ablations)]
+    text = "\n".join(lines)
 
     prefix = f"{settings.task}-" if settings.is_dense else ""
-    for row in differences:                                  # JSON has no infinity
-        row |= {name: None for name in ("low", "high") if math.isinf(row[name])}
-    content = dict(settings=asdict(settings), scores=scores, differences=differences,
-                   ablations=ablations)
-    (out / f"{prefix}results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / f"{prefix}table.md").write_text("\n".join(lines) + "\n")
-    groups = {}
+    file = f"{settings.out}/{prefix}"
+    content = dict(settings=asdict(settings), scores=scores, differences=rows, ablations=ablations)
+    Path(f"{file}results.json").write_text(json.dumps(content, indent=1) + "\n")
+    Path(f"{file}table.md").write_text(text + "\n")
+    titles, groups = arm_titles(settings), {}
     for column, of_arms in scores.items():
-        groups[column] = {titles[arm]: by_pretraining(found, count)
+        groups[column] = {titles[arm]: by_pretraining(found, settings.pretrain_seeds)
                           for arm, found in of_arms.items()}
     groups["ablations"] = ablations
     picture = bars(groups, heading(settings), "percent; a dot is one pre-training seed")
-    picture.save(out / f"{prefix}plot.png")
-    return "\n".join(lines)
+    picture.save(f"{file}plot.png")
+    return text
+
+
+def score_table(settings: Settings, scores: dict) -> list[str]:
+    """Lines of the table: a row for each arm. scores: see all_scores."""
+    lines = ["| start | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for arm, title in arm_titles(settings).items():
+        cells = []
+        for of_arms in scores.values():
+            means = by_pretraining(of_arms.get(arm, {}), settings.pretrain_seeds)
+            cells.append(mean_and_spread(means) if means else "-")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def differences(settings: Settings, scores: dict) -> tuple[list[str], list[dict]]:
+    """The first arm less each of the others: as sentences, and as rows of results.json."""
+    first, *others = settings.arms
+    sentences, rows = [], []
+    for column, of_arms in scores.items():
+        for arm in others:
+            a, b = of_arms.get(first, {}), of_arms.get(arm, {})
+            gain = difference(a, b, settings.pretrain_seeds)
+            if gain is None:
+                continue
+            sentences.append(sentence(f"{column}, {ARMS[first]}", gain, ARMS[arm]))
+            row = dict(column=column, arm=first, other=arm, **asdict(gain))
+            if math.isinf(gain.low):                         # JSON has no infinity
+                row |= dict(low=None, high=None)
+            rows.append(row)
+    return sentences, rows
 
 
 def read_ablations(settings: Settings) -> dict[str, list[float]]:
@@ -192,51 +255,7 @@ def ablation_table(settings: Settings, found: dict[str, list[float]]) -> list[st
     return lines
 
 
-# ---- the command ----
-
-def compare(settings: Settings, world: Distributed) -> None:
-    """Makes all runs that are missing, and writes the tables.
-
-    Raises ValueError for a mistake, Failed if a run fails, Stopped after a signal."""
-    out = Path(settings.out)
-    check_folder(out)
-    runs = plan(settings)
-    check_flags(runs, out)
-    check_matplotlib()
-    if settings.is_dense and settings.is_drawn and not settings.weights_of:
-        with writing(out / "scenes"):
-            draw_scenes(out / "scenes", scene_count(settings), height_width(settings.image_size))
-    print_estimate(settings, runs, world)
-    try:
-        make_all(runs, out, settings.jobs, world)
-    finally:
-        if any(run.is_done(out) for run in runs):
-            with writing(out / "table.md"):
-                print(summarise(settings))
-
-
-def print_estimate(settings: Settings, runs: list[Run], world: Distributed) -> None:
-    """How many runs there are, and how long they take here, from some training steps of each
-    program."""
-    out = Path(settings.out)
-    missing = [run for run in runs if not run.is_done(out)]
-    world.print0(f"{len(runs)} runs in {printable(settings.out)}/, {len(missing)} to make, "
-                 f"{settings.jobs} at a time")
-    speeds = {}
-    for program in dict.fromkeys(run.program for run in missing):
-        first = next((run for run in runs if run.program == program and run.steps != 0), None)
-        if first is None or program == "random":
-            continue
-        start = () if program == "pretrain" else from_scratch(settings)["start"]
-        speed = time_steps(first, start, one_thread=settings.jobs > 1)
-        if speed:
-            speeds[program] = speed
-            world.print0(f"a step of {program}: {speed.seconds:.3f} s")
-    seconds = seconds_of(missing, speeds) / settings.jobs
-    if seconds:
-        more = ", and the evaluations" if settings.is_dense else ""
-        world.print0(f"all missing runs: about {in_words(seconds)} here{more}")
-
+# ---- flags ----
 
 def check_arch(name: str) -> None:
     get_family(name)

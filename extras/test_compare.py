@@ -480,7 +480,7 @@ def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypa
 
 def test_a_signal_stops_the_runs_in_their_processes_and_they_are_saved(classes, tmp_path):
     """A real pool: the worker that trains gets SIGTERM, finishes its step and saves."""
-    flags = ["--data", str(classes), *NET, "--pretrain-epochs", "50000", "--seeds", "1"]
+    flags = ["--data", str(classes), *NET, "--pretrain-epochs", "500", "--seeds", "1"]
     run = runs_of(*flags)["pretrained/a2mim-0"]
     log = tmp_path / f"{run.name}.part" / "log.jsonl"
 

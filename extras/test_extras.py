@@ -4,7 +4,6 @@
 """
 
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -192,8 +191,6 @@ def notebook(*sources: str) -> str:
     return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4))
 
 
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
-                                      reason="matplotlib is missing")
 needs_nbclient = pytest.mark.skipif(run_notebook.nbclient is None,
                                     reason="nbclient or ipykernel is missing")
 CELLS = b'{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": '
