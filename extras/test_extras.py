@@ -4,19 +4,14 @@
 """
 
 import base64
-import importlib.util
 import io
 import json
-import math
 import os
-import re
 import struct
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -24,8 +19,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain
-from extras import (bench, chart, compare, detect, faults, figure, paint, run_notebook, segment)
-from extras.dense import Scenes
+from extras import bench, chart, faults, figure, paint, run_notebook
 from extras.output import check_folder, free_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -197,8 +191,6 @@ def notebook(*sources: str) -> str:
     return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4))
 
 
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
-                                      reason="matplotlib is missing")
 needs_nbclient = pytest.mark.skipif(run_notebook.nbclient is None,
                                     reason="nbclient or ipykernel is missing")
 CELLS = b'{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": '
@@ -285,14 +277,12 @@ def test_without_nbclient_one_line_names_what_to_install(tmp_path, monkeypatch, 
     assert code == 2 and "pip install -r extras/requirements.txt" in message
 
 
-@pytest.mark.parametrize("main, flags", [
-    (compare.main, "--quick"), (bench.main, "--rows scaling"), (bench.main, "")])
+@pytest.mark.parametrize("main, flags", [(bench.main, "--rows scaling"), (bench.main, "")])
 def test_without_matplotlib_a_program_that_draws_says_so_before_it_begins(main, flags, tmp_path,
                                                                           monkeypatch, capsys):
     began = lambda *_: pytest.fail("the work began")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chart.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(compare, "run_chain", began)
     monkeypatch.setattr(bench, "ROWS", dict.fromkeys(bench.ROWS, began))
     code, message = answer(main, capsys, *flags.split())
     assert code == 2 and "matplotlib is missing" in message
@@ -322,22 +312,9 @@ def test_a_name_that_is_taken_gets_the_next_number(tmp_path):
     assert names == ["new.png", "a.b-3.png", "folder-2"]
 
 
-# ---- compare.py, bench.py and faults.py ----
+# ---- bench.py and faults.py ----
 
 @pytest.mark.parametrize("main, flags, words", [
-    (compare.main, "--data nowhere", "--data nowhere: no such folder"),
-    (compare.main, "--data file", "--data file: no such folder"),
-    (compare.main, "--data .", "--data .: needs train/<class>/ and val/<class>/"),
-    (compare.main, "--jobs -1", "--jobs: -1: must be an integer from 1"),
-    (compare.main, "--jobs 0", "--jobs: 0: must be an integer from 1"),
-    (compare.main, "--seeds -1", "--seeds: -1: must be an integer from 1"),
-    (compare.main, "--few 0", "--few: 0: must be a number from"),
-    (compare.main, "--pretrain-images 0", "--pretrain-images: 0: must be an integer from 1"),
-    (compare.main, "--workers -1", "--workers: -1: must be an integer from 0"),
-    (compare.main, "--arch alexnet", "--arch: alexnet: must be one of resnet18"),
-    (compare.main, "--task segment --data file", "--task segment has drawn scenes alone"),
-    (compare.main, "--out file", "--out file: cannot be written"),
-    (compare.main, "--task detect --out file/x", "--out file/x: cannot be written"),
     (bench.main, "--rounds 0", "--rounds: 0: must be an integer of at least 1"),
     (bench.main, "--rounds x", "--rounds: x: must be an integer of at least 1"),
     (bench.main, "--batch-size -1", "--batch-size: -1: must be an integer of at least 1"),
@@ -355,8 +332,6 @@ def test_a_long_program_checks_its_flags_before_it_begins(main, flags, words, tm
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     began = lambda *_: pytest.fail("the work began")
-    monkeypatch.setattr(compare, "run_chain", began)
-    monkeypatch.setattr(compare, "draw_scenes", began)
     monkeypatch.setattr(bench, "ROWS", dict.fromkeys(bench.ROWS, began))
     monkeypatch.setattr(faults, "PARTS", dict.fromkeys(faults.PARTS, began))
     code, said = answer(main, capsys, *flags.split())
@@ -393,51 +368,6 @@ def test_the_benchmark_measures_real_steps_and_writes_a_row_for_each(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["results.json", "table.md"]
 
 
-def test_a_comparison_runs_in_folders_whose_names_hold_spaces(tmp_path):
-    for i in range(60):
-        file = tmp_path / "my set" / ("val" if i % 3 == 0 else "train") / f"class {i % 2}" / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 80).convert("RGB").save(file)
-    out = tmp_path / "it's here"
-    flags = ["--data", str(tmp_path / "my set"), "--out", str(out), "--image-size", "32", "--quick"]
-    chains = compare.plan(args := compare.parse([*flags, "--pretrain-images", "64", "--finetune-images", "64"]))
-    random, *others = next(chain for chain in chains if chain[0][1] == "random")
-    knn = next(cell for cell in others if cell[0].startswith("knn"))
-    assert compare.run_chain(([random, knn], out, 1)) == (2, None)           # one makes weights, one reads them
-    assert json.loads((out / "knn" / "scratch-0" / "result.json").read_text())["images"] == 20
-    assert args.pretrain_images == 8 and chains[0][0][1] == "pretrain"
-    assert compare.run_chain((chains[0][:1], out, 1)) == (1, None)
-
-
-@needs_matplotlib
-def test_a_comparison_whose_runs_fail_says_so_and_ends_with_1(tmp_path, monkeypatch, capsys):
-    class Pool:                                              # in this process
-        def __init__(self, jobs): pass
-        def __enter__(self): return self
-        def __exit__(self, *error): pass
-        def imap_unordered(self, run, jobs): return map(run, jobs)
-
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=Pool))
-    monkeypatch.setattr(compare, "run_one", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(SystemExit) as exit:
-        compare.main(["--quick", "--seeds", "1", "--ablation-seeds", "0", "--out", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert exit.value.code == 1 and "No space left on device" in said and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("compare.py: 5 of 5 chains of runs failed")
-
-
-@pytest.mark.parametrize("size, typed", [(64, "64"), ([48, 64], "48 64")])
-def test_every_cell_of_the_comparison_is_made_at_the_image_size_asked_for(size, typed):
-    args = SimpleNamespace(data="shapes", image_size=size, few=0.05, arch="resnet18", workers=0, seeds=1, out="x",
-                           ablation_seeds=1, pretrain_images=100, ablation_images=100, finetune_images=100,
-                           tune_lr=1e-3, drawn=True)
-    cells = [cell for chain in compare.plan(args) for cell in chain]
-    for _, program, flags in cells:
-        if program == "pretrain":
-            assert pretrain.ask(pretrain.parse(flags.split()))["image_size"] == size
-    assert f"resnet18 {typed} 0" in [flags for *_, flags in cells]               # the untrained one
-
-
 @pytest.mark.parametrize("arch, size, words", [("resnet18", "32", "notes.txt: cannot be read as an image"),
                                                ("resnet18", "32 64", "of 32 x 64 px; the figure has square pictures"),
                                                ("deit_tiny", "32", "the figure shows the feature maps of a CNN")])
@@ -462,86 +392,3 @@ def test_a_vit_of_another_grid_paints_as_the_one_it_was_trained_as(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     wide, _ = paint.load_model(str(tmp_path / "run" / "checkpoint.pt"), (64, 96))
     assert wide.grid == (4, 6) and wide(torch.randn(1, 3, 64, 96), torch.ones(1, 4, 6)).shape == (1, 3, 64, 96)
-
-
-# ---- compare.py ----
-
-def test_the_interval_of_a_difference_is_students_of_the_pairs():
-    """Against a table: with 5 pairs the half width is 2.776 standard errors. What both seeds share drops out."""
-    a, b = [60.0, 70.0, 65.0, 80.0, 75.0], [58.0, 69.0, 62.0, 76.0, 70.0]    # gains 2, 1, 3, 4, 5
-    mean, low, high = compare.interval(a, b)
-    assert mean == pytest.approx(3.0) and high - mean == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=2e-3)
-    assert mean - low == pytest.approx(high - mean)
-    assert "better than scratch" in compare.verdict("x", a, b, "scratch")
-    assert "not clearly different" in compare.verdict("x", a, [x + (-1) ** i for i, x in enumerate(a)], "scratch")
-    assert "not clearly different" in compare.verdict("x", a[:1], b[:1], "scratch")          # one seed decides nothing
-
-
-def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(4000):
-        low, high = compare.interval(list(rng.normal(1.0, 2.0, 5)), [0.0] * 5)[1:]
-        hits += low < 1.0 < high
-    assert 0.935 < hits / 4000 < 0.965
-
-
-def test_real_images_are_judged_with_the_small_recipes_alike_for_every_arm(tmp_path):
-    for i in range(40):
-        file = tmp_path / "set" / ("val" if i % 4 == 0 else "train") / f"c{i % 2}" / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(file)
-    args = SimpleNamespace(data=str(tmp_path / "set"), image_size=[64], few=0.1, seeds=5, workers=0, arch="resnet18",
-                           out="out", drawn=False, pretrain_images=300, finetune_images=100, ablation_seeds=0,
-                           tune_lr=1e-3, ablation_images=0)
-    cells = {name: (program, flags) for chain in compare.plan(args) for name, program, flags in chain}
-    few = {name: flags for name, (_, flags) in cells.items() if name.startswith("few/") and name.endswith("-3")}
-    assert sorted(few) == ["few/a2mim-3", "few/scratch-3", "few/scratch-long-3", "few/simmim-3"]
-    rest = {re.sub(r"--weights \S+", "", few[f"few/{arm}-3"]) for arm in ("a2mim", "simmim", "scratch")}
-    assert len(rest) == 1 and "--recipe small" in rest.pop()                 # the start is all that differs
-    a, b = (cells[f"pretrained/{arm}-3"][1] for arm in ("a2mim", "simmim"))
-    assert b.split() == [*a.split(), "--baseline", "simmim"] and "--recipe small" in a
-    assert {"linear/scratch-0", "knn/scratch-0", "all/scratch-0"} <= set(cells)              # random features, too
-
-
-@pytest.mark.parametrize("task, parse", [("segment", segment.parse), ("detect", detect.parse)])
-def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(task, parse, tmp_path):
-    args = SimpleNamespace(task=task, image_size=96, arch="resnet18", workers=0, seeds=2, out=str(tmp_path), scenes=100,
-                           pretrain_images=200, quick=False)
-    chains = compare.plan_dense(args)
-    cells = {name: (program, flags.split()) for chain in chains for name, program, flags in chain}
-    arms = {arm: vars(parse(cells[f"{task}/{arm}-1"][1])) for arm in ("a2mim", "simmim", "scratch")}
-    for arm in arms.values():
-        assert (arm.pop("init") == "scratch") == (arm.pop("weights") is None) and arm.pop("given")
-    assert arms["a2mim"] == arms["simmim"] == arms["scratch"] and arms["scratch"]["recipe"] == "shapes"
-    for chain in chains:                                     # what a start needs is made before it
-        assert [program for _, program, _ in chain] in (["pretrain", task], [task])
-        assert len(chain) == 1 or f"{chain[0][0]}/backbone.pt" in chain[1][2]
-    a, b = (SimpleNamespace(**pretrain.ask(pretrain.parse(cells[f"pretrained/{arm}-0"][1])))
-            for arm in ("a2mim", "simmim"))
-    assert a.data == b.data == f"{tmp_path}/scenes" and a.epochs == b.epochs == 2.0
-    assert (a.baseline, b.baseline) == (None, "simmim")
-
-
-def test_the_unlabelled_scenes_are_those_of_the_training_split(tmp_path):
-    compare.draw_scenes(tmp_path / "scenes", 3, (32, 32))
-    files = sorted((tmp_path / "scenes").iterdir())
-    for i, file in enumerate(files):
-        assert np.array_equal(Image.open(file), Scenes("train", (32, 32)).draw(i)[0].permute(1, 2, 0))
-    assert len(files) == 3 and not (tmp_path / "scenes.part").exists()
-
-
-@needs_matplotlib
-def test_the_table_of_a_task_holds_every_arms_mean_spread_and_difference(tmp_path, capsys):
-    for arm, scores in (("a2mim", (0.5, 0.6)), ("simmim", (0.5, 0.58)), ("scratch", (0.1, 0.21))):
-        for seed, score in enumerate(scores):
-            (tmp_path / f"detect/{arm}-{seed}").mkdir(parents=True)
-            ap = {"AP": score / 2, "AP50": score, "any class": 0.9}
-            (tmp_path / f"detect/{arm}-{seed}/result.json").write_text(json.dumps({"box": ap, "mask": ap}))
-    args = SimpleNamespace(task="detect", arch="resnet18", data="scenes", image_size=96, few=0.1, seeds=2,
-                           pretrain_images=200)
-    text = compare.summary(args, tmp_path)
-    assert "| A2MIM | 55.0 ± 7.1 | 27.5 ± 3.5 | 90.0 ± 0.0 | 55.0 ± 7.1 | 27.5 ± 3.5 |" in text
-    assert "box AP50, A2MIM: better than scratch (+39.5 points" in text and "both stages" not in text
-    assert {f.name for f in tmp_path.iterdir()} == {"detect", "detect-table.md",
-                                                    "detect-results.json", "detect-plot.png"}
-    assert Image.open(tmp_path / "detect-plot.png").width == 800
