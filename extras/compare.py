@@ -47,6 +47,7 @@ from engine.files import printable
 from engine.flags import (MAX_EPOCHS, SIDES, SWITCH, Parser, Several, checked, defaults,
                           format_size, height_width, number, path)
 from extras.chart import bars, check_matplotlib
+from extras.dense import check_part
 from extras.many_runs import Run, check_flags, in_words, make_all, seconds_of, time_steps
 from extras.output import check_folder, writing
 from extras.plans import (ABLATION_SHARE, ABLATIONS, ARMS, BASE, BUDGETS, FEW, OWN,
@@ -273,12 +274,6 @@ def check_amount(text: str) -> None:
     if not (share or count or text == "all"):
         raise ValueError(f"{printable(text)}: must be a share such as 0.1, a count such as "
                          f"9/class, or all")
-
-
-def check_part(name: str) -> None:
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{printable(name)}: must be a name such as test: letters, digits, '.', "
-                         f"'_' and '-'")
 
 
 some = number(int, 1, 1000)
