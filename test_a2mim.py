@@ -1389,7 +1389,7 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backb
     net.eval().fc = nn.Identity()                            # what is left is pooled
     crop = tvf.InterpolationMode.BICUBIC
     flags = f"--weights {backbone} --arch resnet18 --recipe features --image-size 48 32 --workers 0 --amp off".split()
-    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [0] * 5, [""])):
+    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [-1] * 5, [])):
         out = tmp_path / f"{name}-out"
         finetune.main([*flags, "--data", str(tmp_path / name), "--out", str(out)])
         found = np.load(out / "features.npz")

@@ -22,7 +22,8 @@ class Board:
     Raises ValueError if the package tensorboard is missing."""
 
     def __init__(self, settings, world: Distributed, start: int):
-        self.wanted = getattr(settings, "tensorboard", False)    # a run of an older version has no flag
+        # a run of an older version has no flag
+        self.wanted = getattr(settings, "tensorboard", False)
         if not self.wanted:
             return
         try:

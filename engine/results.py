@@ -84,7 +84,7 @@ def write_features(z: Tensor, index: Tensor, settings, world: Distributed,
     source  labels, classes, and name(i) of all N images
 
     The file holds features (N, D) float32, labels (N,) int64, files (N,) below --data, and classes
-    (C,). Each image stands there once, in the order of the source; unreadable images are left out.
+    (C,). An image in no folder of a class has the label -1. Each image stands there once, in the order of the source; unreadable images are left out.
     Raises OSError if the file cannot be written."""
     features = is_there = None
     if world.rank == 0:
@@ -105,9 +105,13 @@ def write_features(z: Tensor, index: Tensor, settings, world: Distributed,
     names = [source.name(int(i)) for i in used]
     if os.path.isdir(settings.data):
         names = [os.path.relpath(name, settings.data) for name in names]
+    labels = source.labels[used].astype(np.int64)
+    classes = list(source.classes)
+    if classes[0] == "":                                     # files beside the folders of classes
+        labels, classes = labels - 1, classes[1:]
     path = Path(settings.out) / "features.npz"
     with (replace_atomically(path, "give the same command again") as beside,
           open(beside, "wb") as file):
-        np.savez(file, features=features[used], labels=source.labels[used].astype(np.int64),
-                 files=np.array(names, dtype=str), classes=np.array(source.classes, dtype=str))
+        np.savez(file, features=features[used], labels=labels, files=np.array(names, dtype=str),
+                 classes=np.array(classes, dtype=str))
     world.print0(f"wrote {path}: {len(used)} x {z.shape[1]}")

@@ -3,7 +3,7 @@
     python pretrain.py                       the demo, minutes on a CPU: writes the checkpoint
     python extras/figure.py                  the three ideas on one drawn image: method.png
     python extras/figure.py --figure why     what goes wrong without them, on a photograph: why.png
-    python extras/figure.py --image FILE     another photograph
+    python extras/figure.py runs/x/checkpoint.pt --image FILE    another run, another photograph
     python extras/figure.py --out assets/method.png      replaces the picture of the README
 
 A name that is taken gets a number (method-2.png), unless --out gives it.
@@ -367,10 +367,16 @@ def why(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Imag
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
-    parser = Parser("figure.py", "%(prog)s [--figure why] [--image FILE] [options]", __doc__,
+    parser = Parser("figure.py", "%(prog)s [CHECKPOINT] [--figure why] [options]", __doc__,
                     FLAGS, {})
     parser.epilog = None
-    return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
+    parser.add_argument("file", metavar="CHECKPOINT", nargs="?", help="as --checkpoint")
+    given = vars(parser.parse_args(argv))
+    if "file" in given and "checkpoint" in given:
+        raise ValueError("CHECKPOINT and --checkpoint: give one of them")
+    if "file" in given:
+        given["checkpoint"] = given.pop("file")
+    return SimpleNamespace(**{**defaults(FLAGS), **given})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -213,9 +213,9 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
     for arch in ("resnet18", "mobilenet_v2"):
         pretrain.main([*flags.split(), "--arch", arch, "--out", arch])
     capsys.readouterr()
-    call = ["--figure", "why", "--checkpoint"]
+    call = ["--figure", "why"]
     figure.main([*call, "resnet18/checkpoint.pt"])           # a grid of 4 x 4 units of 32 px
-    figure.main([*call, "resnet18/checkpoint.pt"])
+    figure.main([*call, "--checkpoint", "resnet18/checkpoint.pt"])
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["why.png", "why-2.png"]
     assert Image.open("why.png").size == tuple(map(int, said[0].split()[1:4:2]))
