@@ -62,8 +62,8 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
     split     'train', 'val' or 'all'
     labelled  a folder then needs two classes. One without train/ and val/ is split: every fifth
               image of a class is held out
-    crop_min  smallest area of a crop. Large JPEG files are then decoded smaller, so that the
-              smallest crop keeps twice image_size
+    crop_min  smallest area of a crop. Large JPEG files are then decoded at a reduced size, at
+              which the smallest crop still has twice image_size
 
     Raises ValueError if the data are not there, or not labelled."""
     if data == "shapes":
@@ -169,7 +169,7 @@ def list_images(root: Path) -> list[str]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(folder, root)               # once a folder: 128,000 files in 3 s
+        inside = os.path.relpath(folder, root)               # once a folder is 3 times as fast
         inside = "" if inside == "." else inside
         for name in files:
             kind = os.path.splitext(name)[1].lower()
@@ -190,7 +190,7 @@ def split_folder(root: Path, split: str) -> Path | None:
     """root/<split> in any capitals (Train/, VAL/); None if there is none."""
     found = [entry.path for entry in os.scandir(root)
              if entry.name.lower() == split and entry.is_dir()]
-    return Path(max(found)) if found else None               # train/ rather than Train/
+    return Path(max(found)) if found else None               # of train/ and Train/ the former
 
 
 def check_classes(source: Folder, data: str) -> None:
@@ -207,10 +207,10 @@ def check_classes(source: Folder, data: str) -> None:
 
 
 def hold_out(source, asked: dict):
-    """For pre-training: (images to train on, 16 to 2,000 held-out images, None if --val is 0).
+    """For pre-training: (images to train on, held-out images, or None if --val is 0).
 
-    asked: the settings of the run, as a dict. The held-out images are of val/ if it is there, and
-    otherwise chosen by the seed."""
+    16 to 2,000 images are held out, but at most a quarter of a small set. They are of val/ if it is
+    there, and otherwise chosen by the seed. asked: the settings of the run, as a dict."""
     data, val, seed = asked["data"], asked["val"], asked["seed"]
     count = 0
     if val:
@@ -337,8 +337,7 @@ def eval_transform(image_size: tuple[int, int], crop: float = 0.875):
 
 
 def centre(size: tuple[int, int], cover: tuple[int, int], image: Tensor) -> Tensor:
-    """(3, h, w) -> the middle `size` of the image, resized to just cover `cover`, at least
-    `size`."""
+    """Resizes an image (3, h, w) until it just covers `cover`, and cuts `size` from its middle."""
     (h, w), (H, W) = image.shape[-2:], cover
     shape = [H, H * w // h] if H * w >= W * h else [W * h // w, W]
     resized = tvf.resize(image, shape, InterpolationMode.BICUBIC, antialias=True)
@@ -410,7 +409,8 @@ class ImageDataset(Dataset):
         if image is None:
             first = name_some(self.source, [index])
             raise Failed(f"{tries} images in a row cannot be read, the first is {first}")
-        with torch.random.fork_rng(devices=[]):              # with 0 workers the caller has its own
+        # without workers this runs in the training process, whose random state must not change
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(self.seed, visit, index))
             return self.transform(image), used, broken
 
@@ -421,8 +421,9 @@ class ResumableBatchSampler(Sampler):
     """This process's batches from optimiser step `start` to `stop`, as lists of (visit, index).
 
     The permutation of an epoch is the same on all processes. Step i takes the next accum * world *
-    batch images of it, cut into `accum` parts of `world` batches: two processes, or two accumulated
-    halves, see the images that one process sees. The last incomplete step of an epoch is left out.
+    batch images of it, cut into `accum` parts of `world` batches. So the images of a step do not
+    depend on how they are divided among processes and forward passes. The last incomplete step of
+    an epoch is left out.
     With `repeats` R a step holds R augmentations of each of its images (Hoffer et al. 2020), far
     apart, and an epoch passes over 1/R of the images.
     Raises ValueError if the data set is smaller than one step."""

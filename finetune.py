@@ -103,8 +103,8 @@ class TrainState:
     val_loader: DataLoader
     val_labels: Tensor
     model: Classifier                                        # the weights, under their own names
-    net: nn.Module                                           # model, inside DDP if there is more
-    optimizer: torch.optim.Optimizer                         # than one process
+    net: nn.Module                                           # with several processes: DDP(model)
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     memory_format: torch.memory_format
     unreadable: UnreadableImages
@@ -334,7 +334,7 @@ def evaluate(model: Classifier, settings: Settings, world: Distributed,
     training = model.training
     model.eval()
     world.broadcast_buffers(model)
-    # by forward, because model(...) may be compiled, for a training batch
+    # by forward: model(...) may be compiled, for the size of a training batch
     logits, labels = outputs(model.forward, state.val_loader, state.val_labels, settings, world,
                              state)
     model.train(training)
@@ -527,13 +527,13 @@ FLAGS = {
                    "such as 20/class"),
         "image_size": (None, SIDES, "side of the square crop, or its height and width (as "
                        "pre-trained, otherwise 224)"),
-        "test_size": (None, SIDES, "the same of the test crop (--image-size)"),
-        "test_crop": (0.875, number(float, 0.1, 1), "test crop over the resized image, which "
-                      "covers it"),
+        "test_size": (None, SIDES, "side or sides of the test crop (--image-size)"),
+        "test_crop": (0.875, number(float, 0.1, 1), "side of the test crop / shorter side of the "
+                      "resized image"),
         **DATA_FLAGS},
     "augmentation": {
         "crop_min": (0.5, number(float, 0.01, 1), "smallest area of the random crop"),
-        "randaug": (0.0, number(float, 0, 10), "RandAugment magnitude of 10, 2 ops, 0 = none"),
+        "randaug": (0.0, number(float, 0, 10), "RandAugment's magnitude, 0 to 10; 0 = none"),
         "jitter": (0.0, share, "colour jitter, 0 to 1"),
         "erasing": (0.0, share, "probability of random erasing, by noise"),
         "mixup": (0.0, positive, "alpha of mixup, 0 = none; with --cutmix too, one of the two per "
@@ -553,9 +553,8 @@ FLAGS = {
                  "otherwise imagenet)"),
         **STAGE_FLAGS},
     "optimiser": {
-        "recipe": ("default", tuple(RECIPES), "the table below; to judge frozen features, take knn "
-                   "for a quick look (one pass, nothing is trained), and linear for the accuracy "
-                   "to compare (all its 100 epochs)"),
+        "recipe": ("default", tuple(RECIPES), "the table below. Frozen features: knn is a quick "
+                   "look, one pass without training; linear gives the accuracy to compare"),
         "optimizer": ("adamw", ("adamw", "lamb", "sgd"), "LAMB for large batches, SGD for linear "
                       "probes on ImageNet"),
         "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the labelled images; a "
@@ -565,8 +564,8 @@ FLAGS = {
         "accum": (1, count, "forward passes per optimiser step"),
         "lr": (1e-3, positive, "per --lr-batch images of the global batch"),
         "lr_batch": (16, count, "see --lr"),
-        "layer_decay": (1.0, number(float, 0.01, 1), "lr of each stage (ViT: block), times that of "
-                        "the next"),
+        "layer_decay": (1.0, number(float, 0.01, 1), "factor on the lr from each stage (ViT: block) "
+                        "to the one before it"),
         "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none"),
         "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "see "

@@ -41,10 +41,14 @@ def residual(pred: Tensor, image: Tensor, hidden: Tensor, stand_in: str,
              visible_weight: float) -> Tensor:
     """p - image, (B, 3, H, W), where p is the prediction at hidden pixels.
 
-    At visible pixels p = visible_weight * prediction + (1 - visible_weight) * constant. An FFT
-    needs every pixel, but the network should not be trained on pixels that it was shown: the
-    constant has no gradient. It is the mean of prediction and image ('mixed', released) or the
-    prediction ('prediction', the paper). Raises ValueError for another stand-in."""
+    An FFT needs every pixel, but the network should not be trained on pixels that it was shown. So
+    at visible pixels p = visible_weight * prediction + (1 - visible_weight) * constant, and the
+    constant has no gradient:
+
+    'mixed'       (prediction + image) / 2, as released
+    'prediction'  the prediction, as in the paper
+
+    Raises ValueError for another stand-in."""
     if stand_in not in STAND_INS:
         raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
     d = pred - image
@@ -67,8 +71,8 @@ def fourier_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, stand_in: str =
                     and the maximum is over all of it. Errors of different images cancel, so use
                     'image' for small batches. 'image' (the paper): one D and one maximum per image
                     and channel
-    focal           False: the mean of focal_l1(|D|). The released ResNet-101 config does this by
-                    reusing its pixel criterion
+    focal           False: no weight w. The loss is the mean of focal_l1(|D|), as in the released
+                    ResNet-101 config, which reuses its pixel criterion
 
     Raises ValueError for another stand-in or spectrum. Source: focal frequency loss (Jiang et al.
     2021), with A2MIM's rule for visible pixels."""
@@ -110,26 +114,29 @@ def a2mim_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, fourier_weight: f
 
 # ---- what a loss on held-out images says ----
 
-def skill(loss: float, mean_colour: float, blur: float, error: float = 0.0) -> str:
-    """A sentence that compares the pixel loss of the model on held-out images with two baselines.
+def skill(loss: float, mean_colour: float, blur: float,
+          error: float = 0.0) -> tuple[str, bool]:
+    """Compares the pixel loss of the model on held-out images with two baselines.
 
     mean_colour  the pixel loss if hidden patches are filled with the image's mean colour
     blur         the pixel loss if they are filled with a blur of the visible pixels
     error        the standard error of loss - blur; a difference of up to two of it counts as
-                 none"""
+                 none
+
+    Returns a sentence, and whether the model is better than the blur."""
     of_mean = loss / max(mean_colour, 1e-9)
     of_blur = loss / max(blur, 1e-9)
     margin = 2 * error / max(blur, 1e-9)
+    is_better = False
     if not of_mean <= 0.95:                                  # a loss of NaN, too
         verdict = "no better than the mean colour: it has learned nothing yet"
     elif abs(loss - blur) <= 2 * error:
         verdict = "level with a blur"
     elif of_blur > 1:
         verdict = "worse than a blur: it does not reconstruct objects yet"
-    elif of_blur > 0.85:
-        verdict = "better than a blur"
     else:
-        verdict = "clearly better than a blur"
+        is_better = True
+        verdict = "better than a blur" if of_blur > 0.85 else "clearly better than a blur"
     scatter = f" +/- {margin:.2f}" if error else ""
     shares = f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f}{scatter} of a blur's"
-    return f"{shares}: {verdict}"
+    return f"{shares}: {verdict}", is_better

@@ -37,8 +37,8 @@ class A2MIM(nn.Module):
     image_size   pixels, one side or (H, W); every stride and the mask size must divide it
     mask_size    side of a mask unit in pixels; at least the stride where the token enters
     token_stage  the token enters before this stage of the encoder. 0: the image itself, 1: after
-                 the stem or the patch embedding, 4: before the last stage of a CNN, None: the place
-                 in the released code
+                 the stem or the patch embedding, 4: before the last stage of a CNN, None: the
+                 encoder's own place, as in most released configs (ResNet, ConvNeXt 4; ViT, Swin 1)
     token, fill  see masking.MaskToken and masking.fill_hidden
 
     Raises ValueError if the sizes do not fit. Source: paper, Fig. 3."""
@@ -73,14 +73,15 @@ class A2MIM(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised; mask (B, gh, gw), True = hidden. Returns reconstructions
         (B, 3, H, W)."""
-        # (B, 3, H, W)      1. hidden pixels := mean colour
-        z = fill_hidden(images, mask, self.fill)
+        # idea 1: hidden pixels take the image's mean colour
+        z = fill_hidden(images, mask, self.fill)             # (B, 3, H, W)
         for stage in range(len(self.encoder.stages)):
-            if stage == self.token_stage:  # (B, C, h, w)      ResNet: after stage 3, stride 16
-                z = self.mask_token(z, mask)  #                   2. the token at hidden places
+            if stage == self.token_stage:                    # ResNet: before stage 4, at stride 16
+                # idea 2: the mask token joins the features at hidden places
+                z = self.mask_token(z, mask)                 # (B, C, h, w)
             z = self.encoder.run_stage(stage, z)
-        z = self.to_map(z)  # (B, C, H/s, W/s)  s = 32 (CNN, Swin) or 16 (ViT)
-        return self.decoder(z)  # (B, 3, H, W)      s x s pixels from each feature
+        z = self.to_map(z)                                   # (B, C, H/s, W/s), s = 32, ViT 16
+        return self.decoder(z)                               # (B, 3, H, W): s x s pixels a feature
 
     def to_map(self, z: Tensor) -> Tensor:
         """Features in the encoder's layout -> (B, C, h, w). A class token is dropped."""
@@ -93,7 +94,7 @@ class A2MIM(nn.Module):
         """Pixels per feature of the encoder's output. Raises ValueError unless it is one whole
         number for both sides."""
         H, W = self.image_size
-        if len(last) == 3:  # (1, N, C), perhaps with one class token
+        if len(last) == 3:                                   # (1, N, C), perhaps a class token
             for patches in (last[1], last[1] - 1):
                 s = math.isqrt(H * W // max(patches, 1))
                 if s and H % s == 0 and W % s == 0 and (H // s) * (W // s) == patches:
@@ -177,7 +178,7 @@ class Encoder(nn.Module):
         return self.run_modules(stage, z)
 
     def run_modules(self, stage: int, z: Tensor) -> Tensor:
-        for name in self.stages[stage]:  # by name, so that SyncBN or a fork may replace a module
+        for name in self.stages[stage]:                      # SyncBN or a fork may replace a module
             z = attrgetter(name)(self.backbone)(z)
         return z
 
@@ -190,8 +191,8 @@ class Encoder(nn.Module):
         return z
 
     def checkpoint_gradients(self) -> None:
-        """From now on the backward pass keeps only what enters each stage, and runs the stage
-        again: less memory, about a third more time, the same gradients.
+        """From now on only the inputs of the stages are stored, and the backward pass computes the
+        rest again: less memory, about a third more time, the same gradients.
 
         Raises ValueError for a net with BatchNorm: its running statistics would be updated
         twice."""
@@ -221,11 +222,12 @@ class Encoder(nn.Module):
             H, W = image_size
             reason = str(error).splitlines()[0]
             raise ValueError(f"image size {H}x{W}: does not fit this encoder ({reason})") from None
-        self.train(training)
+        finally:
+            self.train(training)
         return shapes
 
 
-FEW_UNITS = 9  # with fewer mask units there is little to learn
+FEW_UNITS = 9                                                # fewer teach little
 
 
 def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], unit: int = 8,
@@ -234,14 +236,14 @@ def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], un
 
     The mask size is the multiple of `unit` pixels that is closest to a sixth of the shorter side
     and cuts the image into at least FEW_UNITS. The token stage is the deepest one at which a mask
-    unit still covers 2 x 2 features (CNN), or the released one (Transformer). Raises ValueError if
-    no size fits."""
+    unit still covers 2 x 2 features (CNN), or the one after the patch embedding (Transformer).
+    Raises ValueError if no size fits."""
     H, W = image_size
     if mask_size is None:
         divisors = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0]
         fits = [n for n in divisors if H * W // n**2 >= FEW_UNITS]
         if not fits:
-            mask_grid(image_size, 32)  # raises, with sides that fit, if 32 px do not divide them
+            mask_grid(image_size, 32)                        # raises if 32 px do not divide them
             raise ValueError(f"image size {H}x{W}: no mask unit of whole {unit}-pixel blocks "
                              f"divides it into at least {FEW_UNITS}; use another --image-size, or "
                              f"give --mask-size with --token-stage (for a ViT: --patch-size, for "
@@ -268,7 +270,7 @@ class Classifier(nn.Module):
 
     frozen: only the head is trained, and the encoder stays in eval mode.
 
-    Raises ValueError if the encoder is to recompute its stages, but is not run by them."""
+    Raises ValueError for --grad-checkpoint on a net that is not run stage by stage."""
 
     def __init__(self, arch: str, encoder: Encoder, classes: int, frozen: bool = False):
         super().__init__()
@@ -457,14 +459,14 @@ def change_input_channels(encoder: Encoder, channels: int) -> None:
 
 def resnet(arch: str, drop_path: float, stem: str | None) -> Encoder:
     """torchvision's ResNet; the last BatchNorm of each block starts at 0."""
-    if arch == "resnet200":  # torchvision has its blocks, but not the net
+    if arch == "resnet200":                                  # torchvision has its blocks alone
         net = tv.ResNet(tv.resnet.Bottleneck, [3, 24, 36, 3], zero_init_residual=True)
     else:
         net = getattr(tv, arch)(zero_init_residual=True)
     net.fc = nn.Identity()
     if stem == "small":
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        # as torchvision's
+        # starts as torchvision's convolutions do
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     if drop_path:
@@ -473,9 +475,9 @@ def resnet(arch: str, drop_path: float, stem: str | None) -> Encoder:
     return Encoder(net, stages, token_stage=4)
 
 
-# ConvNeXt and Swin: each downsampling closes the stage before it, so that stage k opens at its own
-# resolution
 def four_stages() -> list[list[str]]:
+    """The stages of ConvNeXt and Swin. A downsampling is the last module of a stage, so that the
+    next stage begins at its own resolution."""
     middle = [[f"features.{i}", f"features.{i + 1}"] for i in (1, 3, 5)]
     return [["features.0"], *middle, ["features.7"]]
 
@@ -511,13 +513,13 @@ def vit(arch: str, image_size: tuple[int, int], patch_size: int, drop_path: floa
     dim, depth, heads, mlp = VITS[arch]
     net = ViT(image_size, dim, depth, heads, mlp, patch_size, drop_path)
     stages = [["patch_embed"], *([f"blocks.{i}"] for i in range(depth))]
-    stages[1].insert(0, "embed_position")  # after the token: a hidden patch keeps its position
+    # after the token: a hidden patch keeps its position
+    stages[1].insert(0, "embed_position")
     stages[-1].append("norm")
     return Encoder(net, stages, token_stage=1)
 
 
-# ---- ViT: the BEiT block, which torchvision lacks (relative position bias, LayerScale, no k bias)
-# ----
+# ---- ViT, with BEiT's block. torchvision lacks its relative position bias and LayerScale ----
 
 class ViT(nn.Module):
     """The released ViT: a class token, learned absolute positions, and BEiT blocks. Parameter names
@@ -612,8 +614,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, 1 + N, C / heads)
         rows = self.relative_position_index.flatten()
         position = self.relative_position_bias_table.T.index_select(1, rows)
-        position = position.view(1, self.heads, N, N).to(q.dtype)  # (1, heads, 1 + N, 1 + N)
-        # (B, heads, 1 + N, C / heads)
+        position = position.view(1, self.heads, N, N).to(q.dtype)            # N: 1 + patches
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=position)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 

@@ -83,7 +83,7 @@ SMALL_PEAK = 1e-3                                            # three times as mu
 DEMO = dict(data="shapes", arch="resnet18", image_size=96, recipe="small", epochs=1,
             recipe_batch=16, log_every=5)
 # --quick: the first run of a fork, to see its loss fall
-QUICK = dict(DEMO, image_size=64, epochs=0.1634, sheets=2)   # 100 steps
+QUICK = dict(DEMO, image_size=64, epochs=0.16, sheets=2)     # 100 steps
 
 
 # ---- one training step ----
@@ -94,8 +94,8 @@ class TrainState:
     plan: StepPlan
     loader: DataLoader
     model: A2MIM                                             # the weights, under their own names
-    net: nn.Module                                           # model, inside DDP if there is more
-    optimizer: torch.optim.Optimizer                         # than one process
+    net: nn.Module                                           # with several processes: DDP(model)
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     memory_format: torch.memory_format
     unreadable: UnreadableImages
@@ -154,7 +154,8 @@ def train_step(step: int, batches, settings: Settings, world: Distributed,
     state.scaler.step(state.optimizer)                       # skipped if a gradient is not finite
     state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
     state.optimizer.zero_grad(set_to_none=True)
-    return record                                            # an EMA of the weights goes here
+    # a fork updates its EMA of the weights here
+    return record
 
 
 # ---- the loop ----
@@ -200,17 +201,20 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- what the loss on held-out images says ----
 
-UNTRAINED = "visible patches carry no loss: their reconstruction is not trained"
+UNTRAINED = "visible patches carry practically no loss: their reconstruction is not trained"
 
 
 @dataclass
 class HeldOut:
-    """Images that are not trained on, with their masks; this process's part of them."""
+    """Images that are not trained on, with their masks: n of them in this process, `count` in all.
+
+    mean_colour and blur: the pixel loss of two baselines that learn nothing, (count,). None if the
+    target is no image."""
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
-    count: int                                               # of all processes
-    mean_colour: Tensor | None = None                        # (count,) pixel loss of two baselines
-    blur: Tensor | None = None                               # that learn nothing; None: no pixels
+    count: int
+    mean_colour: Tensor | None = None
+    blur: Tensor | None = None
 
 
 @torch.no_grad()
@@ -253,7 +257,7 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
         return
     state.model.eval()
     world.broadcast_buffers(state.model)
-    # of each image; by forward, because model(...) may be compiled, for a training batch
+    # by forward: model(...) may be compiled, for the size of a training batch
     losses = held_out_loss(state.model.forward, held, settings, world, state.model)
     state.model.train()
     loss = losses.mean().item()
@@ -268,8 +272,7 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
         error = math.inf
         if len(losses) > 1:
             error = difference.std().item() / math.sqrt(len(losses))
-        verdict = skill(loss, mean_colour, blur, error)
-        is_better = verdict.endswith("better than a blur")
+        verdict, is_better = skill(loss, mean_colour, blur, error)
         world.print0(f"hidden pixels of {len(losses)} held-out images: {verdict}\n"
                      f"{next_step(is_better, settings)}")
 
@@ -526,9 +529,10 @@ FLAGS = {
         **STAGE_FLAGS},
     "loss": {
         "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
-        "stand_in": ("mixed", STAND_INS, "what visible pixels show it: mixed as released, "
-                     "prediction as in the paper"),
-        "visible_weight": (0.0, share, "share of gradient that visible pixels keep in it"),
+        "stand_in": ("mixed", STAND_INS, "constant at visible pixels in the Fourier loss: "
+                     "mixed as released, prediction as in the paper"),
+        "visible_weight": (0.0, share, "share of the Fourier loss's gradient that visible "
+                           "pixels keep"),
         "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per "
                      "image as in the paper"),
         "fourier_focal": (True, yes_no, "focal frequency loss, or mean focal L1 of |D|"),
@@ -541,12 +545,12 @@ FLAGS = {
         "batch_size": (None, count, "images per process and forward pass (GPU 256, CPU 32)"),
         "accum": (1, count, "forward passes per optimiser step"),
         "lr": (3e-4, positive, "AdamW's, per 512 images of the global batch"),
-        "token_lr": (0.1, positive, "lr of mask token and gamma, times the lr"),
+        "token_lr": (0.1, positive, "factor on the lr of mask token and gamma"),
         "min_lr": (1e-5, positive, "floor of the cosine, absolute"),
         "schedule": ("cosine", ("cosine", "step"), "after warm-up: cosine, or constant and x0.1 "
                      "for the last eighth"),
         "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
-        "weight_decay": (0.05, number(float, 0, 1000), "AdamW's"),
+        "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
     "run": {
         **RUN_FLAGS,

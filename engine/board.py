@@ -16,8 +16,8 @@ PLACE = ("step", "epoch", "time")                            # of a log line: no
 class Board:
     """Writes to --out/tensorboard on rank 0. Without --tensorboard every call does nothing.
 
-    start: the step where this start of the run begins. What an earlier start wrote after that step
-    is hidden. A disk that fails ends no run: one line is printed, and nothing more is written.
+    start: the step where this start of the run begins. Points after that step, of an earlier start,
+    are hidden. If the disk fails, one line is printed, and nothing more is written.
 
     Raises ValueError if the package tensorboard is missing."""
 

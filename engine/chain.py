@@ -24,8 +24,8 @@ def split_into_stages(arch: str, image_size: tuple[int, int], drop_path: float
     falls. The token enters before the last stage (Swin: after the patch embedding), as in the
     paper. The head becomes nn.Identity.
 
-    Raises ValueError if the chain does not give what torchvision's own forward pools, if the net
-    has no stochastic depth, or if it cannot take the image (H, W)."""
+    Raises ValueError if running the modules in order gives other features than the net itself, if
+    the net has no stochastic depth, or if it cannot take the image (H, W)."""
     H, W = image_size
     is_maxvit = arch.startswith("maxvit")                    # built for one image size
     near = "vit_base" if "vit" in arch else "resnet50"
@@ -67,7 +67,7 @@ def find_stages(net: nn.Module, head: str, layout: str, size: tuple[int, int]) -
     [] if the modules, one after another, do not give what the net hands to its head."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *size, generator=generator)
-    to_head = net.eval()(image)                              # pooled, unless the head pools
+    to_head = net.eval()(image)                              # pooled, but some heads pool
     dims = (1, 2) if layout == "nhwc" else (2, 3)            # height and width
     stages = []
     z, rows = image, None

@@ -263,7 +263,8 @@ class Checkpointer:
         is_logged = self.done % self.settings.log_every == 0 or epoch_ends or self.done == 1
         # the GPU is waited for only where a line is logged
         streak = int(self.bad_in_a_row) if is_logged or not self.world.on_gpu else 0
-        is_due = self.world.rank == 0 and self.is_due()      # a clock: the others must not look
+        # only rank 0 looks at its clock, so that all processes agree
+        is_due = self.world.rank == 0 and self.is_due()
         stop, streak, save = self.world.all_reduce_max(self.signals.number, streak, int(is_due))
         if streak >= 10:
             raise Failed(self.describe_not_finite(streak))
@@ -317,8 +318,8 @@ class Checkpointer:
         self.write("loss.png", save_curve, self.out / "loss.png", self.log)
 
     def load(self, checkpoint: dict) -> None:
-        """Puts a checkpoint back. The scale of the lr and the weight decay are the flags' of now,
-        and whether the optimiser is fused is this program's and this device's of now."""
+        """Puts a checkpoint back. The scale of the lr, the weight decay and `fused` are those of
+        this start, and not the checkpoint's."""
         optimizer = self.saved["optimizer"]
         of_now = ("scale", "weight_decay", "fused")
         typed = [{name: group[name] for name in of_now if name in group}
@@ -344,8 +345,8 @@ class Checkpointer:
         """Writes `weights` as best.pt if `value` beats best[name], or if there is no best.pt.
 
         description: of the net (engine/description.py), for the model.json beside best.pt.
-        All processes take part. `best` changes only once the file is on the disk: it goes into the
-        checkpoint, and a resumed run has to know that the file is still to be written."""
+        All processes take part. `best` goes into the checkpoint. It is updated after the file is
+        written, so that a resumed run repeats a writing that failed."""
         self.board.add_line(self.place() | {name: value})
         file = self.out / "best.pt"
         if description and self.world.rank == 0:

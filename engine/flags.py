@@ -1,7 +1,7 @@
 """Flags: a program's table {group: {name: (default, kind, help)}} holds everything about them.
 
     number, path, checked, how_often, Several
-                                        kinds of flags: what is allowed, one clear line otherwise
+                                        kinds of flags; a wrong value gives an error of one line
     SIDES, height_width, format_size    an image size: one side of a square, or height and width
     DATA_FLAGS, STAGE_FLAGS, RUN_FLAGS  the flags of both stages
     Parser                              argparse, made from such a table

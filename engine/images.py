@@ -118,8 +118,8 @@ class UnreadableImages:
         self.source = source
         self.limit = share * len(source)
         self.out = Path(out)
-        self.seen = set()                                    # known to all processes
-        self.new = []                                        # of this process, since then
+        self.seen = set()                                    # exchanged among all processes
+        self.new = []                                        # of this process, not exchanged yet
 
     def state_dict(self) -> dict:
         return dict(seen=sorted({*self.seen, *self.new}))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedule: str,
           per_epoch: int = 1) -> float:
-    """The lr of a parameter group at `step` (t) of `total` (T), with a linear warm-up over `warmup`
-    steps (W) from 0 to `base`.
+    """The lr of a parameter group at `step` (t) of `total` (T), with a warm-up of `warmup` steps
+    (W).
 
-    cosine           floor + (base - floor) / 2 (1 + cos(pi (t - W) / (T - W))), times t / W during
-                     the warm-up (mmcv)
-    step             base; a tenth of it in the last eighth of the run (epochs 700 to 800 of the
-                     ViT recipe)
+    cosine           min(1, t / W) (floor + (base - floor) / 2 (1 + cos(pi (t - W) / (T - W)))), as
+                     in mmcv
+    step             min(1, t / W) base; a tenth of it in the last eighth of the run (epochs 700 to
+                     800 of the ViT recipe)
     cosine-from-0    the cosine counts from step 0, and the warm-up starts at 1e-5 base (ConvNeXt,
                      fine-tuning)
     cosine-by-epoch  as cosine-from-0, but the cosine changes once per epoch (RSB)

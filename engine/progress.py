@@ -55,8 +55,9 @@ class RunningMeans:
         if len(self.sums) != rows.shape[1]:                  # the first step, or other parts
             self.sums = torch.zeros(rows.shape[1])
         finite = torch.isfinite(rows[:, self.names.index("loss")])
-        for row in rows[finite]:                             # one by one: a checkpoint in between
-            self.sums = self.sums + row                      # does not change how they are rounded
+        # row by row, so that a checkpoint in between does not change how the sums are rounded
+        for row in rows[finite]:
+            self.sums = self.sums + row
 
     def take(self) -> dict[str, float | None]:
         """The mean of each part, None if no step was finite. Resets the sums. All processes take

@@ -84,7 +84,8 @@ def write_features(z: Tensor, index: Tensor, settings, world: Distributed,
     source  labels, classes, and name(i) of all N images
 
     The file holds features (N, D) float32, labels (N,) int64, files (N,) below --data, and classes
-    (C,). An image in no folder of a class has the label -1. Each image stands there once, in the order of the source; unreadable images are left out.
+    (C,). An image in no folder of a class has the label -1. Each image stands there once, in the
+    order of the source; unreadable images are left out.
     Raises OSError if the file cannot be written."""
     features = is_there = None
     if world.rank == 0:

@@ -11,7 +11,7 @@ from dataclasses import asdict, make_dataclass
 from .command import Distributed
 from .flags import defaults
 
-# Fields that are no flags. A recipe can set recipe_batch; the others follow from everything else.
+# Fields that are no flags. A recipe can set recipe_batch; the others are computed.
 RESOLVED = {
     "program": "the program of the run, such as pretrain.py",
     "typed": "the flags that were typed, when the run began or was resumed",
@@ -64,8 +64,8 @@ def resolve_batch(asked: dict, world: Distributed) -> dict:
 def resolve_warmup(asked: dict) -> float:
     """Epochs of warm-up: 10 by default, or a tenth of a run that is shorter than 100 epochs.
 
-    A run that is shorter than its recipe's warm-up gets a tenth, too. Raises ValueError if the
-    warm-up was typed and is too long."""
+    The same holds if the recipe's warm-up does not fit into the run. Raises ValueError if the
+    warm-up was typed and does not fit."""
     epochs, warmup = asked["epochs"], asked["warmup_epochs"]
     if warmup is not None and warmup < epochs:
         return warmup

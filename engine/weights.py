@@ -220,8 +220,8 @@ def load_backbone(encoder: nn.Module, path: str | Path,
     resized    used, after resizing: position tables of another image size
     skipped    in the file, but not in the backbone (head, decoder, mask token), or of another shape
     missing    in the backbone, but not loaded
-    taken_off  what was around the names in the file: ["under 'teacher'", "prefix 'backbone.'
-               taken off"]
+    taken_off  what was removed from the names in the file: ["under 'teacher'", "prefix
+               'backbone.' taken off"]
 
     made_at: the image size of the position tables. By default it is taken from args.json beside the
     file; without args.json the tables are taken as square.
@@ -247,7 +247,7 @@ def load_backbone(encoder: nn.Module, path: str | Path,
             if table is not tensor:
                 resized.append(name)
             tensor = table
-        # (C) fits (C, 1, 1), and a 1x1 convolution fits a linear layer
+        # shapes may differ by sides of 1: (C) and (C, 1, 1), a linear layer and a 1x1 convolution
         if tensor.squeeze().shape == own[name].squeeze().shape:
             used[name] = tensor.reshape(own[name].shape)
 

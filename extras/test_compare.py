@@ -273,7 +273,7 @@ def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(ta
     for arm in ("a2mim", "simmim", "scratch"):
         settings = vars(parse(runs[f"{task}/{arm}-1"].argv))
         assert (settings.pop("init") == "scratch") == (settings.pop("weights") is None)
-        assert settings.pop("given") and settings["recipe"] == "shapes"
+        assert settings.pop("given") and settings.pop("typed") and settings["recipe"] == "shapes"
         arms[arm] = settings
         # what a start needs is made before it
         needs = runs[f"{task}/{arm}-1"].needs
