@@ -34,7 +34,8 @@ close = torch.testing.assert_close
 
 # ---- weights in ----
 
-AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixup's MIMConvNeXt and SimMIMViT)
+# our name -> the authors' (a row for each rule in METHOD: openmixup's MIMConvNeXt and SimMIMViT)
+AUTHORS = {
     "convnext_tiny": {
         "features.0.0.weight": "downsample_layers.0.0.weight",
         "features.4.1.bias": "downsample_layers.2.1.bias",
@@ -111,7 +112,7 @@ def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_tha
     encoder, donor = build_encoder("resnet18"), build_encoder("resnet18")
     state = {prefix + name: value for name, value in donor.backbone.state_dict().items()}
     state |= {name: torch.ones(2) for name in others}
-    if program == "MoCo":                                    # a second net, slower, behind the first
+    if program == "MoCo":  # a second net, slower, behind the first
         slow = {name.replace("encoder_q", "encoder_k"): torch.zeros_like(value) for name, value in state.items()}
         state |= slow
     whole = state
@@ -149,7 +150,7 @@ def test_positions_of_a_grid_that_is_not_square_are_turned_into_another_as_pictu
     """4 x 6 patches and 6 x 4 are as many: without the size of then, one would be taken for the other."""
     net = build_encoder("deit_tiny", (64, 96)).backbone
     across = torch.arange(6).repeat(4).float()               # says in which column a patch is
-    offset = torch.arange(11).repeat(7).float()              # and how far a pair lies apart in columns
+    offset = torch.arange(11).repeat(7).float()  # and how far a pair lies apart in columns
     with torch.no_grad():
         net.pos_embed[0, 1:] = across[:, None]
         for block in net.blocks:
@@ -173,7 +174,7 @@ def test_positions_of_a_grid_that_is_not_square_are_turned_into_another_as_pictu
     assert not weights.load_backbone(same, tmp_path / "backbone.pt")["resized"]
     close(same.backbone.pos_embed, net.pos_embed, atol=0, rtol=0)
     wide = weights.load_backbone(build_encoder("deit_tiny", (80, 80)), tmp_path / "backbone.pt", (96, 64))
-    assert len(wide["resized"]) == 13                        # as many patches as told: taken at their word
+    assert len(wide["resized"]) == 13  # as many patches as told: taken at their word
 
 
 def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
@@ -365,7 +366,7 @@ def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(make, f
 def test_every_kind_of_image_becomes_rgb(name, mode, colour, tmp_path):
     image = data.read_image(paint(tmp_path / name, mode))
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
-    if colour:                                               # luma of (200, 40, 90): 0.299 R + 0.587 G + 0.114 B = 93.5
+    if colour:  # luma of (200, 40, 90): 0.299 R + 0.587 G + 0.114 B = 93.5
         close(image.float().mean((1, 2)), torch.tensor(colour).float(), atol=3.0, rtol=0)
 
 
@@ -414,7 +415,8 @@ def test_a_large_jpeg_is_decoded_in_part_and_gives_the_same_crop(mode, turn, tmp
     photograph(tmp_path / "a.jpg", mode, turn)
     whole, fast = (data.open_images(str(tmp_path), "train", (64, 64), crop_min=c).read(0) for c in (None, 0.5))
     assert whole.shape == ((3, 1600, 1200) if turn == 6 else (3, 1200, 1600))
-    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])  # 1/4: the shorter side 300, at 1/8 only 150
+    # 1/4: the shorter side 300, at 1/8 only 150
+    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])
     pairs, crop = [[data.eval_transform((64, 64))(x) for x in (whole, fast)]], data.CropAndFlip((64, 64), 0.5)
     for seed in range(6):                                    # the same part of both
         torch.manual_seed(seed)
@@ -466,7 +468,7 @@ def png_of_16_bits(path, pixels):
 
 
 def test_images_of_more_than_8_bits_are_refused_and_told_and_never_read_as_black_or_white(tmp_path, capsys):
-    cells = np.linspace(1456, 2928, 64 * 64).reshape(64, 64)                 # of a 12-bit microscope
+    cells = np.linspace(1456, 2928, 64 * 64).reshape(64, 64)  # of a 12-bit microscope
     folder = tmp_path / "images"
     folder.mkdir()
     paint(folder / "a.png", size=(64, 64))
@@ -562,7 +564,7 @@ def test_a_damaged_file_of_any_kind_is_read_or_counted_and_never_crashes(tmp_pat
     assert done.returncode == 0, done.stderr                 # -11: a segmentation fault
     count = {kind: int(number) for kind, number in map(str.split, done.stdout.splitlines())}
     assert count["all"] == 8 * 60 + 1
-    assert count["png"] >= 50                                # a PNG has checksums: nearly all damage is found
+    assert count["png"] >= 50  # a PNG has checksums: nearly all damage is found
     assert 0 < count["bmp"] < 60 and 0 < count["jpg"] < 60   # others cannot tell wrong pixels
 
 
@@ -583,7 +585,8 @@ def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_pat
     flags = [*TINY, "--data", str(folder), "--epochs", "1", "--workers", "2"]
     log, _ = run(tmp_path / "run", "--max-bad", "0.5", base=flags)
     listed = {Path(line).name for line in (tmp_path / "run" / "broken.txt").read_text().splitlines()}
-    assert listed <= bad and log[-1]["broken"] == len(listed) >= 5           # one image of 25 is not in the three steps
+    # one image of 25 is not in the three steps
+    assert listed <= bad and log[-1]["broken"] == len(listed) >= 5
     assert capsys.readouterr().err.count("cannot be read, the next image is taken instead") in (1, 2)
     (folder / os.fsdecode(b"caf\xe9.png")).write_text("not an image, and not a name in UTF-8")
     run(tmp_path / "latin", "--max-bad", "0.5", "--batch-size", "26", base=flags)
@@ -674,7 +677,7 @@ def test_folders_of_every_layout(tmp_path):
     for file in ("TRAIN/cat/1.jpg", "TRAIN/dog/2.jpg", "Val/cat/3.jpg", "Val/dog/4.jpg"):
         (tmp_path / "loud" / file).parent.mkdir(parents=True)
         paint(tmp_path / "loud" / file)
-    for split in ("train", "val"):                           # two splits, in any capitals, and not two classes
+    for split in ("train", "val"):  # two splits, in any capitals, and not two classes
         loud = data.open_images(str(tmp_path / "loud"), split, (32, 32), labelled=True)
         assert loud.classes == ["cat", "dog"] and len(loud) == 2
 
@@ -693,7 +696,8 @@ def test_torchvision_datasets_open_by_name(tmp_path):
         )
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    with pytest.MonkeyPatch.context() as patch:              # the real files' checksums are the only thing replaced
+    # the real files' checksums are the only thing replaced
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
         patch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
         patch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
@@ -728,7 +732,7 @@ def test_no_character_of_unicode_steers_the_terminal_or_breaks_a_line():
     everything = files.printable("".join(map(chr, range(0x110000))), None)
     for character in set(everything):
         assert unicodedata.category(character) not in ("Cc", "Zl", "Zp", "Cs"), hex(ord(character))
-        turns = unicodedata.bidirectional(character)         # explicit marks: embedding, override, isolate
+        turns = unicodedata.bidirectional(character)  # explicit marks: embedding, override, isolate
         assert not re.fullmatch("LRE|RLE|LRO|RLO|PDF|LRI|RLI|FSI|PDI", turns), hex(ord(character))
     for text in ("plain.jpg", "Straße 日本 😀.png", "a b\\x41.png"):
         assert files.printable(text) == text
@@ -765,6 +769,7 @@ def test_names_of_files_and_classes_are_harmless_lines_wherever_they_are_printed
         with pytest.raises(ValueError) as error:
             call()
         said.append(str(error.value) + "\n")
-    assert [text.count("\n") for text in said] == [2, 1, 1, 1, 1, 1]         # the first: TIFF files, and a bad image
+    # the first: TIFF files, and a bad image
+    assert [text.count("\n") for text in said] == [2, 1, 1, 1, 1, 1]
     for text in said:
         assert safe in text and "\x1b" not in text and "\u202e" not in text

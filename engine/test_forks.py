@@ -34,7 +34,7 @@ def fork(out, *flags):
 def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
     """The cells nearest to a random centre, instead of cells anywhere: one function of pretrain.py."""
     def block_mask(batch, grid, ratio, device, generator):
-        cells = torch.cartesian_prod(*map(torch.arange, grid)).float().to(device)        # (cells, 2)
+        cells = torch.cartesian_prod(*map(torch.arange, grid)).float().to(device)  # (cells, 2)
         centres = torch.rand(batch, 2, device=device, generator=generator) * torch.tensor(grid, device=device)
         hidden = torch.cdist(centres, cells, p=math.inf).argsort(1)[:, : masking.hidden_count(len(cells), ratio)]
         none = torch.zeros(batch, len(cells), dtype=torch.bool, device=device)
@@ -45,7 +45,7 @@ def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
     masks = pretrain.draw_masks(200, (8, 8), 0.5, torch.device("cpu"), 0)
     assert masks.sum((1, 2)).unique().tolist() == [32]
     touching = (masks[:, 1:] == masks[:, :-1]).float().mean()
-    assert touching > 0.8                                    # a block: most neighbours are alike (at random, half are)
+    assert touching > 0.8  # a block: most neighbours are alike (at random, half are)
 
 
 def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
     data.mean_and_std.cache_clear()
     try:
         state = fork(tmp_path / "run")["model"]
-    finally:                                                 # the tests after this one have three again
+    finally:  # the tests after this one have three again
         data.mean_and_std.cache_clear()
     assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 32**2
 
@@ -88,7 +88,7 @@ def test_fork_reconstructs_gradient_orientations(few_images, tmp_path, monkeypat
     def orientations(images, model=None):
         gray = images.mean(1, keepdim=True)
         dx, dy = gray - gray.roll(1, -1), gray - gray.roll(1, -2)
-        bins = (torch.atan2(dy, dx) % math.pi / math.pi * 9).long().clamp(max=8)         # (B, 1, H, W)
+        bins = (torch.atan2(dy, dx) % math.pi / math.pi * 9).long().clamp(max=8)  # (B, 1, H, W)
         return torch.zeros_like(gray).repeat(1, 9, 1, 1).scatter_(1, bins, torch.hypot(dx, dy))
 
     build = model.build_decoder
@@ -98,7 +98,7 @@ def test_fork_reconstructs_gradient_orientations(few_images, tmp_path, monkeypat
     # such a target is no picture: there are no sheets, and it is not compared with the mean colour and a blur
     assert not list((tmp_path / "run").glob("reconstruction-*.png"))
     assert "mean_colour" not in read_log(tmp_path / "run")[-1] and "a blur" not in capsys.readouterr().err
-    slope = torch.arange(8.0).expand(1, 3, 8, 8)             # grows to the right: orientation 0, strength 1
+    slope = torch.arange(8.0).expand(1, 3, 8, 8)  # grows to the right: orientation 0, strength 1
     assert orientations(slope)[0, :, 2:, 2:].amax((1, 2)).tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 

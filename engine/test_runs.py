@@ -61,9 +61,11 @@ def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images,
     monkeypatch.setattr(pretrain, "train_step", until_six)
     with pytest.raises(SystemExit):
         run(tmp_path / "cut", *flags)
-    assert "the power fails" in capsys.readouterr().err      # a failure that nobody foresaw is told whole
+    # a failure that nobody foresaw is told whole
+    assert "the power fails" in capsys.readouterr().err
     monkeypatch.setattr(pretrain, "train_step", step)
-    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])  # the other flags are remembered
+    # the other flags are remembered
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
 
@@ -118,9 +120,12 @@ def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
     flags = ["--arch", arch, "--image-size", "64", "96", "--epochs", "1", "--val", "0.5", *more]
     log, final = run(tmp_path / "whole", *flags, "--sheets", "2")
     assert final["args"]["image_size"] == [64, 96] and log[-1]["held_out"] > 0
-    assert "images at 64 x 96 px, 15 of 24 mask units hidden" in capsys.readouterr().err      # ceil(0.6 * 24)
-    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")     # 6 rows of 5, 2 px apart, 2 x enlarged
-    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22 + 20)      # titles above, a note below
+    # ceil(0.6 * 24)
+    assert "images at 64 x 96 px, 15 of 24 mask units hidden" in capsys.readouterr().err
+    # 6 rows of 5, 2 px apart, 2 x enlarged
+    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")
+    # titles above, a note below
+    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22 + 20)
     assert np.asarray(sheet)[-20:].min() < 128               # it is there
     step = pretrain.train_step
     monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 2 else 1 / 0)
@@ -178,7 +183,8 @@ def test_a_resumed_small_run_keeps_its_peak_lr_at_another_batch(few_images, caps
     made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "4", "--epochs", "0.75")
     assert made["lr"] * 4 / 512 == pytest.approx(3e-3) and "peak lr 3.00e-03" in said
     made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "8", "--epochs", "1", "--lr", "0.1")
-    assert made["lr"] == 0.1 and "peak lr 1.56e-03" in said  # a typed lr is per 512 images: 0.1 * 8 / 512
+    # a typed lr is per 512 images: 0.1 * 8 / 512
+    assert made["lr"] == 0.1 and "peak lr 1.56e-03" in said
 
 
 @pytest.mark.parametrize("made, resumed", [("--channels-last", "--no-channels-last"),
@@ -208,7 +214,7 @@ def test_a_bf16_run_that_is_resumed_in_fp16_scales_its_gradients(few_images, tmp
 
 def test_two_processes_train_the_same_weights_as_one(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    for i in range(21):                                      # 5 of them are held out: two processes have 3 and 2
+    for i in range(21):  # 5 of them are held out: two processes have 3 and 2
         paint(tmp_path / "images" / f"{i}.png", colour=(12 * i, 255 - 12 * i, 40), size=(64, 64))
     flags = [*TINY, "--data", tmp_path / "images", "--epochs", "2", "--fourier-weight", "1", "--spectrum", "image"]
     flags += ["--val", "0.02"]
@@ -243,7 +249,8 @@ for i, command in enumerate({commands}):
 
 
 def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_path):
-    labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": (30, 26, 15)})         # 71 images, batches of 64
+    # 71 images, batches of 64
+    labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": (30, 26, 15)})
     flags = [*SMALL, "--data", tmp_path / "set", "--stem", "imagenet"]
     best = tmp_path / "tuned" / "best.pt"
     train = "--batch-size 4 --epochs 4 --init scratch --arch resnet18".split()
@@ -257,7 +264,7 @@ def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_
     done = torchrun(tmp_path / "run.py")
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"evaluated-0-{rank}.pt") for rank in (0, 1))
-    assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
+    assert all(map(torch.equal, one, two))  # BatchNorm's statistics are those saved, on both
     net = model.Classifier("resnet18", build_encoder("resnet18"), 3)
     weights.load_backbone(net.encoder, best)
     weights.load_head(net, best)
@@ -381,7 +388,8 @@ def test_the_device_is_not_remembered(few_images, tmp_path):
 def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch):
     """Every batch of two workers, looked at when all have come, is the batch made here."""
     samples = data.ImageDataset(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
-    keys = data.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
+    # the last one is smaller
+    keys = data.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))
     world = SimpleNamespace(on_cuda=False)
     here, there = (list(data.make_loader(samples, keys, workers, world)) for workers in (0, 2))
     assert len(here) == len(there) == math.ceil(203 / batch)
@@ -476,7 +484,7 @@ FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
     number, code, few_images, capsys, tmp_path, monkeypatch
 ):
-    if number == signal.SIGHUP:                              # nohup would leave it ignored, as it should
+    if number == signal.SIGHUP:  # nohup would leave it ignored, as it should
         signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     log, final = run(tmp_path / "whole", *FLAGS)
@@ -555,7 +563,7 @@ def test_a_broken_checkpoint_never_replaces_the_whole_one_before_it(few_images, 
 
     def killed(old, new):
         if Path(new).name == "checkpoint.pt":
-            raise KeyboardInterrupt                          # where a SIGKILL would hurt: before the new name is given
+            raise KeyboardInterrupt  # where a SIGKILL would hurt: before the new name is given
         replace(old, new)
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(SystemExit):
@@ -585,7 +593,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(few_
     finally:
         other.kill()
         other.wait()
-    run(tmp_path, "--epochs", "1")                           # the kernel has released the lock of the dead
+    run(tmp_path, "--epochs", "1")  # the kernel has released the lock of the dead
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "log.jsonl", "args.json"])
@@ -639,7 +647,7 @@ def test_a_full_disk_at_the_end_names_the_file_and_leaves_none(
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), results.save_confusion
     outputs = finetune.outputs
 
-    def last_work(*given):                                   # then no file may grow beyond `room` bytes
+    def last_work(*given):  # then no file may grow beyond `room` bytes
         found = outputs(*given)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         return found
@@ -750,7 +758,7 @@ def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path
     right, calls = pretrain.normalise, []
 
     def once_inf(images, device):
-        calls.extend([1] * (len(images) == 8))               # a batch, not the six images of the pictures
+        calls.extend([1] * (len(images) == 8))  # a batch, not the six images of the pictures
         return right(images, device) * (math.inf if len(calls) == 3 else 1)
     monkeypatch.setattr(pretrain, "normalise", once_inf)
     log, final = run(tmp_path / "run", *FLAGS, "--epochs", "1", "--arch", "resnet18")
@@ -774,7 +782,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_
 
 
 def test_a_run_whose_weights_are_not_finite_is_not_called_done(few_images, capsys, tmp_path):
-    for name, epochs in (("short", "1"), ("step", "0.25")):  # 4 steps of which 3 are bad; 1 step, which looks good
+    # 4 steps of which 3 are bad; 1 step, which looks good
+    for name, epochs in (("short", "1"), ("step", "0.25")):
         code, said = complaint(capsys, *TINY, "--lr", "1e308", "--epochs", epochs, "--out", tmp_path / name)
         assert code == 1 and "not finite" in said and "lower --lr" in said and "done" not in said
         assert not (tmp_path / name / "checkpoint.pt").exists() and not (tmp_path / name / "backbone.pt").exists()
@@ -828,7 +837,7 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
     def five(number, *rest):
         return step(number, *rest) if number < 5 else 1 / 0
     monkeypatch.setattr(pretrain, "train_step", five)
-    with pytest.raises(SystemExit):                          # between the log lines of steps 4 and 6
+    with pytest.raises(SystemExit):  # between the log lines of steps 4 and 6
         run(tmp_path / "cut", *flags, "--log-every", "3", "--save-every", "5")
     shutil.copytree(tmp_path / "cut", tmp_path / "old")
     monkeypatch.setattr(pretrain, "train_step", step)
