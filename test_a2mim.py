@@ -51,15 +51,16 @@ def test_224_px_have_49_cells_of_which_30_are_hidden():
     "cells, ratio, hidden", [(16, 0.6, 10), (36, 0.75, 27), (100, 0.55, 55), (10, 0.7, 7), (2, 0.01, 1), (49, 0.5, 25)]
 )
 def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(cells, ratio, hidden):
-    assert masking.hidden_count(cells, ratio) == hidden      # 0.55 * 100 = 55.000000000000007 must not become 56
+    # 0.55 * 100 = 55.000000000000007 must not become 56
+    assert masking.hidden_count(cells, ratio) == hidden
 
 
 def test_every_subset_of_cells_is_equally_likely():
-    mask = masking.random_mask(40_000, (2, 3), 0.5).flatten(1)               # 3 of 6 hidden: 20 possible subsets
+    mask = masking.random_mask(40_000, (2, 3), 0.5).flatten(1)  # 3 of 6 hidden: 20 possible subsets
     subsets = (mask.long() * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
     subsets = subsets[subsets > 0].double()
     assert len(subsets) == 20
-    chi2 = ((subsets - 2000) ** 2 / 2000).sum()              # 19 degrees of freedom: above 43.8 once in 1,000
+    chi2 = ((subsets - 2000) ** 2 / 2000).sum()  # 19 degrees of freedom: above 43.8 once in 1,000
     assert chi2 < 43.8
 
 
@@ -93,7 +94,7 @@ def test_the_fill_is_the_mean_of_the_whole_image_and_visible_pixels_stay_bit_equ
     for b, r, c in product(range(2), range(2), range(3)):
         cell = np.s_[b, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
         if mask[b, r, c]:
-            mean = x[b].double().reshape(3, -1).mean(1).float()              # hidden pixels included
+            mean = x[b].double().reshape(3, -1).mean(1).float()  # hidden pixels included
             close(seen[cell], mean[:, None, None].expand(3, 32, 32))
         else:
             assert torch.equal(seen[cell], x[cell])
@@ -110,11 +111,13 @@ def test_the_other_fills_are_zero_and_one_random_colour_per_image():
 
 @pytest.mark.parametrize("H, W", [(24, 24), (16, 24), (24, 8)])
 def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
-    x, mask = torch.randn(1, 2, H, W, dtype=torch.double), checkerboard(1, H // 8, W // 8)   # cells of 8 px: sigma 6
+    # cells of 8 px: sigma 6
+    x, mask = torch.randn(1, 2, H, W, dtype=torch.double), checkerboard(1, H // 8, W // 8)
     painted = masking.fill_hidden(x, mask, "blur")
     hidden = masking.resize_mask(mask, (H, W))[0, 0]
     reflect = lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i
-    down, across = (range(-min(18, n - 1), min(18, n - 1) + 1) for n in (H, W))          # three sigma, or the image
+    # three sigma, or the image
+    down, across = (range(-min(18, n - 1), min(18, n - 1) + 1) for n in (H, W))
     for r, c in ((0, 0), (3, 4), (12, 12), (23, 20)):
         if r >= H or c >= W or not hidden[r, c]:
             continue
@@ -126,12 +129,14 @@ def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
                 total, weight = total + w * x[0, :, y, z], weight + w
         close(painted[0, :, r, c], total / weight)
     same = torch.full((1, 3, 32, 32), 7.0)
-    close(masking.fill_hidden(same, checkerboard(1, 4, 4), "blur"), same)    # the blur of one colour is that colour
+    # the blur of one colour is that colour
+    close(masking.fill_hidden(same, checkerboard(1, 4, 4), "blur"), same)
 
 
 def test_hidden_pixels_reach_the_network_only_through_the_mean_colour():
     net = A2MIM(build_encoder("resnet18"), 64).eval()
-    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])  # top left is hidden
+    # top left is hidden
+    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])
     y = x.clone()
     y[..., :32, :32] = x[..., :32, :32].flip(-1)             # the same colours, elsewhere
     close(net(x, mask), net(y, mask))
@@ -141,7 +146,8 @@ def test_hidden_pixels_reach_the_network_only_through_the_mean_colour():
 # ---- masking: the token ----
 
 def test_token_forms_by_hand():
-    z, mask = torch.tensor([[[[2.0, 3.0]]]]), torch.tensor([[[True, False]]])                # (1, 1, 1, 2), left hidden
+    # (1, 1, 1, 2), left hidden
+    z, mask = torch.tensor([[[[2.0, 3.0]]]]), torch.tensor([[[True, False]]])
     for form, left in (("gamma", 0.25 * 2 + 7), ("add", 2 + 7), ("replace", 7)):
         token = masking.MaskToken(1, form)
         nn.init.constant_(token.token, 7)
@@ -153,7 +159,8 @@ def test_token_forms_by_hand():
 def test_gamma_starts_at_a_millionth_so_a_hidden_feature_starts_as_the_token():
     token = masking.MaskToken(512)
     assert token.gamma.unique().tolist() == [pytest.approx(1e-6)]
-    assert 0.015 < token.token.std() < 0.025 and token.token.abs().max() < 2     # truncated normal, std 0.02
+    # truncated normal, std 0.02
+    assert 0.015 < token.token.std() < 0.025 and token.token.abs().max() < 2
     hidden = token(torch.randn(1, 512, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
     close(hidden, token.token.view(1, -1, 1, 1).expand(1, 512, 2, 2), atol=1e-5, rtol=0)
 
@@ -185,7 +192,7 @@ def test_every_family_paints_the_whole_image_and_the_token_enters_where_it_shoul
     net.mask_token.register_forward_hook(lambda module, inputs, output: entered.append(tuple(output.shape)))
     painted = net(torch.randn(2, 3, *size), masking.random_mask(2, net.grid))
     assert painted.shape == (2, 3, *size) and net.grid == (size[0] // 32, size[1] // 32)
-    H, W = size                                              # the injection points of the released configs
+    H, W = size  # the injection points of the released configs
     assert entered == [{"resnet18": (2, 256, H // 16, W // 16), "resnet50": (2, 1024, H // 16, W // 16),
                         "convnext_tiny": (2, 768, H // 32, W // 32), "swin_tiny": (2, H // 4, W // 4, 96),
                         "vit_small": (2, H * W // 256, 768), "deit_tiny": (2, H * W // 256, 192)}[arch]]
@@ -231,7 +238,7 @@ def test_any_list_of_modules_is_an_encoder():
         total.backward()
         assert net.grid == (4, 4) and all(p.grad is not None for p in net.parameters())
     tokens = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2)), nn.Module()
-    tokens[1].forward = lambda z: z.transpose(1, 2)          # ends in a sequence (B, 64, 8), not a map
+    tokens[1].forward = lambda z: z.transpose(1, 2)  # ends in a sequence (B, 64, 8), not a map
     assert A2MIM(list(tokens), 64, token_stage=0).stride == 8
 
 
@@ -253,7 +260,8 @@ def test_parameter_counts_are_the_published_ones():
 
 def test_initial_values_that_the_recipes_rely_on():
     resnet = build_encoder("resnet50").backbone
-    assert all(block.bn3.weight.abs().max() == 0 for block in resnet.layer2)     # each block starts as its shortcut
+    # each block starts as its shortcut
+    assert all(block.bn3.weight.abs().max() == 0 for block in resnet.layer2)
     vit = build_encoder("deit_tiny", 224).backbone
     block = vit.blocks[3]
     assert block.gamma_1.unique().tolist() == block.gamma_2.unique().tolist() == [pytest.approx(0.1)]
@@ -306,7 +314,8 @@ def test_a_resnet_with_the_small_stem_is_torchvisions_but_for_its_first_convolut
     assert state.pop("conv1.weight").shape == (64, 3, 3, 3)
     found = plain.load_state_dict(state, strict=False)
     assert found.missing_keys == ["conv1.weight", "fc.weight", "fc.bias"] and not found.unexpected_keys
-    plain.conv1, plain.maxpool, plain.fc = encoder.backbone.conv1, nn.Identity(), nn.Identity()    # the documented line
+    # the documented line
+    plain.conv1, plain.maxpool, plain.fc = encoder.backbone.conv1, nn.Identity(), nn.Identity()
     images = torch.randn(2, 3, 32, 32)
     close(plain.eval()(images), encoder.eval()(images).mean((2, 3)))
 
@@ -334,7 +343,8 @@ def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing
     pooled = []                                              # what torchvision's own head is given
     net.get_submodule(head).register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
     net(x)
-    if arch == "convnext_tiny":  # torchvision averages before the final norm, we paint from a map: compare there
+    # torchvision averages before the final norm, we paint from a map: compare there
+    if arch == "convnext_tiny":
         z, pooled = encoder.backbone.features(x).flatten(1), [net.features(x).flatten(1)]
     close(z, pooled[0])
 
@@ -373,7 +383,8 @@ def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequenci
         gradient(loss.fourier_loss, visible_weight=1.0),
         gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction"),
     )
-    close(share[visible], 0.25 * full[visible])              # the value is the same, as the stand-in is the prediction
+    # the value is the same, as the stand-in is the prediction
+    close(share[visible], 0.25 * full[visible])
 
 
 # ---- loss: frequencies ----
@@ -498,7 +509,7 @@ def test_the_loss_is_float32_inside_autocast():
     (0.0300, 0.02, 0.0001, "worse than a blur: it does not reconstruct objects yet"),
     (0.0184, 0.02, 0.0009, "level with a blur"),             # 0.92 +/- 0.09 of the blur's
     (0.0216, 0.02, 0.0009, "level with a blur"),
-    (0.0100, 0.02, 0.0060, "level with a blur"),             # half the error, on images that differ wildly
+    (0.0100, 0.02, 0.0060, "level with a blur"),  # half the error, on images that differ wildly
     (0.0100, 0.02, math.inf, "level with a blur"),           # one image
     (0.0184, 0.02, 0.0007, "better than a blur"),
     (0.0171, 0.02, 0.0001, "better than a blur"),
@@ -577,11 +588,13 @@ def test_the_test_crop_is_the_centre_of_an_image_that_covers_it_and_never_padded
         whole = data.eval_transform(size, crop)(ramps(h, w))
         assert whole.shape == (2, *size)
         ends = (whole[0, -1] - whole[0, 0]).mean(), (whole[1, :, -1] - whole[1, :, 0]).mean()
-        step = [end / (side - 1) for end, side in zip(ends, size)]           # of the whole, per pixel
-        scale = [share.item() * side for share, side in zip(step, (h, w))]   # source pixels per pixel, down and across
+        step = [end / (side - 1) for end, side in zip(ends, size)]  # of the whole, per pixel
+        # source pixels per pixel, down and across
+        scale = [share.item() * side for share, side in zip(step, (h, w))]
         assert scale[0] == pytest.approx(scale[1], rel=0.05)                 # nothing is stretched
-        shown = [share.item() * side for share, side in zip(step, size)]     # of the whole, down and across
-        assert max(shown) == pytest.approx(crop, abs=0.02)                   # as much as fits, and no more
+        # of the whole, down and across
+        shown = [share.item() * side for share, side in zip(step, size)]
+        assert max(shown) == pytest.approx(crop, abs=0.02)  # as much as fits, and no more
         close(whole.mean((1, 2)), torch.full((2,), 0.5), atol=0.03, rtol=0)  # of the middle
         white = data.eval_transform(size, crop)(torch.full((3, h, w), 255, dtype=torch.uint8))
         assert (white == 255).all()                          # padding would be black
@@ -596,7 +609,7 @@ def test_a_random_crop_of_another_shape_stretches_by_a_third_at_most_either_way(
     for seed in range(60):
         torch.manual_seed(seed)
         part = transform(ramps(100, 200))
-        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()                 # source pixels of 16 pixels
+        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()  # source pixels of 16 pixels
         across = 200 * (part[1, :, 48] - part[1, :, 32]).mean().abs()
         turns.append((across / down).item())
     assert 0.72 < min(turns) < 0.85 and 1.18 < max(turns) < 1.39
@@ -614,7 +627,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert not torch.equal(first, data.ImageDataset(source, crop, seed=1)[0, 5][0])
     torch.set_rng_state(state)
     samples[2, 2]
-    assert torch.equal(torch.get_rng_state(), state)         # and it leaves the caller's random numbers alone
+    # and it leaves the caller's random numbers alone
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_processes_and_accumulation_cut_the_same_steps():
@@ -622,7 +636,8 @@ def test_processes_and_accumulation_cut_the_same_steps():
         data.ResumableBatchSampler(50, batch, accum, world, rank, seed=3, start=start, stop=9)
     )
     whole = make(12, 1, 1, 0)
-    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12  # 4 steps an epoch
+    # 4 steps an epoch
+    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12
     assert len({i for b in whole[:4] for _, i in b}) == 48   # no image twice in an epoch
     assert [a + b for a, b in zip(make(6, 1, 2, 0), make(6, 1, 2, 1))] == whole
     halves = make(6, 2, 1, 0)
@@ -677,7 +692,7 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
     for batch in batches[:5]:
         images = [i for _, i in batch]
         assert len(set(images)) == 4 and all(images.count(i) == 3 for i in images)
-        assert len(set(batch)) == 12                         # as many draws: other crops of the same image
+        assert len(set(batch)) == 12  # as many draws: other crops of the same image
     first, second = ({key for batch in part for key in batch} for part in (batches[:5], batches[5:]))
     assert (
         len({i for _, i in first}) == 20 and not first & second
@@ -689,13 +704,14 @@ def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_ke
     out = [change(image) for _ in range(300)]
     assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
     same = sum(torch.equal(o, image) for o in out)
-    assert 0.25 * 300 - 38 < same < 0.25 * 300 + 75          # both ops skipped, or one that changed nothing
+    assert 0.25 * 300 - 38 < same < 0.25 * 300 + 75  # both ops skipped, or one that changed nothing
 
 
 def test_randaugment_turns_bicubically_and_fills_corners_with_the_released_colour():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     change, image = data.RandAugment(9.0).by_bin[20], Image.fromarray(pixels)
-    change._AUGMENTATION_SPACE = {"Rotate": change._AUGMENTATION_SPACE["Rotate"]}        # 20 of 30 bins: 20 degrees
+    # 20 of 30 bins: 20 degrees
+    change._AUGMENTATION_SPACE = {"Rotate": change._AUGMENTATION_SPACE["Rotate"]}
     by_pillow = [image.rotate(angle, Image.BICUBIC, fillcolor=(104, 116, 124)) for angle in (20, -20)]
     assert any(np.array_equal(np.asarray(change(image)), np.asarray(turned)) for turned in by_pillow)
 
@@ -727,7 +743,8 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
         0,
         1,
     )
-    for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):      # plain L1 on every backbone
+    # plain L1 on every backbone
+    for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):
         simmim = resolved(pretrain, "--data", "x", "--baseline", "simmim", "--arch", arch)
         assert not simmim.focal_pixels
     r101 = resolved(pretrain, "--data", "x", "--arch", "resnet101")
@@ -763,13 +780,15 @@ def test_cosine_schedule_at_the_recipes_numbers():
     assert lr(5) == pytest.approx(
         0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2)
     )  # the ramp times the cosine
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)   # a second route, after warm-up
+    # a second route, after warm-up
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 290, eta_min=1e-5)
     for t in range(10, 300):
         assert lr(t) == pytest.approx(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    assert lr(300, 1.2e-4) == pytest.approx(1e-5)            # the floor is absolute for the mask token's group too
+    # the floor is absolute for the mask token's group too
+    assert lr(300, 1.2e-4) == pytest.approx(1e-5)
     assert all(lr(t, 4e-6) <= 4e-6 for t in range(301))      # and never lifts a small lr
 
 
@@ -848,14 +867,16 @@ def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images
     made, said = settings_of(capsys, tmp_path / "typed", *common, *"--batch-size 8 --lr 0.1 --mask-size 32".split(),
                              *"--spectrum batch --epochs 0.25".split())
     assert (made["lr"], made["mask_size"], made["spectrum"], made["epochs"]) == (0.1, 32, "batch", 0.25)
-    assert made["recipe"] == "small" and made["token_stage"] == 4             # as deep as half a typed cell allows
+    # as deep as half a typed cell allows
+    assert made["recipe"] == "small" and made["token_stage"] == 4
     released = resolved(pretrain, "--data", "x", "--arch", "resnet18")
     made, said = settings_of(capsys, tmp_path / "released", *common, *"--recipe imagenet --batch-size 8".split(),
                              *"--epochs 0.25".split())
     for name in ("lr", "mask_size", "token_stage", "spectrum", "min_lr", "token_lr"):
         assert made[name] == getattr(released, name), name
     made, _ = settings_of(capsys, tmp_path / "simmim", *common, *"--baseline simmim --batch-size 8".split())
-    assert (made["token_stage"], made["token"], made["mask_size"]) == (1, "replace", 16)      # the same cells as A2MIM
+    # the same cells as A2MIM
+    assert (made["token_stage"], made["token"], made["mask_size"]) == (1, "replace", 16)
 
 
 def test_the_command_of_the_readme_has_the_settings_of_its_table():
@@ -875,7 +896,7 @@ def test_a_short_run_on_few_images_says_how_long_a_useful_one_takes_here(capsys)
     assert settings.epochs * 75 == pytest.approx(1500)       # 20 epochs of 75 steps
     plan = pretrain.StepPlan.plan(settings, SimpleNamespace(size=1), 600, None)
     world = SimpleNamespace(print0=lambda text: print(text))
-    for step in range(30):                                   # 20 steps take 40 s: 1,500 take 50 minutes
+    for step in range(30):  # 20 steps take 40 s: 1,500 take 50 minutes
         pretrain.print_length(step, settings, world, plan, began=time.time() - 40)
     said = capsys.readouterr().out
     assert said.count("1500 steps take about 50 minutes here: a first look") == 1
@@ -900,17 +921,17 @@ def test_cells_and_token_of_the_small_recipe_fit_the_image(arch, size, cell):
     encoder = build_encoder(arch, size)
     got, stage = model.choose_mask_size_and_stage(encoder, size, unit=16 if arch == "deit_tiny" else 8)
     assert got == (16 if (arch, cell) == ("deit_tiny", 8) else cell)
-    A2MIM(encoder, image_size=size, mask_size=got, token_stage=stage)         # raises if they do not fit
+    A2MIM(encoder, image_size=size, mask_size=got, token_stage=stage)  # raises if they do not fit
     if arch in ("deit_tiny", "swin_tiny"):
         assert stage == encoder.token_stage
-    else:                                                    # features there are at most half a cell wide, the next not
+    else:  # features there are at most half a cell wide, the next not
         strides = [size[0] / shape[2] for shape in encoder.shapes(size)]
         assert strides[stage] <= got / 2 and all(s > got / 2 for s in strides[stage + 1 : -1])
 
 
 @pytest.mark.parametrize("arch, size, flags, cells, stage", [
-    ("resnet18", 32, "", 16, 4),                             # the small stem: stride 4 before stage 4
-    ("resnet18", 32, "--stem imagenet", 16, 2),              # stride 4 before stage 2, 8 before stage 3
+    ("resnet18", 32, "", 16, 4),  # the small stem: stride 4 before stage 4
+    ("resnet18", 32, "--stem imagenet", 16, 2),  # stride 4 before stage 2, 8 before stage 3
     ("deit_tiny", 32, "", 64, 1),                            # patches and cells of 4 px
     ("convnext_tiny", 32, "", 16, 1),
     ("resnet18", 64, "--recipe imagenet", 64, 2),            # 32 px would be 4 cells
@@ -979,12 +1000,12 @@ def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
         "reconstruction-000030.png",
     }
     pictures.save_curve(tmp_path / "again.png", tmp_path / "run" / "log.jsonl")
-    curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]         # the last line is in it
+    curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]  # the last line is in it
     assert curves[0].read_bytes() == curves[1].read_bytes()
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
     first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
     width = sheet.shape[1] // 5
-    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])      # same images, same masks
+    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])  # same images, same masks
     assert not np.array_equal(sheet[:, 2 * width : 3 * width], first[:, 2 * width : 3 * width])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
     assert tv.resnet18().load_state_dict(
@@ -1003,7 +1024,8 @@ def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(fe
     net.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
     val, crop = data.Shapes("val", (64, 64)), data.eval_transform((64, 64))
     masks = masking.random_mask(8, (4, 4), 0.6, generator=torch.Generator().manual_seed(data.seed_for(0, 1)))
-    chosen = sorted(np.random.default_rng((0, 32)).permutation(32)[:8])      # any 8 of the 32, but always the same
+    # any 8 of the 32, but always the same
+    chosen = sorted(np.random.default_rng((0, 32)).permutation(32)[:8])
     total = dict(held_out=0.0, mean_colour=0.0, blur=0.0)
     differences = []
     for k in range(8):
@@ -1013,7 +1035,7 @@ def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(fe
             painters = dict(held_out=net(x, masks[k:k + 1]), mean_colour=x.mean((2, 3), keepdim=True).expand_as(x),
                             blur=masking.fill_hidden(x, masks[k:k + 1], "blur"))
         for name, painted in painters.items():
-            total[name] += (painted - x)[0, :, hidden].abs().mean().item() / 8           # a ViT: plain L1
+            total[name] += (painted - x)[0, :, hidden].abs().mean().item() / 8  # a ViT: plain L1
         errors = [(painters[name] - x)[0, :, hidden].abs().mean().item() for name in ("held_out", "blur")]
         differences.append(errors[0] - errors[1])
     assert {name: noted[-1][name] for name in total} == pytest.approx(total, rel=1e-4)
@@ -1027,7 +1049,7 @@ def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(fe
 
 
 @pytest.mark.parametrize("per_epoch, epochs, batch, held_out, often", [
-    (3, 8, 8, 189, 24),                                      # 24 steps on 189 images: once, at the end
+    (3, 8, 8, 189, 24),  # 24 steps on 189 images: once, at the end
     (625, 1, 16, 200, 62),                                   # the demo: a tenth of the run
     (150, 10, 32, 200, 150),                                 # every epoch
     (1, 1, 8, 2000, 1),
@@ -1042,7 +1064,7 @@ def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(
     assert interval == often
     measured = [done for done in range(1, total + 1) if done == total or done % interval == 0]
     forward_passes = len(measured) * held_out
-    trained = 3 * total * batch                              # forward, and a backward that costs two
+    trained = 3 * total * batch  # forward, and a backward that costs two
     assert len(measured) == 1 or forward_passes <= 0.1 * trained
 
 
@@ -1050,7 +1072,8 @@ def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(
 
 def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
     labels = torch.tensor([0, 1, 2, 3])
-    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 64, 64).contiguous()           # image i is i everywhere
+    # image i is i everywhere
+    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 64, 64).contiguous()
     for mixup, cutmix in ((0.5, 0.0), (0.0, 1.0)):
         for _ in range(5):
             mixed, targets = finetune.mix_batch(images, labels, 5, mixup, cutmix)
@@ -1069,7 +1092,8 @@ def test_mixup_or_cutmix_with_even_odds_and_always_one():
     pasted = 0
     for _ in range(400):
         mixed, _ = finetune.mix_batch(images, labels, 2, 1.0, 1.0)
-        pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())  # cutmix copies pixels, mixup blends them
+        # cutmix copies pixels, mixup blends them
+        pasted += bool(((mixed == images) | (mixed == images.flip(0))).all())
     assert 150 < pasted < 250                                # 5 standard deviations
 
 
@@ -1095,7 +1119,8 @@ def test_random_erasing_paints_a_rectangle_of_normal_noise():
     for image in finetune.erase(images, 1.0):
         hit = (image != 7).all(0)
         rows, cols = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
-        assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()  # one whole rectangle, all colours
+        # one whole rectangle, all colours
+        assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()
         share.append(image[:, hit])
     noise = torch.cat([s.flatten() for s in share])
     assert (
@@ -1103,7 +1128,8 @@ def test_random_erasing_paints_a_rectangle_of_normal_noise():
         and noise.std() == pytest.approx(1, abs=0.02)
         and len(noise.unique()) > 0.9 * len(noise)
     )
-    assert 5 <= (erased != 7).flatten(1).any(1).sum() <= 26  # 15 of 60 expected, 3.3 standard deviations
+    # 15 of 60 expected, 3.3 standard deviations
+    assert 5 <= (erased != 7).flatten(1).any(1).sum() <= 26
 
 
 # ---- finetune: the recipes ----
@@ -1183,7 +1209,7 @@ def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
         1e-5 * 8e-3
     )
     assert lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
-    for step in (0, 1, 25, 50, 51, 999):                     # ConvNeXt: counted from iteration 0, under the same ramp
+    for step in (0, 1, 25, 50, 51, 999):  # ConvNeXt: counted from iteration 0, under the same ramp
         ramp = min(1, 1e-5 + (1 - 1e-5) * step / 50)
         expected = ramp * (1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / 1000)) / 2)
         assert optim.lr_at(step, 1000, 50, 4e-3, 1e-6, "cosine-from-0") == pytest.approx(expected)
@@ -1204,10 +1230,11 @@ def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
 
     def depth(name):  # stages between a parameter and the head, told from its name alone
         if name.startswith(("head.", "classifier.0.")) or name.startswith("norm.") and arch == "deit_tiny":
-            return 0                                         # with the head: the norms that come after the mean
+            return 0  # with the head: the norms that come after the mean
         if arch == "resnet18":
             return 5 - int(name[5]) if name.startswith("layer") else 5
-        if arch == "deit_tiny":  # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
+        # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
+        if arch == "deit_tiny":
             return 13 - (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0)
         if arch.startswith(
             "convnext"
@@ -1289,7 +1316,7 @@ def test_stochastic_depth_of_resnet_drops_residual_branches_in_training_alone():
     last, z = net.backbone.layer4[1].train(), torch.rand(500, 512, 2, 2)
     nn.init.ones_(last.bn2.weight)
     dropped = (last(z) == z).flatten(1).all(1).sum().item()  # x + 0, and x >= 0 already
-    assert 480 <= dropped < 500                              # 0.99 of 500, within 7 standard deviations
+    assert 480 <= dropped < 500  # 0.99 of 500, within 7 standard deviations
 
 
 # ---- finetune: probes ----
@@ -1299,7 +1326,8 @@ def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_
     before, after = torch.load(backbone), torch.load(tmp_path / "probe" / "best.pt")
     for name, value in before.items():
         if not name.startswith("fc."):
-            assert torch.equal(value, after[name]), name     # weights, and BatchNorm's statistics and counters
+            # weights, and BatchNorm's statistics and counters
+            assert torch.equal(value, after[name]), name
     trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
     assert all(torch.equal(v, trained[f"encoder.backbone.{k}"]) for k, v in before.items() if not k.startswith("fc."))
     assert not torch.equal(
@@ -1397,8 +1425,10 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backb
         assert f"wrote {out}/features.npz: {len(files)} x 512" in capsys.readouterr().err
         assert found["files"].tolist() == files and found["classes"].tolist() == classes
         assert found["features"].dtype == np.float32 and found["labels"].dtype == np.int64
-        assert found["labels"].tolist() == labels            # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
-        for file, row in zip(files, found["features"]):      # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+        # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        assert found["labels"].tolist() == labels
+        # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+        for file, row in zip(files, found["features"]):
             image = tvf.pil_to_tensor(Image.open(tmp_path / name / file).convert("RGB"))
             image = tvf.center_crop(tvf.resize(image, 55, crop, antialias=True), (48, 32))
             image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -95,7 +95,7 @@ def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(flags, word
     monkeypatch.chdir(tmp_path)
     code, said = complaint(capsys, "--data", "shapes", "--arch", "resnet18", *flags)
     assert code == 2 and words in said and said.startswith("pretrain.py: error: ") and said.count("\n") == 1
-    assert not list(tmp_path.iterdir())                      # a refused command leaves nothing, not even runs/
+    assert not list(tmp_path.iterdir())  # a refused command leaves nothing, not even runs/
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_run_on_small_images_says_what_it_chose_and_fine_tuning_remembers_it(f
     tune(tmp_path / "tuned", "--weights", tmp_path / "run" / "backbone.pt", "--epochs", "0.25")
     assert "conv1.weight" not in capsys.readouterr().err     # it was loaded, not made new
     assert torch.load(tmp_path / "tuned" / "best.pt")["conv1.weight"].shape == (64, 3, 3, 3)
-    alone = tmp_path / "best.pt"                             # without args.json the stem is not known
+    alone = tmp_path / "best.pt"  # without args.json the stem is not known
     alone.write_bytes((tmp_path / "tuned" / "best.pt").read_bytes())
     flags = ["--weights", alone, "--data", "shapes", "--arch", "resnet18", "--image-size", "32", "--eval-only"]
     code, said = complaint(capsys, *flags, "--workers", "0", "--out", tmp_path / "eval", main=finetune.main)
@@ -316,7 +316,8 @@ def test_args_json_of_a_demo_holds_the_batch_it_ran_with(few_images, tmp_path):
             str(tmp_path / "run"),
         ]
     )
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["global_batch"] == 8  # the demo's own is 16
+    # the demo's own is 16
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["global_batch"] == 8
 
 
 # ---- torchvision's other nets ----
@@ -359,7 +360,8 @@ def test_torchvisions_other_nets_learn_and_their_chain_is_torchvisions_forward(a
     with torch.no_grad():
         plain(x)
         z = encoder(x).movedim(-1, 1) if encoder.layout == "nhwc" else encoder(x)
-    handed = handed[0].view(*z.shape[:2], -1).mean(2)  # pooled already, or not: SqueezeNet's and MaxViT's heads pool
+    # pooled already, or not: SqueezeNet's and MaxViT's heads pool
+    handed = handed[0].view(*z.shape[:2], -1).mean(2)
     close(z.mean((2, 3)) / z.std(), handed / z.std(), atol=1e-4, rtol=1e-4)
 
 
@@ -394,7 +396,7 @@ def test_torchvisions_other_nets_are_fine_tuned_with_their_own_head(arch, tmp_pa
     assert torch.equal(again(x), net(x)) and set(report["skipped"]) == head and not report["missing"]
     with pytest.raises(ValueError, match="its head tells 3 classes apart, the data has 4"):
         weights.load_head(model.Classifier(arch, build_encoder(arch, 64), 4), tmp_path / "best.pt")
-    copied = optim.MovingAverage(net, 0.9, 10).module        # the head of the average is the average's
+    copied = optim.MovingAverage(net, 0.9, 10).module  # the head of the average is the average's
     assert copied.head is copied.get_submodule(f"encoder.backbone.{net.encoder.head_name}") is not net.head
 
 
@@ -404,7 +406,8 @@ def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_imag
     pretrain.main([*flags, *arch, "--lr", "0.03", "--sheets", "1", "--out", str(tmp_path / "pre")])
     log = read_log(tmp_path / "pre")
     assert len(log) == 4 and (tmp_path / "pre" / "reconstruction-000000.png").exists()
-    weights_file = ["--weights", str(tmp_path / "pre" / "backbone.pt")]      # args.json beside it names the net
+    # args.json beside it names the net
+    weights_file = ["--weights", str(tmp_path / "pre" / "backbone.pt")]
     finetune.main([*flags, *weights_file, "--eval-every", "1", "--out", str(tmp_path / "tuned")])
     best = torch.load(tmp_path / "tuned" / "best.pt", weights_only=True)
     assert tv.shufflenet_v2_x0_5(num_classes=10).load_state_dict(best)
@@ -426,7 +429,7 @@ def test_stochastic_depth_of_torchvisions_nets_rises_to_the_rate_asked_for():
 
 
 def test_a_net_that_is_not_its_chain_of_children_is_refused(monkeypatch):
-    class More(tv.MobileNetV2):                             # a forward that does more than its children
+    class More(tv.MobileNetV2):  # a forward that does more than its children
         def forward(self, x):
             return self.classifier(self.features[18](self.features[:18](x)).relu().add(1).mean((2, 3)))
     monkeypatch.setattr(tv, "get_model", lambda arch, **options: More())
@@ -445,7 +448,7 @@ def test_lamb_takes_the_steps_of_its_paper():
         [dict(params=[tensors["w"]], weight_decay=0.02), dict(params=[tensors["b"]], weight_decay=0.0)], lr=0.1
     )
     p, m, v = {k: x.copy() for k, x in start.items()}, dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
-    for t, scale in ((1, 5.0), (2, 0.01)):                   # a global norm above 1 is brought to 1, one below stays
+    for t, scale in ((1, 5.0), (2, 0.01)):  # a global norm above 1 is brought to 1, one below stays
         grads = {k: scale * rng.normal(size=x.shape) for k, x in start.items()}
         for k, g in grads.items():
             tensors[k].grad = torch.tensor(g)
@@ -457,7 +460,8 @@ def test_lamb_takes_the_steps_of_its_paper():
             r = (m[k] / (1 - 0.9**t)) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-6)
             if k == "w":
                 r = r + 0.02 * p[k]
-                r = r * np.linalg.norm(p[k]) / np.linalg.norm(r)             # the trust ratio, where weights decay
+                # the trust ratio, where weights decay
+                r = r * np.linalg.norm(p[k]) / np.linalg.norm(r)
             p[k] = p[k] - 0.1 * r
             np.testing.assert_allclose(tensors[k].detach().numpy(), p[k], rtol=1e-6)
 
@@ -466,7 +470,7 @@ def test_lamb_moves_a_weight_of_zeros_with_ratio_one():
     w = nn.Parameter(torch.zeros(4))
     w.grad = torch.full((4,), 0.1)
     optim.Lamb([w], lr=0.5).step()
-    close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)             # Adam's first step is the sign
+    close(w.detach(), torch.full((4,), -0.5), atol=1e-4, rtol=0)  # Adam's first step is the sign
 
 
 def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_model():
@@ -482,7 +486,8 @@ def test_moving_average_ramps_its_decay_and_leaves_batchnorm_statistics_to_the_m
             net[1].running_mean.fill_(w)
         ema.update_parameters(net)
         d = 0.99 * (0.9 + 0.1 * min(1, n / 4))
-        expected = d * expected + (1 - d) * w                # it starts from the initial weights, with 0.9 of the decay
+        # it starts from the initial weights, with 0.9 of the decay
+        expected = d * expected + (1 - d) * w
         assert ema.module[0].weight.item() == pytest.approx(expected, rel=1e-5)
         assert ema.module[1].running_mean.item() == w
 

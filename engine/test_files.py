@@ -1,4 +1,4 @@
-"""Facts about files: weights in and out, images of every kind, whole or damaged, folders and names."""
+"""Facts about files: weights in and out, images whole or damaged, folders and names."""
 
 import json
 import math
@@ -34,7 +34,8 @@ close = torch.testing.assert_close
 
 # ---- weights in ----
 
-AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixup's MIMConvNeXt and SimMIMViT)
+# our name -> the authors' name, a row for each rule of METHOD (openmixup's MIMConvNeXt, SimMIMViT)
+AUTHORS = {
     "convnext_tiny": {
         "features.0.0.weight": "downsample_layers.0.0.weight",
         "features.4.1.bias": "downsample_layers.2.1.bias",
@@ -70,55 +71,63 @@ AUTHORS = {  # our name -> the authors' (a row for each rule in METHOD: openmixu
 @pytest.mark.parametrize("arch", AUTHORS)
 def test_the_authors_checkpoints_load_by_their_own_names(arch, tmp_path):
     encoder, names = build_encoder(arch), AUTHORS[arch]
-    state = {
-        f"module.backbone.{theirs}": torch.randn_like(encoder.backbone.state_dict()[ours])
-        for ours, theirs in names.items()
-    }
-    state |= {
-        f"module.backbone.{name}": value for name, value in encoder.backbone.state_dict().items() if name not in names
-    }
-    if arch == "convnext_tiny":                              # the authors keep LayerScale as (C,)
-        state["module.backbone.stages.3.0.gamma"] = state["module.backbone.stages.3.0.gamma"].flatten()
+    prefix = "module.backbone."
+    state = {}
+    for ours, value in encoder.backbone.state_dict().items():
+        if ours in names:
+            state[prefix + names[ours]] = torch.randn_like(value)
+        else:
+            state[prefix + ours] = value
     state["module.neck.decoder_pred.0.weight"] = torch.randn(4, 4)
+    not_ours = 1
+    if arch == "convnext_tiny":                              # the authors keep LayerScale as (C,)
+        gamma = prefix + "stages.3.0.gamma"
+        state[gamma] = state[gamma].flatten()
     if arch == "deit_tiny":
-        state["module.backbone.layers.3.attn.relative_position_index"] = torch.zeros(197, 197, dtype=torch.long)
+        index = torch.zeros(197, 197, dtype=torch.long)
+        state[prefix + "layers.3.attn.relative_position_index"] = index
+        not_ours += 1
     torch.save({"meta": {"epoch": 300}, "state_dict": state}, tmp_path / "released.pth")
     report = weights.load_backbone(encoder, tmp_path / "released.pth")
     assert set(names) <= set(report["used"]) and not report["missing"]
-    assert "neck.decoder_pred.0.weight" in report["skipped"] and len(report["skipped"]) == (
-        2 if arch == "deit_tiny" else 1
-    )
-    own = encoder.backbone.state_dict()
+    assert "neck.decoder_pred.0.weight" in report["skipped"]
+    assert len(report["skipped"]) == not_ours
+    loaded = encoder.backbone.state_dict()
     for ours, theirs in names.items():
-        assert torch.equal(own[ours].flatten(), state[f"module.backbone.{theirs}"].flatten()), ours
+        assert torch.equal(loaded[ours].flatten(), state[prefix + theirs].flatten()), ours
 
 
-WRAPPED = {  # program -> (the keys that lead to the weights, the prefix, other names beside them)
+WRAPPED = {        # program -> (keys that lead to the weights, prefix, other names beside them)
     "torch.compile": ((), "_orig_mod.", ["_orig_mod.fc.weight"]),
     "DDP and torch.compile": (("model",), "module._orig_mod.", ["module._orig_mod.fc.weight"]),
     "Lightning": (("state_dict",), "model.", ["loss.weight"]),
-    "MoCo": (("state_dict",), "module.encoder_q.", ["module.encoder_q.fc.0.weight", "module.queue"]),
+    "MoCo": (("state_dict",), "module.encoder_q.",
+             ["module.encoder_q.fc.0.weight", "module.queue"]),
     "SparK": (("module",), "", ["fc.weight"]),
-    "SparK's whole model": (("module",), "sparse_encoder.sp_cnn.", ["mask_tokens.0", "dense_decoder.proj.bias"]),
+    "SparK's whole model": (("module",), "sparse_encoder.sp_cnn.",
+                            ["mask_tokens.0", "dense_decoder.proj.bias"]),
     "DINO": (("teacher",), "backbone.", ["head.mlp.0.weight"]),
     "DDP": (("model_state_dict",), "module.", ["module.fc.weight"]),
 }
 
 
 @pytest.mark.parametrize("program", WRAPPED)
-def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_that_is_told(program, tmp_path):
+def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_the_report_names_them(
+    program, tmp_path
+):
     keys, prefix, others = WRAPPED[program]
     encoder, donor = build_encoder("resnet18"), build_encoder("resnet18")
     state = {prefix + name: value for name, value in donor.backbone.state_dict().items()}
     state |= {name: torch.ones(2) for name in others}
-    if program == "MoCo":                                    # a second net, slower, behind the first
-        slow = {name.replace("encoder_q", "encoder_k"): torch.zeros_like(value) for name, value in state.items()}
-        state |= slow
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    if program == "MoCo":                                    # its second encoder, a moving average
+        state |= {name.replace("encoder_q", "encoder_k"): value for name, value in zeros.items()}
     whole = state
     for key in keys:
         whole = {"epoch": 3, key: whole, "optimizer": {"state": {}, "param_groups": []}}
     if program == "DINO":
-        whole = {"student": {f"module.{name}": torch.zeros_like(value) for name, value in state.items()}, **whole}
+        student = {f"module.{name}": value for name, value in zeros.items()}
+        whole = {"student": student, **whole}
     torch.save(whole, tmp_path / "w.pt")
     found = weights.load_backbone(encoder, tmp_path / "w.pt")
     assert not found["missing"]
@@ -132,94 +141,102 @@ def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_tha
 
 def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
     encoder = build_encoder("densenet121", 64)
-    old = {
-        re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): torch.randn_like(t.float())
-        for name, t in encoder.backbone.state_dict().items()
-    }
+    old = {}
+    for name, value in encoder.backbone.state_dict().items():
+        old_name = re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name)
+        old[old_name] = torch.randn_like(value.float())
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "densenet121.pth")
     assert not weights.load_backbone(encoder, tmp_path / "densenet121.pth")["missing"]
-    assert torch.equal(
-        encoder.backbone.features.denseblock4.denselayer16.conv2.weight,
-        old["features.denseblock4.denselayer16.conv.2.weight"],
-    )
+    last = encoder.backbone.features.denseblock4.denselayer16
+    assert torch.equal(last.conv2.weight, old["features.denseblock4.denselayer16.conv.2.weight"])
 
 
-def test_positions_of_a_grid_that_is_not_square_are_turned_into_another_as_pictures_are(tmp_path):
-    """4 x 6 patches and 6 x 4 are as many: without the size of then, one would be taken for the other."""
+def test_positions_of_a_grid_that_is_not_square_are_resized_to_another_as_pictures_are(tmp_path):
+    """4 x 6 patches are as many as 6 x 4: only the image size of pre-training tells which."""
     net = build_encoder("deit_tiny", (64, 96)).backbone
-    across = torch.arange(6).repeat(4).float()               # says in which column a patch is
-    offset = torch.arange(11).repeat(7).float()              # and how far a pair lies apart in columns
+    column = torch.arange(6).repeat(4).float()               # the column of each patch
+    offset = torch.arange(11).repeat(7).float()              # the columns between two patches, + 5
     with torch.no_grad():
-        net.pos_embed[0, 1:] = across[:, None]
+        net.pos_embed[0, 1:] = column[:, None]
         for block in net.blocks:
             block.attn.relative_position_bias_table[:77] = offset[:, None]
     torch.save(net.state_dict(), tmp_path / "backbone.pt")
-    for turned, made_at, beside in (((96, 64), (64, 96), None), ((96, 64), None, [64, 96]), ((80, 80), None, [64, 96])):
+
+    def check(table, width, width_before):
+        """A table of rows that all count 0, 1, ... width_before - 1 counts the same at its size."""
+        columns = table[:, 0].view(-1, width)
+        close(columns, columns[:1].expand_as(columns))       # all rows are still the same
+        assert (columns[0].diff() > 0).all()
+        assert columns[0].mean().item() == pytest.approx((width_before - 1) / 2, abs=0.01)
+
+    for size, made_at, beside in (                           # beside: image_size in args.json
+        ((96, 64), (64, 96), None),
+        ((96, 64), None, [64, 96]),
+        ((80, 80), None, [64, 96]),
+    ):
         if beside:
             (tmp_path / "args.json").write_text(json.dumps(dict(image_size=beside)))
-        again = build_encoder("deit_tiny", turned)
+        again = build_encoder("deit_tiny", size)
         found = weights.load_backbone(again, tmp_path / "backbone.pt", made_at)
         assert len(found["resized"]) == 13 and not found["missing"]
-        for table, gw, were in ((again.backbone.pos_embed[0, 1:], turned[1] // 16, 6),
-                                 (again.backbone.blocks[3].attn.relative_position_bias_table[:-3],
-                                  2 * (turned[1] // 16) - 1, 11)):
-            columns = table[:, 0].view(-1, gw)
-            close(columns, columns[:1].expand_as(columns))   # every row the same, as it was
-            assert (columns[0].diff() > 0).all()
-            assert columns[0].mean().item() == pytest.approx((were - 1) / 2, abs=0.01)
+        patches = size[1] // 16
+        check(again.backbone.pos_embed[0, 1:], patches, 6)
+        biases = again.backbone.blocks[3].attn.relative_position_bias_table
+        check(biases[:-3], 2 * patches - 1, 11)
     (tmp_path / "args.json").unlink()
     same = build_encoder("deit_tiny", (64, 96))
     assert not weights.load_backbone(same, tmp_path / "backbone.pt")["resized"]
     close(same.backbone.pos_embed, net.pos_embed, atol=0, rtol=0)
-    wide = weights.load_backbone(build_encoder("deit_tiny", (80, 80)), tmp_path / "backbone.pt", (96, 64))
-    assert len(wide["resized"]) == 13                        # as many patches as told: taken at their word
+    # the given size is believed if it has as many patches as the file
+    square = build_encoder("deit_tiny", (80, 80))
+    found = weights.load_backbone(square, tmp_path / "backbone.pt", (96, 64))
+    assert len(found["resized"]) == 13
 
 
-def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(few_images, capsys, tmp_path):
+def test_weights_of_a_smaller_image_are_resized_and_the_report_says_so(
+    few_images, capsys, tmp_path
+):
     run(tmp_path / "pre", "--epochs", "1", "--patch-size", "8")
-    result = tune(
-        tmp_path / "tuned", "--weights", tmp_path / "pre" / "backbone.pt", "--image-size", "48", "--epochs", "1"
-    )
+    out = tmp_path / "tuned"
+    result = tune(out, "--weights", tmp_path / "pre" / "backbone.pt", "--image-size", "48",
+                  "--epochs", "1")
     said = capsys.readouterr().err
-    assert (
-        "4 of them resized" in said and "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said
-    )  # 3 bias tables and the positions
-    assert (
-        json.loads((tmp_path / "tuned" / "args.json").read_text())["patch_size"] == 8
-    )  # remembered from beside the weights
-    assert result["images"] == 32 and result["labels"] == 32 and 0 <= result["top1"] <= 1
-    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {
-        ".lock",
-        "args.json",
-        "log.jsonl",
-        "checkpoint.pt",
-        "best.pt",
-        "model.json",
-        "loss.png",
-        "result.json",
-        "confusion.png",
+    assert "4 of them resized" in said                       # 3 bias tables and the positions
+    assert "new: head" in said and "not used: 2 (norm.bias, norm.weight)" in said
+    # remembered from args.json beside the weights
+    assert json.loads((out / "args.json").read_text())["patch_size"] == 8
+    assert result["images"] == 32 and result["labels"] == 32
+    assert 0 <= result["top1"] <= 1
+    assert {p.name for p in out.iterdir()} == {
+        ".lock", "args.json", "log.jsonl", "checkpoint.pt", "best.pt",
+        "model.json", "loss.png", "result.json", "confusion.png",
     }
 
 
 def test_pretraining_starts_from_weights_and_says_what_was_used(few_images, capsys, tmp_path):
-    encoder = build_encoder("deit_tiny", 64)
-    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
-    run(tmp_path / "run", "--weights", str(tmp_path / "backbone.pt"), "--epochs", "1", "--lr", "0")
-    count = len(encoder.backbone.state_dict())
-    assert f"backbone.pt: {count} tensors loaded; new: none; not used: 0" in capsys.readouterr().err
+    encoder, path = build_encoder("deit_tiny", 64), tmp_path / "backbone.pt"
+    state = encoder.backbone.state_dict()
+    torch.save(state, path)
+    run(tmp_path / "run", "--weights", str(path), "--epochs", "1", "--lr", "0")
+    said = capsys.readouterr().err
+    assert f"backbone.pt: {len(state)} tensors loaded; new: none; not used: 0" in said
     left = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
-    assert all(torch.equal(value, left[name]) for name, value in encoder.backbone.state_dict().items())
-    code, said = complaint(capsys, *TINY, "--arch", "deit_small", "--weights", tmp_path / "backbone.pt")
+    assert all(torch.equal(value, left[name]) for name, value in state.items())
+    code, said = complaint(capsys, *TINY, "--arch", "deit_small", "--weights", path)
     assert code == 2 and "is it another architecture?" in said
 
 
 # ---- weights that are refused ----
 
+class Evil:
+    """An object whose pickle calls a function when it is read."""
+
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
 def test_weights_that_cannot_be_used_get_one_line(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return print, ("this must never run",)
     encoder = build_encoder("resnet18")
     whole = tmp_path / "whole.pt"
     torch.save(encoder.backbone.state_dict(), whole)
@@ -247,130 +264,144 @@ def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
     state = encoder.backbone.state_dict()
     torch.save(state, tmp_path / "flipped.pt")
     flip_a_byte(tmp_path / "flipped.pt")
-    assert len(torch.load(tmp_path / "flipped.pt")) == len(state)  # torch itself does not see it
-    for name, changed, words in (
-        (
-            "nan.pt",
-            {"layer2.0.conv1.weight": torch.full((128, 64, 3, 3), math.nan)},
-            "layer2.0.conv1.weight holds NaN or infinity",
-        ),
-        ("inf.pt", {"bn1.running_var": torch.full((64,), math.inf)}, "bn1.running_var holds NaN or infinity"),
-        ("sparse.pt", {"fc.bias": torch.eye(3).to_sparse()}, "fc.bias is no plain tensor"),
-        ("meta.pt", {"bn1.bias": torch.zeros(64, device="meta")}, "bn1.bias is no plain tensor"),
-        ("keys.pt", {7: torch.zeros(1)}, "holds a tensor under 7; expected a state dict with names as keys"),
-        ("float8.pt", {"bn1.weight": torch.ones(64).to(torch.float8_e4m3fn)}, "bn1.weight is torch.float8_e4m3fn"),
-        ("int.pt", {"conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)}, "conv1.weight is torch.int8, expected"),
-        ("bool.pt", {"bn1.running_var": torch.ones(64) > 0}, "bn1.running_var is torch.bool, expected real numbers"),
-        ("huge.pt", {"bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}, "bn1.bias holds NaN or infinity"),
-        ("name.pt", {"a\n\x1b[2Jb": torch.full((1,), math.nan)}, "name.pt: a\\x0a\\x1b[2Jb holds NaN"),
-        ("flipped.pt", None, " is damaged"),                 # load_checked says which part of it
+    assert len(torch.load(tmp_path / "flipped.pt")) == len(state)            # torch reads it
+    for name, key, value, words in (
+        ("nan.pt", "layer2.0.conv1.weight", torch.full((128, 64, 3, 3), math.nan),
+         "layer2.0.conv1.weight holds NaN or infinity"),
+        ("inf.pt", "bn1.running_var", torch.full((64,), math.inf),
+         "bn1.running_var holds NaN or infinity"),
+        ("sparse.pt", "fc.bias", torch.eye(3).to_sparse(),
+         "fc.bias is no plain tensor"),
+        ("meta.pt", "bn1.bias", torch.zeros(64, device="meta"),
+         "bn1.bias is no plain tensor"),
+        ("keys.pt", 7, torch.zeros(1),
+         "holds a tensor under 7; expected a state dict with names as keys"),
+        ("float8.pt", "bn1.weight", torch.ones(64).to(torch.float8_e4m3fn),
+         "bn1.weight is torch.float8_e4m3fn"),
+        ("int.pt", "conv1.weight", torch.ones(64, 3, 7, 7, dtype=torch.int8),
+         "conv1.weight is torch.int8, expected"),
+        ("bool.pt", "bn1.running_var", torch.ones(64) > 0,
+         "bn1.running_var is torch.bool, expected real numbers"),
+        ("huge.pt", "bn1.bias", torch.full((64,), 1e300, dtype=torch.float64),
+         "bn1.bias holds NaN or infinity"),
+        ("name.pt", "a\n\x1b[2Jb", torch.full((1,), math.nan),
+         "name.pt: a\\x0a\\x1b[2Jb holds NaN"),
+        ("flipped.pt", None, None, " is damaged"),           # load_checked says which part of it
     ):
-        if changed:
-            torch.save({**state, **changed}, tmp_path / name)
+        if key is not None:
+            torch.save({**state, key: value}, tmp_path / name)
         with pytest.raises(ValueError) as error:
             weights.load_backbone(encoder, tmp_path / name)
         assert words in str(error.value) and "\n" not in str(error.value), name
     net = model.Classifier("resnet18", encoder, 3)
-    torch.save({**state, "fc.weight": torch.ones(3, 512).int(), "fc.bias": torch.ones(3)}, tmp_path / "head.pt")
-    with pytest.raises(ValueError, match="head.pt: fc.weight is torch.int32, expected real numbers"):
+    head = {"fc.weight": torch.ones(3, 512).int(), "fc.bias": torch.ones(3)}
+    torch.save({**state, **head}, tmp_path / "head.pt")
+    message = "head.pt: fc.weight is torch.int32, expected real numbers"
+    with pytest.raises(ValueError, match=message):
         weights.load_head(net, tmp_path / "head.pt")
 
 
-def test_what_the_reader_of_files_refuses_is_passed_on_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_what_the_reader_of_files_refuses_is_passed_on_in_one_line(kind, tmp_path, monkeypatch):
     encoder, path = build_encoder("resnet18"), tmp_path / "pipe.pt"
     with pytest.raises(ValueError) as error:
         weights.load_backbone(encoder, tmp_path)
     assert str(error.value) == f"{tmp_path}: is not a regular file"
-    for kind in (OSError, ValueError):
-        def refuse(given, kind=kind):
-            raise kind(f"{given}: not a regular file")
-        monkeypatch.setattr(weights, "load_checked", refuse)
-        with pytest.raises(ValueError) as error:
-            weights.load_backbone(encoder, path)
-        assert str(error.value) == f"{path}: not a regular file"
+
+    def refuse(given):
+        raise kind(f"{given}: not a regular file")
+
+    monkeypatch.setattr(weights, "load_checked", refuse)
+    with pytest.raises(ValueError) as error:
+        weights.load_backbone(encoder, path)
+    assert str(error.value) == f"{path}: not a regular file"
 
 
-@pytest.mark.parametrize(
-    "state, words",
-    [
-        ({"blocks.0.qkv.weight": torch.ones(2)}, "The file has blocks.0.qkv.weight, this backbone conv1.weight"),
-        ({"a\x1b[2J\n.b": torch.ones(2)}, "The file has a\\x1b[2J\\x0a.b, this backbone conv1.weight"),
-        ({"net.conv1.weight": torch.ones(8, 3, 7, 7)}, "conv1.weight is (8, 3, 7, 7) in the file, (64, 3, 7, 7) here"),
-        ({"nets": {"conv1.weight": torch.ones(2)}, "epoch": 3, "a\nb": 1, "c": 2, "d": 3},
-         "holds no weights; expected a state dict of tensors, found the keys nets, epoch, a\\x0ab, c, ..."),
-        ([torch.ones(2)], "holds no weights; expected a state dict of tensors, found list"),
-        ({}, "found the keys (none)"),
-    ],
-)
-def test_weights_that_do_not_fit_are_told_by_a_name_of_theirs_beside_one_of_ours(state, words, tmp_path):
+@pytest.mark.parametrize("state, words", [
+    ({"blocks.0.qkv.weight": torch.ones(2)},
+     "The file has blocks.0.qkv.weight, this backbone conv1.weight"),
+    ({"a\x1b[2J\n.b": torch.ones(2)},
+     "The file has a\\x1b[2J\\x0a.b, this backbone conv1.weight"),
+    ({"net.conv1.weight": torch.ones(8, 3, 7, 7)},
+     "conv1.weight is (8, 3, 7, 7) in the file, (64, 3, 7, 7) here"),
+    ({"nets": {"conv1.weight": torch.ones(2)}, "epoch": 3, "a\nb": 1, "c": 2, "d": 3},
+     "holds no weights; expected a state dict of tensors, found the keys "
+     "nets, epoch, a\\x0ab, c, ..."),
+    ([torch.ones(2)],
+     "holds no weights; expected a state dict of tensors, found list"),
+    ({},
+     "found the keys (none)"),
+])
+def test_weights_that_do_not_fit_are_refused_with_a_name_of_the_file_and_a_name_of_the_net(
+    state, words, tmp_path
+):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(ValueError) as error:
         weights.load_backbone(build_encoder("resnet18"), tmp_path / "w.pt")
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("[1, 2]", "cannot be read as the settings of a run"),
-        ("{", "cannot be read as the settings of a run"),
-        ("7", "cannot be read as the settings of a run"),
-        ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"),
-        ('{"image_size": [224, 192, 160]}', "image_size is [224, 192, 160], which --image-size would refuse"),
-        ('{"image_size": [224, "192"]}', "image_size is [224, '192']"),
-        ('{"image_size": []}', "image_size is []"),
-        ('{"image_size": -5}', "image_size is -5"),
-        ('{"image_size": 1e400}', "image_size is inf"),
-        ('{"image_size": true}', "image_size is True"),
-        ('{"arch": 3}', "arch is 3, which --arch would refuse"),
-        ('{"arch": "resnet51"}', "arch is 'resnet51'"),
-        ('{"window": {}}', "window is {}"),
-    ],
-)
+@pytest.mark.parametrize("text, words", [
+    ("[1, 2]", "cannot be read as the settings of a run"),
+    ("{", "cannot be read as the settings of a run"),
+    ("7", "cannot be read as the settings of a run"),
+    ('{"image_size": "224"}', "image_size is '224', which --image-size would refuse"),
+    ('{"image_size": [224, 192, 160]}',
+     "image_size is [224, 192, 160], which --image-size would refuse"),
+    ('{"image_size": [224, "192"]}', "image_size is [224, '192']"),
+    ('{"image_size": []}', "image_size is []"),
+    ('{"image_size": -5}', "image_size is -5"),
+    ('{"image_size": 1e400}', "image_size is inf"),
+    ('{"image_size": true}', "image_size is True"),
+    ('{"arch": 3}', "arch is 3, which --arch would refuse"),
+    ('{"arch": "resnet51"}', "arch is 'resnet51'"),
+    ('{"window": {}}', "window is {}"),
+])
 def test_a_spoiled_args_json_beside_the_weights_gets_one_line(text, words, backbone, capsys):
     (backbone.parent / "args.json").write_text(text)
     code, said = complaint(capsys, "--data", "shapes", "--weights", backbone, main=finetune.main)
-    assert code == 2 and words in said and f"{backbone.parent}/args.json" in said and said.count("\n") == 1, said
+    assert code == 2 and words in said, said
+    assert f"{backbone.parent}/args.json" in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("make", ["fifo", "zero"])
-def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(make, few_images, capsys, tmp_path):
+def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(
+    make, few_images, capsys, tmp_path
+):
     path = Path("/dev/zero")
     if make == "fifo":
         path = tmp_path / "pipe.pt"
         os.mkfifo(path)
-    code, said = complaint(capsys, *TINY, "--epochs", "1", "--weights", path, "--out", tmp_path / "run")
+    flags = [*TINY, "--epochs", "1", "--weights", path, "--out", tmp_path / "run"]
+    code, said = complaint(capsys, *flags)
     assert code == 2 and str(path) in said and said.count("\n") == 1
 
 
 # ---- images of every kind ----
 
-@pytest.mark.parametrize(
-    "name, mode, colour",
-    [
-        ("a.jpg", "RGB", (200, 40, 90)),
-        ("a.png", "RGB", (200, 40, 90)),
-        ("a.webp", "RGB", (200, 40, 90)),
-        ("a.bmp", "RGB", (200, 40, 90)),
-        ("gray.png", "L", (93, 93, 93)),
-        ("gray.jpg", "L", (93, 93, 93)),
-        ("palette.png", "P", (200, 40, 90)),
-        ("cmyk.jpg", "CMYK", (200, 40, 90)),
-        ("alpha.png", "RGBA", (200, 40, 90)),
-        ("alpha.webp", "RGBA", (200, 40, 90)),
-        ("palette.bmp", "P", (200, 40, 90)),
-        ("gray_alpha.png", "LA", (93, 93, 93)),
-        ("one_bit.png", "1", None),
-    ],
-)
+@pytest.mark.parametrize("name, mode, colour", [
+    ("a.jpg", "RGB", (200, 40, 90)),
+    ("a.png", "RGB", (200, 40, 90)),
+    ("a.webp", "RGB", (200, 40, 90)),
+    ("a.bmp", "RGB", (200, 40, 90)),
+    ("gray.png", "L", (93, 93, 93)),                         # 0.299 R + 0.587 G + 0.114 B = 93.5
+    ("gray.jpg", "L", (93, 93, 93)),
+    ("palette.png", "P", (200, 40, 90)),
+    ("cmyk.jpg", "CMYK", (200, 40, 90)),
+    ("alpha.png", "RGBA", (200, 40, 90)),
+    ("alpha.webp", "RGBA", (200, 40, 90)),
+    ("palette.bmp", "P", (200, 40, 90)),
+    ("gray_alpha.png", "LA", (93, 93, 93)),
+    ("one_bit.png", "1", None),
+])
 def test_every_kind_of_image_becomes_rgb(name, mode, colour, tmp_path):
     image = data.read_image(paint(tmp_path / name, mode))
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
-    if colour:                                               # luma of (200, 40, 90): 0.299 R + 0.587 G + 0.114 B = 93.5
+    if colour:
         close(image.float().mean((1, 2)), torch.tensor(colour).float(), atol=3.0, rtol=0)
 
 
-UPRIGHT = {  # EXIF orientation -> the stored pixels as they are to be seen, by the standard
+UPRIGHT = {        # EXIF orientation -> the stored pixels as the standard wants them shown
     1: lambda x: x,
     2: np.fliplr,
     3: lambda x: np.rot90(x, 2),
@@ -382,8 +413,11 @@ UPRIGHT = {  # EXIF orientation -> the stored pixels as they are to be seen, by 
 }
 
 
-@pytest.mark.parametrize("name, options", [("a.jpg", {"quality": 100, "subsampling": 0}), ("a.png", {}),
-                                           ("a.webp", {"lossless": True})])
+@pytest.mark.parametrize("name, options", [
+    ("a.jpg", {"quality": 100, "subsampling": 0}),
+    ("a.png", {}),
+    ("a.webp", {"lossless": True}),
+])
 def test_a_photograph_taken_sideways_is_read_upright(name, options, tmp_path):
     rows, columns = np.mgrid[:30, :40]
     pixels = np.stack([5 * rows, 5 * columns, 2 * (rows + columns)], 2).astype(np.uint8)
@@ -398,100 +432,126 @@ def test_a_photograph_taken_sideways_is_read_upright(name, options, tmp_path):
 
 
 def photograph(path, mode="RGB", turn=1, size=(1600, 1200)):
-    """Writes a JPEG of soft shades, waves of 63 pixels and noise, as a camera that was turned would; its path."""
+    """Writes a JPEG of soft shades, waves of 63 pixels and noise; returns its path.
+
+    turn is the EXIF orientation, as a camera that was turned would write it.
+    """
     x, y = np.meshgrid(*map(np.arange, size))
     shade = [110 + 60 * np.sin(x / 300 + c) * np.cos(y / (200 + 40 * c)) for c in range(3)]
     pixels = np.stack(shade, -1) + 25 * (np.sin(x / 10) * np.sin(y / 10))[..., None]
     pixels += np.random.default_rng(0).uniform(-30, 30, pixels.shape)
+    image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = turn
-    Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert(mode).save(path, quality=90, exif=exif)
+    image.convert(mode).save(path, quality=90, exif=exif)
     return str(path)
 
 
 @pytest.mark.parametrize("mode, turn", [("RGB", 1), ("L", 1), ("CMYK", 1), ("RGB", 6)])
 def test_a_large_jpeg_is_decoded_in_part_and_gives_the_same_crop(mode, turn, tmp_path):
-    """Of 255 levels: less than 0.3 apart in the mean, 2 at most."""
-    photograph(tmp_path / "a.jpg", mode, turn)
-    whole, fast = (data.open_images(str(tmp_path), "train", (64, 64), crop_min=c).read(0) for c in (None, 0.5))
+    """The mean difference is less than 0.3 of 255 levels, the largest at most 2."""
+    path = tmp_path / "a.jpg"
+    photograph(path, mode, turn)
+    whole, fast = (
+        data.open_images(str(tmp_path), "train", (64, 64), crop_min=crop_min).read(0)
+        for crop_min in (None, 0.5)
+    )
     assert whole.shape == ((3, 1600, 1200) if turn == 6 else (3, 1200, 1600))
-    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])  # 1/4: the shorter side 300, at 1/8 only 150
-    pairs, crop = [[data.eval_transform((64, 64))(x) for x in (whole, fast)]], data.CropAndFlip((64, 64), 0.5)
-    for seed in range(6):                                    # the same part of both
+    # decoded at 1/4, the shorter side has 300 pixels; at 1/8 it would have only 150
+    assert [4 * n for n in fast.shape[1:]] == list(whole.shape[1:])
+
+    centre, crop = data.eval_transform((64, 64)), data.CropAndFlip((64, 64), 0.5)
+    pairs = [[centre(whole), centre(fast)]]
+    for seed in range(6):                                    # random crops, the same of both
         torch.manual_seed(seed)
         box = crop.make_params([fast])
-        pairs.append([])
+        pair = []
         for image, scale in ((whole, 4), (fast, 1)):
-            crop.make_params = lambda _: {name: scale * n for name, n in box.items()}
+            scaled = {name: scale * n for name, n in box.items()}
+            crop.make_params = lambda _, scaled=scaled: scaled
             torch.manual_seed(seed)
-            pairs[-1].append(crop(image))
+            pair.append(crop(image))
+        pairs.append(pair)
         del crop.make_params
     for a, b in pairs:
-        apart = (a.float() - b.float()).abs()
-        assert apart.mean() < 0.3 and apart.max() <= 2, (apart.mean(), apart.max())
-    content = (tmp_path / "a.jpg").read_bytes()               # cut off: broken as it was
-    (tmp_path / "a.jpg").write_bytes(content[:len(content) // 2])
+        difference = (a.float() - b.float()).abs()
+        assert difference.mean() < 0.3 and difference.max() <= 2
+
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])            # a truncated file
     for least in (None, 200):
         with pytest.raises((OSError, RuntimeError)):
-            data.read_image(str(tmp_path / "a.jpg"), least)
+            data.read_image(str(path), least)
 
 
 def test_the_smallest_crop_of_a_photograph_decoded_in_part_has_twice_the_pixels(tmp_path):
-    """And what is not a JPEG, or too small for that, is decoded whole, bit by bit as ever."""
+    """What is not a JPEG, or too small for that, is decoded whole and bit by bit the same."""
+    path = tmp_path / "a.jpg"
     for size, crop_min in product(((1200, 1600), (1999, 1501), (3000, 800)), (0.08, 0.5, 0.8, 1.0)):
         if crop_min == 0.08:
-            photograph(tmp_path / "a.jpg", size=size)
+            photograph(path, size=size)
         source = data.open_images(str(tmp_path), "train", (64, 64), crop_min=crop_min)
         image, crop = source.read(0), data.CropAndFlip((64, 64), crop_min)
-        sides = [min(p["height"], p["width"]) for p in (crop.make_params([image]) for _ in range(200))]
+        boxes = [crop.make_params([image]) for _ in range(200)]
+        sides = [min(box["height"], box["width"]) for box in boxes]
         assert min(sides) >= 127, (size, crop_min)           # 128, and rounding
-        assert min(image.shape[1:]) >= 2 * round(64 / 0.875) # the centre crop's
-        assert min(image.shape[1:]) < 4 * 64 / math.sqrt(0.75 * crop_min) + 2 or min(image.shape[1:]) == min(size)
+        shorter = min(image.shape[1:])
+        assert shorter >= 2 * round(64 / 0.875)              # for the centre crop
+        assert shorter < 4 * 64 / math.sqrt(0.75 * crop_min) + 2 or shorter == min(size)
     small = photograph(tmp_path / "b.jpg", size=(300, 200))
     large = str(tmp_path / "c.png")
-    Image.open(photograph(tmp_path / "a.jpg")).save(large)
+    Image.open(photograph(path)).save(large)
     for path, least in ((small, 101), (large, 50)):
         assert torch.equal(data.read_image(path), data.read_image(path, least))
 
 
 def png_of_16_bits(path, pixels):
-    """Writes a 16-bit PNG: uint16 (H, W) as gray, (H, W, 3) as colour. By hand: Pillow writes gray alone."""
+    """Writes a 16-bit PNG, uint16 (H, W) as gray or (H, W, 3) as colour, which Pillow cannot."""
     def chunk(kind, content):
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        checksum = zlib.crc32(kind + content)
+        return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
     height, width = pixels.shape[:2]
     colour_type = 2 if pixels.ndim == 3 else 0
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour_type, 0, 0, 0])
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    header = size + bytes([16, colour_type, 0, 0, 0])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def test_images_of_more_than_8_bits_are_refused_and_told_and_never_read_as_black_or_white(tmp_path, capsys):
-    cells = np.linspace(1456, 2928, 64 * 64).reshape(64, 64)                 # of a 12-bit microscope
+def test_images_of_more_than_8_bits_are_refused_and_never_read_as_black_or_white(tmp_path, capsys):
+    # 1456 to 2928, as of a 12-bit microscope
+    gray = np.linspace(1456, 2928, 64 * 64).reshape(64, 64)
     folder = tmp_path / "images"
     folder.mkdir()
     paint(folder / "a.png", size=(64, 64))
-    png_of_16_bits(folder / "gray.png", cells.astype(np.uint16))
-    png_of_16_bits(folder / "rgb.png", np.stack([cells] * 3, 2).astype(np.uint16))
-    for name, pixels in (("float", cells / 4096), ("short", cells.astype(np.uint16)), ("long", cells.astype(np.int32))):
-        file = folder / f"{name}.jpg"
-        Image.fromarray(pixels.astype(np.float32) if name == "float" else pixels).save(file, format="TIFF")
+    png_of_16_bits(folder / "gray.png", gray.astype(np.uint16))
+    png_of_16_bits(folder / "rgb.png", np.stack([gray] * 3, 2).astype(np.uint16))
+    for name, pixels in (                                    # TIFF files under the name of JPEG
+        ("float", (gray / 4096).astype(np.float32)),
+        ("short", gray.astype(np.uint16)),
+        ("long", gray.astype(np.int32)),
+    ):
+        Image.fromarray(pixels).save(folder / f"{name}.jpg", format="TIFF")
     source = data.Folder(folder, "train")
     samples = data.ImageDataset(source, nn.Identity(), seed=0)
     broken = images.UnreadableImages(source, 1.0, tmp_path)
     for i in range(len(source)):
         image, used, bad = samples[0, i]
         broken.note(torch.tensor([bad]))
-        assert Path(source.name(used)).name == "a.png" and image.float().mean((1, 2)).tolist() == [200, 40, 90]
+        assert Path(source.name(used)).name == "a.png"
+        assert image.float().mean((1, 2)).tolist() == [200, 40, 90]
     broken.tell(command.Distributed())
     listed = [Path(line).name for line in (tmp_path / "broken.txt").read_text().splitlines()]
     assert listed == ["float.jpg", "gray.png", "long.jpg", "rgb.png", "short.jpg"]
     said = capsys.readouterr().err
-    assert "gray.png (more than 8 bits per channel, the value of white is unknown; convert it to 8 bits)" in said
+    assert ("gray.png (more than 8 bits per channel, the value of white is unknown; "
+            "convert it to 8 bits)") in said
     assert said.endswith(" and 2 more\n")
 
 
-def test_image_files_of_other_kinds_are_counted_and_told_once(tmp_path, capsys):
+def test_image_files_of_other_kinds_are_counted_and_named_once(tmp_path, capsys):
     for name in ("a.jpg", "cat/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         paint(tmp_path / name)
@@ -499,7 +559,8 @@ def test_image_files_of_other_kinds_are_counted_and_told_once(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     for split in ("train", "all"):
         assert len(data.Folder(tmp_path, split)) == 2
-    assert capsys.readouterr().err == f"{tmp_path}: 1 .heic, 3 .tif files are not read; convert them to JPEG or PNG\n"
+    line = f"{tmp_path}: 1 .heic, 3 .tif files are not read; convert them to JPEG or PNG\n"
+    assert capsys.readouterr().err == line
 
 
 # ---- images that cannot be read ----
@@ -511,9 +572,11 @@ def test_whatever_is_wrong_with_an_image_is_an_oserror_of_one_line(tmp_path):
             data.read_image(str(tmp_path / name))
         said[name] = images.reason(error.value)
         assert said[name] and "\n" not in said[name]
-    assert said["gone.png"] == "No such file or directory" and said["pipe.jpg"] == "not a regular file"
+    assert said["gone.png"] == "No such file or directory"
+    assert said["pipe.jpg"] == "not a regular file"
     assert said["text.jpeg"] == said["empty.png"] == "not an image, or of an unknown kind"
-    assert "truncated" in said["cut.jpg"].lower() and "exceeds limit" in said["bomb.png"]
+    assert "truncated" in said["cut.jpg"].lower()
+    assert "exceeds limit" in said["bomb.png"]
 
 
 DAMAGE = """
@@ -527,8 +590,8 @@ from pathlib import Path
 random, folder = np.random.default_rng(0), Path(sys.argv[1])
 x = np.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3) + random.uniform(-20, 20, (48, 64, 3))
 picture = Image.fromarray(x.clip(0, 255).astype(np.uint8))
-kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "palette.png": "PNG", "gif.jpg": "GIF",
-         "tif.png": "TIFF", "cmyk.jpg": "JPEG"}
+kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "palette.png": "PNG",
+         "gif.jpg": "GIF", "tif.png": "TIFF", "cmyk.jpg": "JPEG"}
 for kind, format in kinds.items():
     whole = io.BytesIO()
     mode = {"palette.png": "P", "gif.jpg": "P", "cmyk.jpg": "CMYK"}.get(kind, "RGB")
@@ -540,34 +603,38 @@ for kind, format in kinds.items():
         elif i == 1:
             content = content[:len(content) // 2]
         else:                                                # every second one in the header
-            for place in random.integers(min(len(content), 100) if i % 2 else len(content), size=1 + i % 3):
+            last = min(len(content), 100) if i % 2 else len(content)
+            for place in random.integers(last, size=1 + i % 3):
                 content[place] ^= 1 << random.integers(8)
         (folder / f"{i}.{kind}").write_bytes(content)
 picture.save(folder / "whole.png")
-source = data.Folder(folder, "train")
-samples, world = data.ImageDataset(source, data.eval_transform((32, 32)), 0), command.Distributed()
-broken = []
-for batch, used, bad in data.make_loader(samples, data.every_image_once(len(source), 16, world), 0, world):
+source, world = data.Folder(folder, "train"), command.Distributed()
+samples = data.ImageDataset(source, data.eval_transform((32, 32)), 0)
+loader = data.make_loader(samples, data.every_image_once(len(source), 16, world), 0, world)
+broken = set()
+for batch, used, bad in loader:
     assert batch.shape[1:] == (3, 32, 32)
-    broken += bad[bad >= 0].tolist()
+    broken |= set(bad[bad >= 0].tolist())
+names = [Path(source.name(i)).name for i in sorted(broken)]
 for kind in kinds:
-    of_kind = [i for i in range(len(source)) if Path(source.name(i)).name.split(".", 1)[1] == kind]
-    print(kind, len(set(broken) & set(of_kind)))
+    print(kind, sum(name.split(".", 1)[1] == kind for name in names))
 print("all", len(source))
 """
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_file_of_any_kind_is_read_or_counted_and_never_crashes(tmp_path):
-    done = subprocess.run([sys.executable, "-c", DAMAGE, str(tmp_path)], cwd=HERE, capture_output=True, text=True)
+    call = [sys.executable, "-c", DAMAGE, str(tmp_path)]
+    done = subprocess.run(call, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr                 # -11: a segmentation fault
     count = {kind: int(number) for kind, number in map(str.split, done.stdout.splitlines())}
     assert count["all"] == 8 * 60 + 1
-    assert count["png"] >= 50                                # a PNG has checksums: nearly all damage is found
-    assert 0 < count["bmp"] < 60 and 0 < count["jpg"] < 60   # others cannot tell wrong pixels
+    # a PNG has checksums, so nearly all damage is found; other kinds cannot notice wrong pixels
+    assert count["png"] >= 50
+    assert 0 < count["bmp"] < 60 and 0 < count["jpg"] < 60
 
 
-def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_path, capsys):
+def test_images_that_cannot_be_read_are_replaced_by_the_next_and_counted(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(18):
@@ -577,31 +644,39 @@ def test_images_that_cannot_be_read_give_way_to_the_next_and_are_counted(tmp_pat
     source = data.open_images(str(folder), "train", (64, 64))
     samples = data.ImageDataset(source, data.eval_transform((64, 64)), seed=0)
     assert len(samples) == 25
+    names = [Path(source.name(i)).name for i in range(25)]
     for i in range(25):
-        image, used, broken = samples[0, i]
-        assert (broken == i) == (Path(source.name(i)).name in bad) and Path(source.name(used)).name not in bad
-        assert used == next(j % 25 for j in range(i, i + 25) if Path(source.name(j % 25)).name not in bad)
+        _, used, broken = samples[0, i]
+        assert (broken == i) == (names[i] in bad)
+        following = [j % 25 for j in range(i, i + 25)]
+        assert used == next(j for j in following if names[j] not in bad)
+
     flags = [*TINY, "--data", str(folder), "--epochs", "1", "--workers", "2"]
     log, _ = run(tmp_path / "run", "--max-bad", "0.5", base=flags)
-    listed = {Path(line).name for line in (tmp_path / "run" / "broken.txt").read_text().splitlines()}
-    assert listed <= bad and log[-1]["broken"] == len(listed) >= 5           # one image of 25 is not in the three steps
-    assert capsys.readouterr().err.count("cannot be read, the next image is taken instead") in (1, 2)
+    lines = (tmp_path / "run" / "broken.txt").read_text().splitlines()
+    listed = {Path(line).name for line in lines}
+    # three steps of 8 leave one image of the 25 out
+    assert listed <= bad and log[-1]["broken"] == len(listed) >= 5
+    warning = "cannot be read, the next image is taken instead"
+    assert capsys.readouterr().err.count(warning) in (1, 2)  # until three are known
     (folder / os.fsdecode(b"caf\xe9.png")).write_text("not an image, and not a name in UTF-8")
     run(tmp_path / "latin", "--max-bad", "0.5", "--batch-size", "26", base=flags)
     assert "caf\\xe9.png" in (tmp_path / "latin" / "broken.txt").read_text()
     (folder / os.fsdecode(b"caf\xe9.png")).unlink()
     code, said = complaint(capsys, *flags, "--out", tmp_path / "strict")
-    assert code == 1 and "of 25 images cannot be read, listed in" in said and "--max-bad (now 0.01)" in said
+    assert code == 1 and "of 25 images cannot be read, listed in" in said
+    assert "--max-bad (now 0.01)" in said
 
 
-def test_images_that_are_gone_in_mid_run_fail_the_run_and_are_no_mistake_of_the_user(tmp_path):
+def test_images_that_vanish_during_a_run_fail_the_run_and_are_no_mistake_of_the_user(tmp_path):
     for name in ("a.png", "b.png"):
         paint(tmp_path / name)
     samples = data.ImageDataset(data.Folder(tmp_path, "train"), nn.Identity(), 0)
     assert samples[0, 1][1:] == (1, -1)
     for name in ("a.png", "b.png"):
         (tmp_path / name).unlink()
-    line = f"2 images in a row cannot be read, the first is {tmp_path}/b.png (No such file or directory)"
+    line = (f"2 images in a row cannot be read, the first is {tmp_path}/b.png "
+            "(No such file or directory)")
     with pytest.raises(command.Failed) as error:
         samples[0, 1]
     assert str(error.value) == line
@@ -616,25 +691,27 @@ def test_a_run_whose_images_are_gone_ends_with_exit_code_1(tmp_path, capsys, mon
     for i in range(16):
         paint(tmp_path / "images" / f"{i:02}.png", size=(64, 64))
     read, calls = data.Folder.read, []
+
     def fails(self, index):
         calls.append(index)
         if len(calls) > 20:
             raise OSError(5, "Input/output error")
         return read(self, index)
+
     monkeypatch.setattr(data.Folder, "read", fails)
-    flags = [*TINY, "--data", tmp_path / "images", "--epochs", "9", "--max-bad", "1", "--out", tmp_path / "run"]
-    code, said = complaint(capsys, *flags)
-    assert code == 1 and "16 images in a row cannot be read, the first is" in said and "Traceback" not in said
-    assert ".png (Input/output error) (stopped after step 1; go on with --out" in said.splitlines()[-1]
+    flags = [*TINY, "--data", tmp_path / "images", "--epochs", "9", "--max-bad", "1"]
+    code, said = complaint(capsys, *flags, "--out", tmp_path / "run")
+    assert code == 1 and "16 images in a row cannot be read, the first is" in said
+    assert "Traceback" not in said
+    reason = ".png (Input/output error) (stopped after step 1; go on with --out"
+    assert reason in said.splitlines()[-1]
 
 
 def test_validation_leaves_out_what_cannot_be_read(tmp_path):
     labelled_folder(tmp_path / "set", {"train": (8, 8), "val": (5, 4)})
-    bad = len(spoil(tmp_path / "set" / "val" / "c0"))  # and one good image
-    assert (
-        tune(tmp_path / "tuned", "--data", tmp_path / "set", "--init", "scratch", "--arch", "resnet18")["images"] == 10
-        and bad == 6
-    )
+    assert len(spoil(tmp_path / "set" / "val" / "c0")) == 6  # and it adds one good image
+    flags = ["--data", tmp_path / "set", "--init", "scratch", "--arch", "resnet18"]
+    assert tune(tmp_path / "tuned", *flags)["images"] == 5 + 4 + 1
 
 
 def test_a_class_without_a_validation_image_has_no_accuracy(capsys, tmp_path):
@@ -660,66 +737,72 @@ def test_folders_of_every_layout(tmp_path):
             path = tmp_path / layout / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("") if path.suffix == ".txt" else paint(path)
-    imagenet, val = (data.Folder(tmp_path / "imagenet", split) for split in ("train", "val"))
-    assert (
-        len(imagenet) == 2
-        and imagenet.classes == ["cat", "dog"]
-        and imagenet.labels.tolist() == [0, 1]
-        and len(val) == 1
-    )
+    imagenet = data.Folder(tmp_path / "imagenet", "train")
+    assert len(imagenet) == 2
+    assert imagenet.classes == ["cat", "dog"] and imagenet.labels.tolist() == [0, 1]
+    assert len(data.Folder(tmp_path / "imagenet", "val")) == 1
     classes = data.Folder(tmp_path / "classes", "train")
-    assert len(classes) == 2 and classes.classes == ["cat", "dog"] and classes.read(1).shape == (3, 30, 40)
+    assert len(classes) == 2 and classes.classes == ["cat", "dog"]
+    assert classes.read(1).shape == (3, 30, 40)
     assert len(data.Folder(tmp_path / "flat", "train")) == 2
     os.symlink(tmp_path / "flat", tmp_path / "flat" / "loop")
     assert len(data.Folder(tmp_path / "flat", "train")) == 2     # a loop of links is entered once
     for file in ("TRAIN/cat/1.jpg", "TRAIN/dog/2.jpg", "Val/cat/3.jpg", "Val/dog/4.jpg"):
         (tmp_path / "loud" / file).parent.mkdir(parents=True)
         paint(tmp_path / "loud" / file)
-    for split in ("train", "val"):                           # two splits, in any capitals, and not two classes
+    for split in ("train", "val"):                           # splits, not classes, in any capitals
         loud = data.open_images(str(tmp_path / "loud"), split, (32, 32), labelled=True)
         assert loud.classes == ["cat", "dog"] and len(loud) == 2
 
 
 def test_torchvision_datasets_open_by_name(tmp_path):
-    """CIFAR-10 in its own file format, written here: five pickled batches of one image each, and a test batch."""
-    import hashlib, pickle
+    """CIFAR-10 in its own file format, written here: five batches of one image each, and a test
+    batch."""
+    import hashlib
     from torchvision.datasets import CIFAR10
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = np.arange(3072, dtype=np.uint8)[None]
+    batch = {"data": pixels, "labels": [3]}
+    contents = {f"data_batch_{i}": batch for i in range(1, 6)}
+    contents["test_batch"] = batch
+    contents["batches.meta"] = {"label_names": [str(i) for i in range(10)]}
     sums = {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-        content = (
-            {"label_names": [str(i) for i in range(10)]} if name == "batches.meta" else {"data": pixels, "labels": [3]}
-        )
+    for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    with pytest.MonkeyPatch.context() as patch:              # the real files' checksums are the only thing replaced
-        patch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
+    # only the checksums of the real files are replaced
+    with pytest.MonkeyPatch.context() as patch:
+        train_list = [[name, sums[name]] for name in sums if name.startswith("data")]
+        meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+        patch.setattr(CIFAR10, "train_list", train_list)
         patch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-        patch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
-        train = data.open_images("cifar10", "train", (32, 32), tmp_path)
-        assert len(train) == 5 and len(data.open_images("cifar10", "val", (32, 32), tmp_path)) == 1
+        patch.setattr(CIFAR10, "meta", meta)
+        train, val = (
+            data.open_images("cifar10", split, (32, 32), tmp_path) for split in ("train", "val")
+        )
+        assert len(train) == 5 and len(val) == 1
     assert torch.equal(train.read(2), torch.from_numpy(pixels).view(3, 32, 32))
 
 
 def test_folders_that_cannot_be_used_get_one_line(few_images, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert (
-        "no images below it; expected files ending in .jpg"
-        in complaint(capsys, "--data", tmp_path / "empty", "--out", tmp_path / "o")[1]
-    )
+    _, said = complaint(capsys, "--data", tmp_path / "empty", "--out", tmp_path / "o")
+    assert "no images below it; expected files ending in .jpg" in said
     run(tmp_path / "run", "--epochs", "1")
     code, said = complaint(capsys, *TINY, "--out", tmp_path / "run")
     assert code == 2 and "already holds a run; add --resume to continue it" in said
-    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run", "--resume", "--arch", "deit_small")
+    resume = [*TINY, "--out", tmp_path / "run", "--resume"]
+    code, said = complaint(capsys, *resume, "--arch", "deit_small")
     assert code == 2 and "checkpoint.pt: of another model (deit_tiny at 64 px)" in said
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run", "--resume")
+    code, said = complaint(capsys, *resume)
     assert code == 2 and "checkpoint.pt: cannot be read" in said
 
 
-def test_a_refused_folder_below_one_that_is_not_there_leaves_nothing(few_images, tmp_path, monkeypatch):
+def test_a_refused_folder_below_one_that_is_not_there_leaves_nothing(
+    few_images, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     pretrain.main([*TINY, "--epochs", "0.25", "--out", "nowhere/../run"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -729,18 +812,22 @@ def test_no_character_of_unicode_steers_the_terminal_or_breaks_a_line():
     everything = files.printable("".join(map(chr, range(0x110000))), None)
     for character in set(everything):
         assert unicodedata.category(character) not in ("Cc", "Zl", "Zp", "Cs"), hex(ord(character))
-        turns = unicodedata.bidirectional(character)         # explicit marks: embedding, override, isolate
+        # the explicit marks: embedding, override, isolate
+        turns = unicodedata.bidirectional(character)
         assert not re.fullmatch("LRE|RLE|LRO|RLO|PDF|LRI|RLI|FSI|PDI", turns), hex(ord(character))
     for text in ("plain.jpg", "Straße 日本 😀.png", "a b\\x41.png"):
         assert files.printable(text) == text
     assert files.printable("a\tb\0\x9b\u202ec\n") == "a\\x09b\\x00\\x9b\\u202ec\\x0a"
     assert files.printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
     long = files.printable("/data/" + "x" * 5000 + "/0001.jpg")
-    assert len(long) == 200 and long.startswith("/data/xxx") and "..." in long and long.endswith("xxx/0001.jpg")
+    assert len(long) == 200
+    assert long.startswith("/data/xxx") and "..." in long and long.endswith("xxx/0001.jpg")
     assert files.printable(long) == long
 
 
-def test_names_of_files_and_classes_are_harmless_lines_wherever_they_are_printed_or_written(tmp_path, capsys):
+def test_names_of_files_and_classes_are_harmless_lines_wherever_they_are_printed_or_written(
+    tmp_path, capsys
+):
     evil = "\x1b[2J\ntop-1 100.00 %\u202e"
     safe = "\\x1b[2J\\x0atop-1 100.00 %\\u202e"
     root = tmp_path / f"set{evil}"
@@ -760,12 +847,16 @@ def test_names_of_files_and_classes_are_harmless_lines_wherever_they_are_printed
     assert listed == f"{tmp_path}/set{safe}/cat{safe}/bad{safe}.png\n"
     (root / f"empty{evil}").mkdir()
     said = [capsys.readouterr().err, str(error.value) + "\n"]
-    for call in (lambda: data.open_images(str(root), "train", (32, 32), labelled=True),
-                 lambda: data.Folder(root / f"empty{evil}", "train"), lambda: data.Folder(root / f"no{evil}", "train"),
-                 lambda: weights.load_backbone(build_encoder("resnet18"), root / f"no{evil}.pt")):
+    for call in (
+        lambda: data.open_images(str(root), "train", (32, 32), labelled=True),
+        lambda: data.Folder(root / f"empty{evil}", "train"),
+        lambda: data.Folder(root / f"no{evil}", "train"),
+        lambda: weights.load_backbone(build_encoder("resnet18"), root / f"no{evil}.pt"),
+    ):
         with pytest.raises(ValueError) as error:
             call()
         said.append(str(error.value) + "\n")
-    assert [text.count("\n") for text in said] == [2, 1, 1, 1, 1, 1]         # the first: TIFF files, and a bad image
+    # the first text has a line about TIFF files and a line about a bad image
+    assert [text.count("\n") for text in said] == [2, 1, 1, 1, 1, 1]
     for text in said:
         assert safe in text and "\x1b" not in text and "\u202e" not in text

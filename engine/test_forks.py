@@ -19,41 +19,57 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 close = torch.testing.assert_close
 
 
-FORK = ("--recipe imagenet --data shapes --arch resnet18 --stem imagenet --image-size 32 --mask-size 8 "
-        "--token-stage 2 --batch-size 8 --workers 0 --amp off")
+FORK = ("--recipe imagenet --data shapes --arch resnet18 --stem imagenet --image-size 32 "
+        "--mask-size 8 --token-stage 2 --batch-size 8 --workers 0 --amp off "
+        "--epochs 1 --log-every 1 --lr 0.05")
 
 
 def fork(out, *flags):
     """The run of a fork: an epoch of four steps, in which it learns. Returns its checkpoint."""
-    pretrain.main([*FORK.split(), *"--epochs 1 --log-every 1 --lr 0.05".split(), "--out", str(out), *flags])
+    pretrain.main([*FORK.split(), "--out", str(out), *flags])
     log = [line for line in read_log(out) if "loss" in line]
     assert len(log) == 4 and log[-1]["loss"] < log[0]["loss"]
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+def failing_at(number, step):
+    """A train_step that raises at step `number`."""
+    def until_then(at, *rest):
+        if at == number:
+            raise RuntimeError("the power fails")
+        return step(at, *rest)
+    return until_then
+
+
 def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
-    """The cells nearest to a random centre, instead of cells anywhere: one function of pretrain.py."""
+    """The mask units nearest to a random centre are hidden: one function of pretrain.py."""
     def block_mask(batch, grid, ratio, device, generator):
-        cells = torch.cartesian_prod(*map(torch.arange, grid)).float().to(device)        # (cells, 2)
-        centres = torch.rand(batch, 2, device=device, generator=generator) * torch.tensor(grid, device=device)
-        hidden = torch.cdist(centres, cells, p=math.inf).argsort(1)[:, : masking.hidden_count(len(cells), ratio)]
-        none = torch.zeros(batch, len(cells), dtype=torch.bool, device=device)
+        units = torch.cartesian_prod(*map(torch.arange, grid)).float().to(device)    # (units, 2)
+        centres = torch.rand(batch, 2, device=device, generator=generator)
+        centres = centres * torch.tensor(grid, device=device)
+        nearest = torch.cdist(centres, units, p=math.inf).argsort(1)         # (B, units)
+        hidden = nearest[:, :masking.hidden_count(len(units), ratio)]
+        none = torch.zeros(batch, len(units), dtype=torch.bool, device=device)
         return none.scatter_(1, hidden, True).view(batch, *grid)
 
     monkeypatch.setattr(pretrain, "random_mask", block_mask)
     fork(tmp_path / "run")
     masks = pretrain.draw_masks(200, (8, 8), 0.5, torch.device("cpu"), 0)
     assert masks.sum((1, 2)).unique().tolist() == [32]
-    touching = (masks[:, 1:] == masks[:, :-1]).float().mean()
-    assert touching > 0.8                                    # a block: most neighbours are alike (at random, half are)
+    # in a block most neighbours are alike, with random masks half of them
+    alike = (masks[:, 1:] == masks[:, :-1]).float().mean()
+    assert alike > 0.8
 
 
 def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monkeypatch):
+    def blur(x):
+        return tvf.gaussian_blur(x, [31, 31], [6.0, 6.0])
+
     def blurred(images, mask, fill="blur"):
         hidden = masking.resize_mask(mask, images.shape[-2:])
-        blur = lambda x: tvf.gaussian_blur(x, [31, 31], [6.0, 6.0])
         seen = (~hidden).float().expand_as(images)
-        return torch.where(hidden, blur(images * seen) / blur(seen).clamp(min=1e-3), images)
+        mean_of_visible = blur(images * seen) / blur(seen).clamp(min=1e-3)
+        return torch.where(hidden, mean_of_visible, images)
 
     monkeypatch.setattr(model, "fill_hidden", blurred)
     fork(tmp_path / "run")
@@ -63,47 +79,71 @@ def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monke
 
 def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
     build = model.build_decoder
-    monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: nn.Sequential(
-        nn.Conv2d(width, width, 1), nn.GELU(), *build(width, channels, stride)))
-    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape == (512, 512, 1, 1)
+
+    def two_layers(width, channels, stride):
+        first = nn.Conv2d(width, width, 1)
+        return nn.Sequential(first, nn.GELU(), *build(width, channels, stride))
+
+    monkeypatch.setattr(model, "build_decoder", two_layers)
+    state = fork(tmp_path / "run")["model"]
+    assert state["decoder.0.weight"].shape == (512, 512, 1, 1)
 
 
 def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
-    """A fourth channel, as of satellites: the reader, its mean and std, and the first convolution; the rest follows."""
+    """A fourth channel, as satellites have: the reader, its mean and std, the first convolution."""
     read, build = data.Shapes.read, pretrain.build_encoder
+
+    def read_four(self, i):
+        image = read(self, i)
+        return torch.cat([image, 255 - image[:1]])
+
+    def build_for_four(*given):
+        return build(*given, channels=4)
+
     monkeypatch.setattr(data, "MEAN", (*data.MEAN, 0.5))
     monkeypatch.setattr(data, "STD", (*data.STD, 0.25))
-    monkeypatch.setattr(data.Shapes, "read", lambda self, i: torch.cat([read(self, i), 255 - read(self, i)[:1]]))
-    monkeypatch.setattr(pretrain, "build_encoder", lambda *given: build(*given, channels=4))
+    monkeypatch.setattr(data.Shapes, "read", read_four)
+    monkeypatch.setattr(pretrain, "build_encoder", build_for_four)
     data.mean_and_std.cache_clear()
     try:
         state = fork(tmp_path / "run")["model"]
-    finally:                                                 # the tests after this one have three again
-        data.mean_and_std.cache_clear()
-    assert state["encoder.backbone.conv1.weight"].shape[1] == 4 and state["decoder.0.weight"].shape[0] == 4 * 32**2
+    finally:
+        data.mean_and_std.cache_clear()                      # other tests have three channels
+    assert state["encoder.backbone.conv1.weight"].shape[1] == 4
+    assert state["decoder.0.weight"].shape[0] == 4 * 32**2
 
 
 def test_fork_reconstructs_gradient_orientations(few_images, tmp_path, monkeypatch, capsys):
-    """A HOG-like target, 9 orientations per pixel: what is reconstructed, and the decoder's channels."""
+    """A target like HOG, 9 orientations per pixel: make_target, and the channels of the decoder."""
     def orientations(images, model=None):
         gray = images.mean(1, keepdim=True)
         dx, dy = gray - gray.roll(1, -1), gray - gray.roll(1, -2)
-        bins = (torch.atan2(dy, dx) % math.pi / math.pi * 9).long().clamp(max=8)         # (B, 1, H, W)
-        return torch.zeros_like(gray).repeat(1, 9, 1, 1).scatter_(1, bins, torch.hypot(dx, dy))
+        angle = torch.atan2(dy, dx) % math.pi
+        bins = (angle / math.pi * 9).long().clamp(max=8)     # (B, 1, H, W)
+        zeros = torch.zeros_like(gray).repeat(1, 9, 1, 1)    # (B, 9, H, W)
+        return zeros.scatter_(1, bins, torch.hypot(dx, dy))
 
     build = model.build_decoder
+
+    def build_for_nine(width, channels, stride):
+        return build(width, 9, stride)
+
     monkeypatch.setattr(pretrain, "make_target", orientations)
-    monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: build(width, 9, stride))
-    assert fork(tmp_path / "run")["model"]["decoder.0.weight"].shape[0] == 9 * 32**2
-    # such a target is no picture: there are no sheets, and it is not compared with the mean colour and a blur
+    monkeypatch.setattr(model, "build_decoder", build_for_nine)
+    state = fork(tmp_path / "run")["model"]
+    assert state["decoder.0.weight"].shape[0] == 9 * 32**2
+    # the target is no picture: no sheets are drawn, and it is not compared with the two baselines
     assert not list((tmp_path / "run").glob("reconstruction-*.png"))
-    assert "mean_colour" not in read_log(tmp_path / "run")[-1] and "a blur" not in capsys.readouterr().err
-    slope = torch.arange(8.0).expand(1, 3, 8, 8)             # grows to the right: orientation 0, strength 1
-    assert orientations(slope)[0, :, 2:, 2:].amax((1, 2)).tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert "mean_colour" not in read_log(tmp_path / "run")[-1]
+    assert "a blur" not in capsys.readouterr().err
+    # an image that grows to the right by 1 per pixel: orientation 0, strength 1
+    slope = torch.arange(8.0).expand(1, 3, 8, 8)
+    strengths = orientations(slope)[0, :, 2:, 2:].amax((1, 2))
+    assert strengths.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_fork_reconstructs_the_features_of_an_ema_teacher(few_images, tmp_path, monkeypatch):
-    """The teacher is a submodule, so that it is saved and resumed; it follows after every step."""
+    """The teacher is a submodule, so it is saved and resumed. It follows the encoder each step."""
     init, step = A2MIM.__init__, pretrain.train_step
 
     def with_teacher(self, *given, **more):
@@ -116,19 +156,25 @@ def test_fork_reconstructs_the_features_of_an_ema_teacher(few_images, tmp_path, 
 
     def step_and_follow(at, batches, args, world, state):
         record = step(at, batches, args, world, state)
+        teacher, encoder = state.model.teacher, state.model.encoder
         with torch.no_grad():
-            for slow, fast in zip(state.model.teacher.parameters(), state.model.encoder.parameters()):
+            for slow, fast in zip(teacher.parameters(), encoder.parameters()):
                 slow.lerp_(fast, 0.1)
         return record
 
+    def one_layer(width, channels, stride):
+        return nn.Conv2d(width, width, 1)
+
     monkeypatch.setattr(A2MIM, "__init__", with_teacher)
-    monkeypatch.setattr(model, "build_decoder", lambda width, channels, stride: nn.Conv2d(width, width, 1))
+    monkeypatch.setattr(model, "build_decoder", one_layer)
     monkeypatch.setattr(pretrain, "make_target", features)
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
     state = fork(tmp_path / "run", "--stem", "small")["model"]
-    slow, fast = (state[f"{name}.backbone.layer4.0.conv1.weight"] for name in ("teacher", "encoder"))
+    slow = state["teacher.backbone.layer4.0.conv1.weight"]
+    fast = state["encoder.backbone.layer4.0.conv1.weight"]
     assert not torch.equal(slow, fast)
-    monkeypatch.setattr(pretrain, "train_step", lambda at, *rest: step_and_follow(at, *rest) if at < 2 else 1 / 0)
+
+    monkeypatch.setattr(pretrain, "train_step", failing_at(2, step_and_follow))
     with pytest.raises(SystemExit):
         fork(tmp_path / "cut", "--stem", "small", "--save-every", "1")
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
@@ -138,7 +184,7 @@ def test_fork_reconstructs_the_features_of_an_ema_teacher(few_images, tmp_path, 
 
 
 class RatioSchedule:
-    """A mask ratio that grows by a twentieth a step: an object with a state of its own."""
+    """A mask ratio that grows by a twentieth each step: an object with a state of its own."""
     ratio = 0.3
 
     def state_dict(self):
@@ -162,15 +208,18 @@ def test_fork_mask_ratio_with_a_schedule_is_resumed_exactly(few_images, tmp_path
         schedule.ratio += 0.05
         return record
 
+    def with_schedule(args, world, plan, saved, *rest):
+        return real(args, world, plan, {**saved, "ratio": schedule}, *rest)
+
     monkeypatch.setattr(pretrain, "draw_masks", draw_by_schedule)
     monkeypatch.setattr(pretrain, "train_step", step_and_grow)
-    monkeypatch.setattr(pretrain, "Checkpointer", lambda args, world, plan, saved, *rest: real(
-        args, world, plan, {**saved, "ratio": schedule}, *rest))
+    monkeypatch.setattr(pretrain, "Checkpointer", with_schedule)
     flags = ["--val", "0", "--sheets", "0"]
     whole = fork(tmp_path / "whole", *flags)["model"]
     assert shares == pytest.approx([0.3, 0.35, 0.4, 0.45])
+
     schedule.ratio = 0.3
-    monkeypatch.setattr(pretrain, "train_step", lambda at, *rest: step_and_grow(at, *rest) if at < 2 else 1 / 0)
+    monkeypatch.setattr(pretrain, "train_step", failing_at(2, step_and_grow))
     with pytest.raises(SystemExit):
         fork(tmp_path / "cut", *flags, "--save-every", "1")
     schedule.ratio = 0.9                                     # a new process would not know it

@@ -27,7 +27,8 @@ import model
 import pretrain
 from engine import checkpointer, command, files, progress, results, weights
 from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, flip_a_byte, labelled_folder,
-                            paint, prepared, read_log, run, same_weights, settings_of, torchrun, tune,
+                            paint, prepared, read_log, run, same_weights, settings_of, torchrun,
+                            tune,
                             verdict_of)
 from model import build_encoder
 
@@ -35,72 +36,63 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 close = torch.testing.assert_close
 
 
+class PowerFailure(Exception):
+    pass
+
+
+def failing_at(number, step):
+    """A train_step that raises at step `number`."""
+    def until_then(at, *rest):
+        if at == number:
+            raise PowerFailure("the power fails")
+        return step(at, *rest)
+    return until_then
+
+
 # ---- the same run again, cut, resumed ----
 
 def test_the_same_run_twice_and_with_workers_gives_the_same_log_and_weights(few_images, tmp_path):
-    log, final = run(tmp_path / "a", "--epochs", "2", "--drop-path", "0.2")
+    flags = ["--epochs", "2", "--drop-path", "0.2"]
+    log, final = run(tmp_path / "a", *flags)
     for name, workers in (("b", "0"), ("c", "2")):
-        again, repeated = run(tmp_path / name, "--epochs", "2", "--drop-path", "0.2", "--workers", workers)
+        again, repeated = run(tmp_path / name, *flags, "--workers", workers)
         assert again == log
         same_weights(final, repeated)
-    other, _ = run(tmp_path / "d", "--epochs", "2", "--drop-path", "0.2", "--seed", "1")
+    other, _ = run(tmp_path / "d", *flags, "--seed", "1")
     assert other != log
     assert [line["step"] for line in log] == list(range(1, 9)) and log[-1]["epoch"] == 2
 
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "resnet18"])
-def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(arch, few_images, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_cut_resumes_into_the_uninterrupted_run(
+    arch, few_images, tmp_path, monkeypatch, capsys
+):
     flags = ["--epochs", "2", "--arch", arch, "--drop-path", "0.1", "--save-every", "3"]
     log, final = run(tmp_path / "whole", *flags)
-    step, cut = pretrain.train_step, RuntimeError("the power fails")
-
-    def until_six(number, *rest):                            # in the middle of the second epoch
-        if number == 6:
-            raise cut
-        return step(number, *rest)
-    monkeypatch.setattr(pretrain, "train_step", until_six)
+    step = pretrain.train_step
+    # in the middle of the second epoch
+    monkeypatch.setattr(pretrain, "train_step", failing_at(6, step))
     with pytest.raises(SystemExit):
         run(tmp_path / "cut", *flags)
-    assert "the power fails" in capsys.readouterr().err      # a failure that nobody foresaw is told whole
+    # an unforeseen failure is printed in full
+    assert "the power fails" in capsys.readouterr().err
     monkeypatch.setattr(pretrain, "train_step", step)
-    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])  # the other flags are remembered
+    # the checkpoint remembers the other flags
+    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
 
 
 def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, monkeypatch, capsys):
-    flags = [
-        "--init",
-        "scratch",
-        "--arch",
-        "resnet18",
-        "--mixup",
-        "0.8",
-        "--cutmix",
-        "1",
-        "--ema",
-        "0.9",
-        "--randaug",
-        "9",
-        "--erasing",
-        "0.25",
-        "--repeats",
-        "2",
-        "--drop-path",
-        "0.2",
-        "--optimizer",
-        "lamb",
-        "--save-every",
-        "3",
-        "--eval-every",
-        "1",
-    ]
+    flags = ("--init scratch --arch resnet18 --mixup 0.8 --cutmix 1 --ema 0.9 --randaug 9 "
+             "--erasing 0.25 --repeats 2 --drop-path 0.2 --optimizer lamb --save-every 3 "
+             "--eval-every 1").split()
     whole = tune(tmp_path / "whole", *flags)
     step = finetune.train_step
-    monkeypatch.setattr(finetune, "train_step", lambda number, *rest: step(number, *rest) if number < 6 else 1 / 0)
+    monkeypatch.setattr(finetune, "train_step", failing_at(6, step))
     with pytest.raises(SystemExit):
         tune(tmp_path / "cut", *flags)
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert "PowerFailure" in capsys.readouterr().err
     monkeypatch.setattr(finetune, "train_step", step)
     finetune.main(["--out", str(tmp_path / "cut"), "--resume"])
     assert json.loads((tmp_path / "cut" / "result.json").read_text()) == whole
@@ -118,32 +110,39 @@ def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
     flags = ["--arch", arch, "--image-size", "64", "96", "--epochs", "1", "--val", "0.5", *more]
     log, final = run(tmp_path / "whole", *flags, "--sheets", "2")
     assert final["args"]["image_size"] == [64, 96] and log[-1]["held_out"] > 0
-    assert "images at 64 x 96 px, 15 of 24 mask units hidden" in capsys.readouterr().err      # ceil(0.6 * 24)
-    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")     # 6 rows of 5, 2 px apart, 2 x enlarged
-    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22 + 20)      # titles above, a note below
-    assert np.asarray(sheet)[-20:].min() < 128               # it is there
+    said = capsys.readouterr().err
+    assert "images at 64 x 96 px, 15 of 24 mask units hidden" in said        # ceil(0.6 * 24)
+    # 6 rows of 5 pictures, 2 px apart, enlarged by 2, titles above and a note below
+    sheet = Image.open(tmp_path / "whole" / "reconstruction-000004.png")
+    assert sheet.size == (2 * (5 * 98 + 2), 2 * (6 * 66 + 2) + 22 + 20)
+    assert np.asarray(sheet)[-20:].min() < 128               # the note is there
+
     step = pretrain.train_step
-    monkeypatch.setattr(pretrain, "train_step", lambda number, *rest: step(number, *rest) if number < 2 else 1 / 0)
+    monkeypatch.setattr(pretrain, "train_step", failing_at(2, step))
     with pytest.raises(SystemExit):
         run(tmp_path / "cut", *flags, "--save-every", "1")
     monkeypatch.setattr(pretrain, "train_step", step)
     _, resumed = run(tmp_path / "cut", "--resume", base=[])
     same_weights(final, resumed)
+
     weights_file = tmp_path / "whole" / "backbone.pt"
     monkeypatch.setattr(finetune, "EXCEPTIONS", {})
-    finetune.main(f"--weights {weights_file} --data shapes --batch-size 8 --epochs 0.5 --workers 0 --amp off --out "
-                  f"{tmp_path / 'tuned'}".split())
-    made = json.loads((tmp_path / "tuned" / "args.json").read_text())
-    assert made["image_size"] == [64, 96] and "labelled images at 64 x 96 px" in capsys.readouterr().err
-    call = f"--weights {tmp_path / 'tuned' / 'best.pt'} --data shapes --workers 0 --amp off --eval-only --out"
-    finetune.main([*call.split(), str(tmp_path / "eval")])
-    top1 = [json.loads((tmp_path / name / "result.json").read_text())["top1"] for name in ("tuned", "eval")]
+    common = "--data shapes --workers 0 --amp off".split()
+    tuned, evaluated = tmp_path / "tuned", tmp_path / "eval"
+    train = [*common, "--batch-size", "8", "--epochs", "0.5"]
+    finetune.main([*train, "--weights", str(weights_file), "--out", str(tuned)])
+    assert json.loads((tuned / "args.json").read_text())["image_size"] == [64, 96]
+    assert "labelled images at 64 x 96 px" in capsys.readouterr().err
+    best = str(tuned / "best.pt")
+    finetune.main([*common, "--weights", best, "--eval-only", "--out", str(evaluated)])
+    top1 = [json.loads((out / "result.json").read_text())["top1"] for out in (tuned, evaluated)]
     assert top1[0] == top1[1]
+
     code, said = complaint(capsys, "--out", tmp_path / "whole", "--resume", "--arch", "deit_small")
     assert code == 2 and f"of another model ({arch} at 64 x 96 px)" in said
     if arch == "deit_tiny":
-        code, said = complaint(capsys, "--weights", weights_file, "--data", "shapes", "--test-size", "96", "64",
-                               main=finetune.main)
+        turned = ["--weights", weights_file, "--data", "shapes", "--test-size", "96", "64"]
+        code, said = complaint(capsys, *turned, main=finetune.main)
         assert code == 2 and "--test-size of 96 x 64 px: deit_tiny has one grid" in said
 
 
@@ -151,38 +150,49 @@ def test_another_global_batch_goes_on_at_the_same_epoch(few_images, capsys, tmp_
     run(tmp_path / "run", *FLAGS, "--epochs", "3")           # 4 steps an epoch
     lines, _ = run(tmp_path / "run", "--resume", "--batch-size", "16", "--epochs", "5", base=[])
     assert "the schedule goes on at epoch 3.00, but not bit by bit" in capsys.readouterr().err
-    assert [(line["step"], line["epoch"]) for line in lines[-4:]] == [(7, 3.5), (8, 4.0), (9, 4.5), (10, 5.0)]
-    assert max(line["step"] for line in lines[:-4]) == 12    # the lines of before are kept
+    found = [(line["step"], line["epoch"]) for line in lines]
+    assert found[-4:] == [(7, 3.5), (8, 4.0), (9, 4.5), (10, 5.0)]
+    # the lines of the run before are kept
+    assert max(step for step, _ in found[:-4]) == 12
 
 
-def test_a_run_that_was_begun_before_settings_were_frozen_keeps_its_batch_and_lr():
-    """Its checkpoint holds no batch size that was not typed, and the recipe's as global_batch."""
+def test_a_run_of_an_older_version_keeps_its_batch_and_lr():
+    """Such a checkpoint has global_batch, the recipe's; batch_size is None unless it was typed."""
     old = dict(program="pretrain.py", recipe="small", batch_size=None, peak_lr=3e-3, lr=0.048)
     world = SimpleNamespace(size=2, on_gpu=False, local_size=1, default_amp=lambda: "off")
 
     def again(**saved):
         asked = pretrain.ask_again({"resume": True}, files.with_new_names({**old, **saved}))
         return pretrain.resolve(asked, 9_469, world, is_resumed=True)
-    default, demo = again(global_batch=None), again(global_batch=16)
+
+    default = again(global_batch=None)
+    demo = again(global_batch=16)
     typed = again(global_batch=16, batch_size=4)
     assert [made.batch_size for made in (default, demo, typed)] == [32, 8, 4]
     assert [made.global_batch for made in (default, demo, typed)] == [64, 16, 8]
     assert [made.peak_lr for made in (default, demo, typed)] == pytest.approx([3e-3] * 3)
-    assert again(peak_lr=None, global_batch=None).lr == 0.048    # typed: per 512 images
+    assert again(peak_lr=None, global_batch=None).lr == 0.048        # typed: per 512 images
 
 
-def test_a_resumed_small_run_keeps_its_peak_lr_at_another_batch(few_images, capsys, tmp_path, monkeypatch):
+def test_a_resumed_small_run_keeps_its_peak_lr_at_another_batch(
+    few_images, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 2)
-    flags = "--data shapes --arch resnet18 --stem imagenet --image-size 32 --batch-size 8".split()
-    settings_of(capsys, tmp_path / "run", *flags)
-    made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "4", "--epochs", "0.75")
+    flags = "--data shapes --arch resnet18 --stem imagenet --image-size 32 --batch-size 8"
+    settings_of(capsys, tmp_path / "run", *flags.split())
+    flags = "--resume --batch-size 4 --epochs 0.75"
+    made, said = settings_of(capsys, tmp_path / "run", *flags.split())
     assert made["lr"] * 4 / 512 == pytest.approx(3e-3) and "peak lr 3.00e-03" in said
-    made, said = settings_of(capsys, tmp_path / "run", "--resume", "--batch-size", "8", "--epochs", "1", "--lr", "0.1")
-    assert made["lr"] == 0.1 and "peak lr 1.56e-03" in said  # a typed lr is per 512 images: 0.1 * 8 / 512
+    flags = "--resume --batch-size 8 --epochs 1 --lr 0.1"
+    made, said = settings_of(capsys, tmp_path / "run", *flags.split())
+    # a typed lr is per 512 images: 0.1 * 8 / 512
+    assert made["lr"] == 0.1 and "peak lr 1.56e-03" in said
 
 
-@pytest.mark.parametrize("made, resumed", [("--channels-last", "--no-channels-last"),
-                                           ("--no-channels-last", "--channels-last")])
+@pytest.mark.parametrize("made, resumed", [
+    ("--channels-last", "--no-channels-last"),
+    ("--no-channels-last", "--channels-last"),
+])
 def test_a_run_is_resumed_in_the_other_memory_format(made, resumed, few_images, tmp_path):
     flags = ["--arch", "shufflenet_v2_x0_5", "--mask-size", "32", "--token-stage", "1", made]
     for name in ("same", "other"):
@@ -191,9 +201,13 @@ def test_a_run_is_resumed_in_the_other_memory_format(made, resumed, few_images, 
     _, other = run(tmp_path / "other", "--resume", "--epochs", "2", resumed, base=[])
 
     def distance(a, b):
-        names = [name for name, value in a["model"].items() if value.is_floating_point() and "running" not in name]
-        return sum((a["model"][name] - b["model"][name]).abs().sum().item() for name in names)
-    # sums in another order; moments that meet the wrong weights give about 0.4
+        total = 0.0
+        for name, value in a["model"].items():
+            if value.is_floating_point() and "running" not in name:
+                total += (value - b["model"][name]).abs().sum().item()
+        return total
+
+    # sums differ in their order only; moments of the wrong weights give about 0.4
     assert distance(same, other) < 0.05 * distance(same, start)
 
 
@@ -208,21 +222,28 @@ def test_a_bf16_run_that_is_resumed_in_fp16_scales_its_gradients(few_images, tmp
 
 def test_two_processes_train_the_same_weights_as_one(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    for i in range(21):                                      # 5 of them are held out: two processes have 3 and 2
+    for i in range(21):          # 5 of them are held out: one of two processes has 3, the other 2
         paint(tmp_path / "images" / f"{i}.png", colour=(12 * i, 255 - 12 * i, 40), size=(64, 64))
-    flags = [*TINY, "--data", tmp_path / "images", "--epochs", "2", "--fourier-weight", "1", "--spectrum", "image"]
-    flags += ["--val", "0.02"]
-    _, one = run(tmp_path / "one", base=[*map(str, flags)])
+    flags = [*TINY, "--data", str(tmp_path / "images")]
+    flags += "--epochs 2 --fourier-weight 1 --spectrum image --val 0.02".split()
+    _, one = run(tmp_path / "one", base=flags)
     done = torchrun("pretrain.py", *flags, "--batch-size", 4, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    verdicts = [verdict_of(said) for said in (capsys.readouterr().err, done.stderr)]
-    assert verdicts[0][3] == verdicts[1][3]
-    assert verdicts[0][:3] == pytest.approx(verdicts[1][:3], abs=0.011, rel=1e-6)
+    *numbers_of_one, words_of_one = verdict_of(capsys.readouterr().err)
+    *numbers_of_two, words_of_two = verdict_of(done.stderr)
+    assert words_of_one == words_of_two
+    assert numbers_of_one == pytest.approx(numbers_of_two, abs=0.011, rel=1e-6)
+
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)
-    held_out = [[line[key] for line in log if "held_out" in line for key in ("held_out", "blur")] for log in logs]
-    assert len(held_out[0]) == 2 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
-    same_weights(one, torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True), atol=2e-5, rtol=1e-3)
+    held_out = []
+    for log in logs:
+        measured = [line for line in log if "held_out" in line]
+        assert len(measured) == 1
+        held_out.append([measured[0]["held_out"], measured[0]["blur"]])
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    same_weights(one, two, atol=2e-5, rtol=1e-3)
 
 
 THREE_RUNS = """
@@ -237,47 +258,58 @@ finetune.evaluate = evaluate
 for i, command in enumerate({commands}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)        # each has a process group of its own
     finetune.main(command)
-    if sys.platform == "linux":  # a thread of the group that outlives the run may abort the process at its exit
-        assert not [t for t in os.listdir("/proc/self/task") if "gloo" in open(f"/proc/self/task/{{t}}/comm").read()]
+    if sys.platform == "linux":
+        # a thread of the group that outlives the run may abort the process at its exit
+        threads = os.listdir("/proc/self/task")
+        names = [open(f"/proc/self/task/{{thread}}/comm").read() for thread in threads]
+        assert not [name for name in names if "gloo" in name]
 """
 
 
 def test_two_processes_count_every_validation_image_once_and_agree_with_one(tmp_path):
-    labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": (30, 26, 15)})         # 71 images, batches of 64
+    counts = (30, 26, 15)                                    # 71 images, batches of 64
+    labelled_folder(tmp_path / "set", {"train": (8, 8, 8), "val": counts})
     flags = [*SMALL, "--data", tmp_path / "set", "--stem", "imagenet"]
     best = tmp_path / "tuned" / "best.pt"
     train = "--batch-size 4 --epochs 4 --init scratch --arch resnet18".split()
-    validate = ["--weights", best, "--recipe", "default", "--eval-only"]
-    knn = ["--weights", best, "--recipe", "knn", "--neighbours", "4"]
+    evaluations = {
+        "default": ["--weights", best, "--recipe", "default", "--eval-only"],
+        "knn": ["--weights", best, "--recipe", "knn", "--neighbours", "4"],
+    }
     commands = [[*flags, *train, "--out", tmp_path / "tuned"]]
-    for recipe, more in (("default", validate), ("knn", knn)):
+    for recipe, more in evaluations.items():
         commands.append([*flags, *more, "--out", tmp_path / f"{recipe}2"])
     commands = [[*map(str, command)] for command in commands]
-    (tmp_path / "run.py").write_text(THREE_RUNS.format(here=str(HERE), out=str(tmp_path), commands=commands))
+    code = THREE_RUNS.format(here=str(HERE), out=str(tmp_path), commands=commands)
+    (tmp_path / "run.py").write_text(code)
     done = torchrun(tmp_path / "run.py")
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"evaluated-0-{rank}.pt") for rank in (0, 1))
-    assert all(map(torch.equal, one, two))                   # BatchNorm's statistics are those saved, on both
+    # both processes have BatchNorm's saved statistics
+    assert all(map(torch.equal, one, two))
+
     net = model.Classifier("resnet18", build_encoder("resnet18"), 3)
     weights.load_backbone(net.encoder, best)
     weights.load_head(net, best)
     net.eval()
-    right, source = torch.zeros(3), data.open_images(str(tmp_path / "set"), "val", (32, 32), labelled=True)
-    for i in range(len(source)):                             # one image at a time, by hand
+    right = [0, 0, 0]
+    source = data.open_images(str(tmp_path / "set"), "val", (32, 32), labelled=True)
+    for i in range(len(source)):                             # one image at a time
         image = data.normalise(data.eval_transform((32, 32))(source.read(i))[None])
-        right[source.labels[i]] += net(image).argmax(1).item() == source.labels[i]
-    expected = dict(
-        top1=right.sum().item() / 71,
-        top5=1.0,
-        images=71,
-        per_class={f"c{i}": round(n.item() / m, 4) for i, (n, m) in enumerate(zip(right, (30, 26, 15)))},
-    )
-    for recipe, more in (("default", validate), ("knn", knn)):
+        label = source.labels[i]
+        right[label] += int(net(image).argmax(1).item() == label)
+    expected = {"top1": sum(right) / 71, "top5": 1.0, "images": 71, "per_class": {}}
+    for label, (n, count) in enumerate(zip(right, counts)):
+        expected["per_class"][f"c{label}"] = round(n / count, 4)
+
+    for recipe, more in evaluations.items():
         finetune.main([*map(str, flags), *map(str, more), "--out", str(tmp_path / f"{recipe}1")])
-        one, two = (json.loads((tmp_path / f"{recipe}{n}" / "result.json").read_text()) for n in (1, 2))
+        one, two = (
+            json.loads((tmp_path / f"{recipe}{n}" / "result.json").read_text()) for n in (1, 2)
+        )
         assert one == two
         if recipe == "default":
-            assert {k: one[k] for k in expected} == expected
+            assert {name: one[name] for name in expected} == expected
 
 
 KILLED = """
@@ -300,12 +332,15 @@ pretrain.main()
 """
 
 
-def test_the_others_say_so_if_rank_0_is_killed(tmp_path):
+def test_the_other_processes_print_a_line_if_rank_0_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
-    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 4 --workers 0 --amp off --val 0"
+    flags = ("--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 4 --workers 0 "
+             "--amp off --val 0")
     done = torchrun(tmp_path / "killed.py", *flags.split(), "--out", tmp_path / "run")
-    told = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: ")]
-    assert done.returncode == 1 and len(told) == 1 and told[0].startswith("pretrain.py: rank 1: lost another process")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: ")]
+    assert done.returncode == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("pretrain.py: rank 1: lost another process")
 
 
 # ---- devices that are not here ----
@@ -314,62 +349,81 @@ def test_the_others_say_so_if_rank_0_is_killed(tmp_path):
 def pretend(monkeypatch):
     """Makes torch see an accelerator, or none. Nothing can run on it."""
     def see(kind):
+        device = torch.device(kind)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *given, **more: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *given, **more: device)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
         if kind != "cpu":
-            monkeypatch.setattr(getattr(torch, kind), "set_device", lambda device: None, raising=False)
+            module = getattr(torch, kind)
+            monkeypatch.setattr(module, "set_device", lambda device: None, raising=False)
         return command.Distributed()
     return see
 
 
-@pytest.mark.parametrize("kind, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl"),
-                                           ("mps", "gloo"), ("cpu", "gloo")])
-def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(kind, backend, pretend, few_images, tmp_path):
+@pytest.mark.parametrize("kind, backend", [
+    ("cuda", "cpu:gloo,cuda:nccl"),
+    ("xpu", "cpu:gloo,xpu:xccl"),
+    ("mps", "gloo"),
+    ("cpu", "gloo"),
+])
+def test_the_accelerator_that_is_there_is_used_without_what_it_may_lack(
+    kind, backend, pretend, few_images, tmp_path
+):
     world = pretend(kind)
     world.set_device()
-    assert world.device == torch.device(kind, 0) if kind != "cpu" else world.device == torch.device("cpu")
+    assert world.device == (torch.device("cpu") if kind == "cpu" else torch.device(kind, 0))
     assert (world.on_gpu, world.backend) == (kind != "cpu", backend)
     if kind in ("mps", "xpu"):
         assert world.default_amp() == "off"
-    world.device = torch.device("cpu")                       # its switches, on what is here
+    # the switches for this kind of accelerator, on the CPU that is here
+    world.device = torch.device("cpu")
     flags = f"--arch resnet18 --out {tmp_path}"
     _, run = prepared(pretrain, f"{' '.join(TINY)} {flags} --mask-size 32", world)
     assert run.optimizer.defaults["fused"] == (kind != "mps")
     assert run.loader.pin_memory == (kind == "cuda")
     assert run.memory_format == (torch.contiguous_format if kind == "mps" else torch.channels_last)
     _, tuned = prepared(finetune, f"{' '.join(SMALL)} {flags} --init scratch", world)
-    assert tuned.optimizer.defaults["fused"] == (kind != "mps") and tuned.val_loader.pin_memory == (kind == "cuda")
+    assert tuned.optimizer.defaults["fused"] == (kind != "mps")
+    assert tuned.val_loader.pin_memory == (kind == "cuda")
     world.use(kind)
-    world.set_device("cpu")                                    # asked for
-    assert not world.on_gpu and world.device == torch.device("cpu") and world.backend == "gloo"
+    world.set_device("cpu")                                  # as asked for with --device
+    assert not world.on_gpu
+    assert world.device == torch.device("cpu") and world.backend == "gloo"
 
 
-def test_a_device_that_cannot_be_used_gets_one_line(pretend, few_images, capsys, monkeypatch, tmp_path):
+def test_a_device_that_cannot_be_used_gets_one_line(
+    pretend, few_images, capsys, monkeypatch, tmp_path
+):
     for here, asked, more, words in (
-        ("cpu", "cuda", {}, "--device cuda: torch sees no accelerator on this machine; use --device cpu"),
-        ("mps", "cuda", {}, "--device cuda: torch sees mps on this machine; use --device mps"),
-        ("mps", None, dict(size=2), "2 processes on mps: one only; start it without torchrun, or use --device cpu"),
-        ("xpu", None, dict(size=3, local_size=3), "--nproc_per_node=3: this machine has 2 GPUs"),
+        ("cpu", "cuda", {},
+         "--device cuda: torch sees no accelerator on this machine; use --device cpu"),
+        ("mps", "cuda", {},
+         "--device cuda: torch sees mps on this machine; use --device mps"),
+        ("mps", None, dict(size=2),
+         "2 processes on mps: one only; start it without torchrun, or use --device cpu"),
+        ("xpu", None, dict(size=3, local_size=3),
+         "--nproc_per_node=3: this machine has 2 GPUs"),
     ):
         world = pretend(here)
         vars(world).update(more)
         with pytest.raises(ValueError, match=re.escape(words)):
             world.set_device(asked)
     monkeypatch.setattr(torch, "__version__", "2.7.1+old")
-    with pytest.raises(ValueError, match=re.escape("--device mps: needs torch 2.8, this is 2.7.1+old")):
+    message = "--device mps: needs torch 2.8, this is 2.7.1+old"
+    with pytest.raises(ValueError, match=re.escape(message)):
         pretend("mps").set_device()
     pretend("mps").set_device("cpu")
     pretend("cpu")
     code, said = complaint(capsys, *TINY, "--device", "xpu", "--out", tmp_path / "run")
     assert code == 2 and "--device xpu: torch sees no accelerator" in said and said.count("\n") == 1
-    out_of = RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB")
-    code, line = command.explain(out_of, command.Distributed())
+    error = RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). "
+                         "Tried to allocate 2 GB")
+    code, line = command.explain(error, command.Distributed())
     assert code == 1 and line.startswith("not enough memory (MPS backend out of memory")
 
 
 def test_the_device_is_not_remembered(few_images, tmp_path):
-    """A run may go on elsewhere: args.json says where it ran, the checkpoint does not ask for it again."""
+    """A run can be resumed on another device: args.json has the device, the checkpoint has not."""
     _, checkpoint = run(tmp_path / "run", "--epochs", "1", "--device", "cpu")
     assert json.loads((tmp_path / "run" / "args.json").read_text())["device"] == "cpu"
     assert "device" not in checkpoint["args"]
@@ -378,38 +432,54 @@ def test_the_device_is_not_remembered(few_images, tmp_path):
 # ---- loader workers ----
 
 @pytest.mark.parametrize("batch", [5, 40])
-def test_batches_are_kept_though_workers_write_into_the_same_memory_again(batch):
-    """Every batch of two workers, looked at when all have come, is the batch made here."""
-    samples = data.ImageDataset(data.Shapes("train", (32, 32)), data.CropAndFlip((32, 32), 0.5), seed=0)
-    keys = data.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))          # the last one is smaller
+def test_batches_stay_as_they_are_though_workers_reuse_their_memory(batch):
+    """The batches of two workers, compared after all have come, equal the batches made here."""
+    crop = data.CropAndFlip((32, 32), 0.5)
+    samples = data.ImageDataset(data.Shapes("train", (32, 32)), crop, seed=0)
+    # 203 images: the last batch is smaller
+    keys = data.every_image_once(203, batch, SimpleNamespace(rank=0, size=1))
     world = SimpleNamespace(on_cuda=False)
     here, there = (list(data.make_loader(samples, keys, workers, world)) for workers in (0, 2))
     assert len(here) == len(there) == math.ceil(203 / batch)
     for a, b in zip(here, there):
-        assert all(map(torch.equal, a, b)) and a[0].stride() == b[0].stride() and a[0].stride(1) == 1
-        assert not b[0].is_shared()                          # the memory of the workers is theirs
+        assert all(map(torch.equal, a, b))
+        assert a[0].stride() == b[0].stride() and a[0].stride(1) == 1
+        assert not b[0].is_shared()                          # copied out of the workers' memory
 
 
-def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_are_deaf_to_sigterm(tmp_path):
-    code = (
-        "import pretrain\ndef bug(*given, **more): raise RuntimeError('a bug of a fork')\npretrain.a2mim_loss = bug\n"
-        "pretrain.main('--data shapes --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 --epochs 1 "
-        "--sheets 0 --workers 2 --out %s'.split())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 1 and "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
+def run_code(code, *arguments):
+    """Runs Python code in a process of its own, in the repository."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True, timeout=240)
+
+
+BUG = """
+import sys
+import pretrain
+def bug(*given, **more):
+    raise RuntimeError("a bug of a fork")
+pretrain.a2mim_loss = bug
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_a_bug_ends_the_run_at_once_with_its_traceback_though_workers_ignore_sigterm(tmp_path):
+    flags = ("--data shapes --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 "
+             "--epochs 1 --sheets 0 --workers 2")
+    done = run_code(BUG, *flags.split(), "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "in bug" in done.stderr and "RuntimeError: a bug of a fork" in done.stderr
 
 
 def in_workers(monkeypatch, act):
-    """Makes every image that a loader worker reads run act(); reads in the main process stay as they are."""
+    """Makes a loader worker run act() before it reads an image; the main process only reads."""
     right, main = data.Shapes.read, os.getpid()
 
     def read(self, index, **more):
         if os.getpid() != main:
             act()
         return right(self, index, **more)
+
     monkeypatch.setattr(data.Shapes, "read", read)
 
 
@@ -417,39 +487,54 @@ def test_a_loader_worker_that_is_killed_gets_one_line(few_images, capsys, tmp_pa
     in_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     code, said = complaint(capsys, *TINY, "--epochs", "1", "--workers", "1", "--out", tmp_path)
     last = said.splitlines()[-1]
-    assert code == 1 and "a loader worker was killed" in last and "--workers 0" in last and "Traceback" not in said
+    assert code == 1 and "Traceback" not in said
+    assert "a loader worker was killed" in last and "--workers 0" in last
 
 
 def test_a_full_shared_memory_gets_one_line_that_names_the_cure():
     world = command.Distributed()
-    for error in (RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device"),
-                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
-                               "dataloader's workers are out of shared memory.")):
-        code, line = command.explain(error, world)
-        assert code == 1 and all(word in line for word in ("/dev/shm", "--workers 0", "--shm-size", "--ipc=host"))
+    for error in (
+        "unable to allocate shared memory(shm) for file </torch_7>: No space left on device",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+    ):
+        code, line = command.explain(RuntimeError(error), world)
+        assert code == 1
+        for cure in ("/dev/shm", "--workers 0", "--shm-size", "--ipc=host"):
+            assert cure in line
+
+
+WORKER_RAISES = """
+import os, sys
+import data, pretrain
+main, right = os.getpid(), data.Shapes.read
+def read(self, index, **more):
+    if os.getpid() != main:
+        raise TypeError("the label is odd")
+    return right(self, index, **more)
+data.Shapes.read = read
+pretrain.main(sys.argv[1:])
+"""
 
 
 def test_a_process_whose_worker_raised_ends_after_its_line(tmp_path):
-    """torch raises a worker's error again from a frame that holds the loader: its deaf workers kept the process."""
-    code = ("import data, pretrain, sys, os\n"
-            "main, right = os.getpid(), data.Shapes.read\n"
-            "def read(self, index, **more):\n"
-            "    if os.getpid() != main: raise TypeError('the label is odd')\n"
-            "    return right(self, index, **more)\n"
-            "data.Shapes.read = read\n"
-            "pretrain.main(sys.argv[1:])")
-    flags = "--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 1 --val 0".split()
-    done = subprocess.run([sys.executable, "-c", code, *flags, "--out", tmp_path], cwd=HERE, capture_output=True,
-                          text=True, timeout=240)
+    """torch raises the error again from a frame that holds the loader, and with it the workers,
+    which ignore SIGTERM: they must not keep the process alive."""
+    flags = ("--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 1 "
+             "--val 0")
+    done = run_code(WORKER_RAISES, *flags.split(), "--out", tmp_path)
     assert done.returncode == 1 and "the label is odd" in done.stderr
 
 
-def test_a_mistake_found_by_a_worker_is_told_without_the_workers_name(few_images, capsys, tmp_path, monkeypatch):
-    error = ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback:\n  x\nValueError: a: b is odd")
+def test_a_mistake_found_by_a_worker_is_printed_without_the_workers_name():
+    error = ValueError("Caught ValueError in DataLoader worker process 0.\n"
+                       "Traceback:\n  x\nValueError: a: b is odd")
     assert command.explain(error, command.Distributed()) == (2, "error: a: b is odd")
 
 
-def test_a_loader_that_fails_in_mid_run_is_a_failed_run_that_can_go_on(few_images, capsys, tmp_path, monkeypatch):
+def test_a_loader_that_fails_during_a_run_is_a_failed_run_that_can_be_resumed(
+    few_images, capsys, tmp_path, monkeypatch
+):
     log, final = run(tmp_path / "whole", *FLAGS)
     step = pretrain.train_step
 
@@ -457,10 +542,11 @@ def test_a_loader_that_fails_in_mid_run_is_a_failed_run_that_can_go_on(few_image
         if at == 5:
             raise command.Failed("the data are gone")
         return step(at, *rest)
+
     monkeypatch.setattr(pretrain, "train_step", gone)
     code, said = complaint(capsys, *TINY, *FLAGS, "--save-every", "100", "--out", tmp_path / "cut")
-    told = f"the data are gone (stopped after step 5; go on with --out {tmp_path / 'cut'} --resume)"
-    assert code == 1 and said.splitlines()[-1] == f"pretrain.py: {told}"
+    advice = f"(stopped after step 5; go on with --out {tmp_path / 'cut'} --resume)"
+    assert code == 1 and said.splitlines()[-1] == f"pretrain.py: the data are gone {advice}"
     monkeypatch.setattr(pretrain, "train_step", step)
     again, repeated = run(tmp_path / "cut", *FLAGS, "--resume")
     assert again == log
@@ -472,11 +558,15 @@ def test_a_loader_that_fails_in_mid_run_is_a_failed_run_that_can_go_on(few_image
 FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143),
+    (signal.SIGINT, 130),
+    (signal.SIGHUP, 129),
+])
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupted_one(
     number, code, few_images, capsys, tmp_path, monkeypatch
 ):
-    if number == signal.SIGHUP:                              # nohup would leave it ignored, as it should
+    if number == signal.SIGHUP:                              # nohup ignores it, and that is kept
         signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     log, final = run(tmp_path / "whole", *FLAGS)
@@ -486,21 +576,27 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_uninterrupt
         if at == 2:
             os.kill(os.getpid(), number)
         return step(at, *rest)
+
     monkeypatch.setattr(pretrain, "train_step", interrupted)
     got, said = complaint(capsys, *TINY, *FLAGS, "--save-every", "100", "--out", tmp_path / "cut")
-    assert (
-        got == code
-        and f"stopped by {number.name} after step 3 of 8; go on with --out {tmp_path / 'cut'} --resume" in said
-    )
+    assert got == code
+    advice = f"go on with --out {tmp_path / 'cut'} --resume"
+    assert f"stopped by {number.name} after step 3 of 8; {advice}" in said
     monkeypatch.setattr(pretrain, "train_step", step)
     pretrain.main(["--data", "shapes", "--out", str(tmp_path / "cut"), "--resume"])
     assert read_log(tmp_path / "cut") == log
     same_weights(final, torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True))
-    assert signal.getsignal(number) == before                # and the handlers are gone again
+    assert signal.getsignal(number) == before                # the handler is restored
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:5000]), flip_a_byte])
-def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, capsys, tmp_path):
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_byte])
+def test_the_checkpoint_before_is_used_if_the_last_one_is_broken(
+    spoil, few_images, capsys, tmp_path
+):
     log, final = run(tmp_path / "run", *FLAGS)
     spoil(tmp_path / "run" / "checkpoint.pt")
     assert torch.load(tmp_path / "run" / "checkpoint-previous.pt", weights_only=True)["step"] == 7
@@ -511,22 +607,25 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(spoil, few_images, caps
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
-    files.save_atomically({"step": 1}, tmp_path / "checkpoint.pt")
-    before, limits = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, limits[1])
-    )  # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
+    path = tmp_path / "checkpoint.pt"
+    files.save_atomically({"step": 1}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # no file may grow beyond 100 kB: EFBIG instead of ENOSPC
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match="checkpoint.pt not written"):
-            files.save_atomically(
-                {"step": 2, "big": torch.zeros(10**6)}, tmp_path / "checkpoint.pt", keep_previous=True
-            )
+            state = {"step": 2, "big": torch.zeros(10**6)}
+            files.save_atomically(state, path, keep_previous=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_whose_last_checkpoint_is_not_written_fails_and_goes_on_later(few_images, capsys, tmp_path, monkeypatch):
+def test_a_run_whose_last_checkpoint_is_not_written_fails_and_can_be_resumed(
+    few_images, capsys, tmp_path, monkeypatch
+):
     log, final = run(tmp_path / "whole", *FLAGS)
     save = checkpointer.save_atomically
     capsys.readouterr()
@@ -535,11 +634,11 @@ def test_a_run_whose_last_checkpoint_is_not_written_fails_and_goes_on_later(few_
         if path.name == "checkpoint.pt" and state["step"] == final["step"]:
             raise OSError("no space left on device")
         save(state, path, **more)
+
     monkeypatch.setattr(checkpointer, "save_atomically", full)
-    with pytest.raises(SystemExit) as exit:
-        run(tmp_path / "cut", *FLAGS)
-    said = capsys.readouterr().err
-    assert exit.value.code == 1 and f"make room, then go on with --out {tmp_path / 'cut'} --resume" in said
+    code, said = complaint(capsys, *TINY, *FLAGS, "--out", tmp_path / "cut")
+    assert code == 1
+    assert f"make room, then go on with --out {tmp_path / 'cut'} --resume" in said
     assert "done:" not in said
     monkeypatch.setattr(checkpointer, "save_atomically", save)
     again, repeated = run(tmp_path / "cut", *FLAGS, "--resume")
@@ -547,7 +646,9 @@ def test_a_run_whose_last_checkpoint_is_not_written_fails_and_goes_on_later(few_
     same_weights(final, repeated)
 
 
-def test_a_broken_checkpoint_never_replaces_the_whole_one_before_it(few_images, tmp_path, monkeypatch):
+def test_a_broken_checkpoint_never_replaces_the_whole_one_before_it(
+    few_images, tmp_path, monkeypatch
+):
     run(tmp_path, *FLAGS)
     (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
     before = (tmp_path / "checkpoint-previous.pt").read_bytes()
@@ -555,8 +656,9 @@ def test_a_broken_checkpoint_never_replaces_the_whole_one_before_it(few_images, 
 
     def killed(old, new):
         if Path(new).name == "checkpoint.pt":
-            raise KeyboardInterrupt                          # where a SIGKILL would hurt: before the new name is given
+            raise KeyboardInterrupt      # where a SIGKILL would hurt: before the file gets its name
         replace(old, new)
+
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(SystemExit):
         run(tmp_path, "--resume", "--epochs", "3", "--save-every", "1")
@@ -573,23 +675,31 @@ sys.stdin.read()                                             # until it is kille
 """
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(few_images, capsys, tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=HERE, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
+    few_images, capsys, tmp_path
+):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=HERE, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    refusal = "another run is writing there; wait for its end, or choose another --out"
     try:
         assert other.stdout.readline() == "locked\n"
         for more in ([], ["--resume"]):
             code, said = complaint(capsys, *TINY, "--epochs", "1", "--out", tmp_path, *more)
-            assert code == 2 and "another run is writing there; wait for its end, or choose another --out" in said
-            assert said.count("\n") == 1 and {path.name for path in tmp_path.iterdir()} == {".lock"}
+            assert code == 2 and refusal in said and said.count("\n") == 1
+            assert {path.name for path in tmp_path.iterdir()} == {".lock"}
     finally:
         other.kill()
         other.wait()
-    run(tmp_path, "--epochs", "1")                           # the kernel has released the lock of the dead
+    run(tmp_path, "--epochs", "1")       # the kernel has released the lock of the killed process
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "log.jsonl", "args.json"])
-@pytest.mark.parametrize("make, kind", [(os.mkdir, "is a folder"), (os.mkfifo, "is a pipe or device")])
+@pytest.mark.parametrize("name", [
+    "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "log.jsonl", "args.json",
+])
+@pytest.mark.parametrize("make, kind", [
+    (os.mkdir, "is a folder"),
+    (os.mkfifo, "is a pipe or device"),
+])
 def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_at_the_start(
     name, make, kind, few_images, capsys, tmp_path
 ):
@@ -599,30 +709,33 @@ def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_at_the_start(
     assert said.count("\n") == 1
 
 
-def test_best_pt_that_cannot_be_written_fails_the_run_and_resume_makes_it(few_images, capsys, tmp_path):
-    flags = ["--init", "scratch", "--arch", "shufflenet_v2_x0_5", "--image-size", "32", "--data", "shapes"]
-    flags += "--epochs 1 --batch-size 8 --workers 0 --amp off".split()
+def test_best_pt_that_cannot_be_written_fails_the_run_and_resume_writes_it(
+    few_images, capsys, tmp_path
+):
+    flags = ("--init scratch --arch shufflenet_v2_x0_5 --image-size 32 --data shapes --epochs 1 "
+             "--batch-size 8 --workers 0 --amp off")
     (tmp_path / "best.pt.tmp").mkdir()
-    code, said = complaint(capsys, *flags, "--out", tmp_path, main=finetune.main)
-    assert code == 1 and "best.pt not written" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
+    code, said = complaint(capsys, *flags.split(), "--out", tmp_path, main=finetune.main)
+    last = said.splitlines()[-1]
+    assert code == 1 and "best.pt not written" in last and "--resume" in last
     assert not (tmp_path / "result.json").exists()
     (tmp_path / "best.pt.tmp").rmdir()
     finetune.main(["--out", str(tmp_path), "--resume"])
     assert (tmp_path / "best.pt").is_file() and (tmp_path / "result.json").is_file()
 
 
-def test_a_disk_that_fails_in_an_evaluation_ends_the_run_with_one_line(few_images, capsys, tmp_path, monkeypatch):
+def test_a_disk_that_fails_during_an_evaluation_ends_the_run_with_one_line(
+    few_images, capsys, tmp_path, monkeypatch
+):
     def fails(*given):
         raise OSError("the disk of the validation images is gone")
+
     monkeypatch.setattr(finetune, "evaluate", fails)
-    code, said = complaint(
-        capsys, *SMALL, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run", main=finetune.main
-    )
-    assert (
-        code == 1
-        and said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone"
-        and "not written" not in said
-    )
+    flags = [*SMALL, "--init", "scratch", "--arch", "resnet18", "--out", tmp_path / "run"]
+    code, said = complaint(capsys, *flags, main=finetune.main)
+    assert code == 1
+    assert said.splitlines()[-1] == "finetune.py: the disk of the validation images is gone"
+    assert "not written" not in said
 
 
 @pytest.mark.parametrize("flags, room, file", [
@@ -639,13 +752,14 @@ def test_a_full_disk_at_the_end_names_the_file_and_leaves_none(
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), results.save_confusion
     outputs = finetune.outputs
 
-    def last_work(*given):                                   # then no file may grow beyond `room` bytes
+    def limit_files(*given):                 # from here on no file may grow beyond `room` bytes
         found = outputs(*given)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         return found
-    if file == "result.json":                                # which is smaller than the picture
+
+    if file == "result.json":                                # it is smaller than the picture
         monkeypatch.setattr(results, "save_confusion", lambda path, *given: path.touch())
-    monkeypatch.setattr(finetune, "outputs", last_work)
+    monkeypatch.setattr(finetune, "outputs", limit_files)
     try:
         code, said = complaint(capsys, *call, main=finetune.main)
     finally:
@@ -661,29 +775,43 @@ def test_a_full_disk_at_the_end_names_the_file_and_leaves_none(
     assert (tmp_path / "out" / file).stat().st_size > room
 
 
-def test_an_image_size_beyond_memory_gets_one_line(few_images, tmp_path):
-    limited = (
-        "import pretrain, resource\npages = int(open('/proc/self/statm').read().split()[0])\n"
-        "most = pages * resource.getpagesize() + (2 << 30)         # 2 GB more than now\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
-        "pretrain.main('--data shapes --arch resnet18 --image-size 8192 --batch-size 16 --workers 0 --amp off "
-        "--sheets 0 --out %s'.split())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", limited % (tmp_path / "run")], cwd=HERE, capture_output=True, text=True, timeout=240
-    )
-    assert (
-        done.returncode == 1
-        and "pretrain.py: not enough memory" in done.stderr
-        and "use a smaller --image-size" in done.stderr
-    )
+LIMITED = """
+import resource, sys
+import pretrain
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (2 << 30)           # 2 GB more than now
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_an_image_size_beyond_memory_gets_one_line(tmp_path):
+    flags = ("--data shapes --arch resnet18 --image-size 8192 --batch-size 16 --workers 0 "
+             "--amp off --sheets 0")
+    done = run_code(LIMITED, *flags.split(), "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "pretrain.py: not enough memory" in done.stderr
+    assert "use a smaller --image-size" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-CRAFTED = {
-    "step": "x", "per_epoch": 0, "world": 0, "skipped": "a", "args": [], "model": [], "broken": 5, "optimizer": 7,
-    ("args", "program"): None, ("args", "workers"): "a", ("args", "image_size"): [], ("args", "lr"): "nan",
-    ("args", "arch"): "resnet51", ("args", "amp"): "fp8", ("args", "epochs"): {}, ("args", "save_every"): "soon",
+CRAFTED = {                                                  # key, or (key, key in it) -> value
+    "step": "x",
+    "per_epoch": 0,
+    "world": 0,
+    "skipped": "a",
+    "args": [],
+    "model": [],
+    "broken": 5,
+    "optimizer": 7,
+    ("args", "program"): None,
+    ("args", "workers"): "a",
+    ("args", "image_size"): [],
+    ("args", "lr"): "nan",
+    ("args", "arch"): "resnet51",
+    ("args", "amp"): "fp8",
+    ("args", "epochs"): {},
+    ("args", "save_every"): "soon",
 }
 
 
@@ -698,7 +826,8 @@ def test_a_crafted_checkpoint_gets_one_line(place, few_images, capsys, tmp_path)
     torch.save(state, tmp_path / "checkpoint.pt")
     capsys.readouterr()
     code, said = complaint(capsys, "--out", tmp_path, "--resume")
-    assert code == 2 and f"{tmp_path / 'checkpoint.pt'}: " in said.splitlines()[-1] and "Traceback" not in said
+    assert code == 2 and "Traceback" not in said
+    assert f"{tmp_path / 'checkpoint.pt'}: " in said.splitlines()[-1]
 
 
 def test_a_checkpoint_with_weights_that_are_nan_is_not_resumed(few_images, capsys, tmp_path):
@@ -720,45 +849,46 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(few_images, tmp_
         calls.append(1)
         total, parts = right(*args, **kwargs)
         return (total * math.nan if len(calls) == 3 else total), parts
-    monkeypatch.setattr(pretrain, "a2mim_loss", once_nan)
-    saved = {}
+
+    saved = {}                                               # step -> weights, of each checkpoint
     save = checkpointer.save_atomically
-    monkeypatch.setattr(
-        checkpointer,
-        "save_atomically",
-        lambda state, path, **more: (
-            saved.update({state.get("step"): {k: v.clone() for k, v in state.get("model", {}).items()}}),
-            save(state, path, **more),
-        ),
-    )
+
+    def note_and_save(state, path, **more):
+        weights_now = {name: value.clone() for name, value in state.get("model", {}).items()}
+        saved[state.get("step")] = weights_now
+        save(state, path, **more)
+
+    monkeypatch.setattr(pretrain, "a2mim_loss", once_nan)
+    monkeypatch.setattr(checkpointer, "save_atomically", note_and_save)
     log, _ = run(tmp_path / "run", *FLAGS, "--epochs", "1")
     assert [line["loss"] is None for line in log] == [False, False, True, False]
+    assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
+    assert set(saved) == {None, 1, 2, 4}                     # None: backbone.pt; no step 3
+    assert all(value.isfinite().all() for value in saved[4].values())
+    assert not torch.equal(saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"])
+
     calls.clear()
     more = ["--epochs", "1", "--log-every", "4", "--save-every", "100"]
     seldom, _ = run(tmp_path / "seldom", *FLAGS, *more)
     assert [line["step"] for line in seldom] == [1, 4]
     mean = (log[1]["loss"] + log[3]["loss"]) / 2             # of steps 2 and 4
     assert seldom[1]["loss"] == pytest.approx(mean, abs=2e-6)
-    assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
-    assert set(saved) == {None, 1, 2, 4}  # nothing is saved in the middle of it
-    assert all(v.isfinite().all() for v in saved[4].values()) and not torch.equal(
-        saved[2]["decoder.0.bias"], saved[4]["decoder.0.bias"]
-    )
 
 
 def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path, monkeypatch):
     right, calls = pretrain.normalise, []
 
     def once_inf(images, device):
-        calls.extend([1] * (len(images) == 8))               # a batch, not the six images of the pictures
+        if len(images) == 8:                                 # a batch, not the six pictures
+            calls.append(1)
         return right(images, device) * (math.inf if len(calls) == 3 else 1)
+
     monkeypatch.setattr(pretrain, "normalise", once_inf)
     log, final = run(tmp_path / "run", *FLAGS, "--epochs", "1", "--arch", "resnet18")
     assert [line.get("skipped", 0) for line in log] == [0, 0, 1, 1]
-    assert (
-        all(v.isfinite().all() for v in final["model"].values() if v.is_floating_point())
-        and final["scaler"]["scale"] == 1
-    )
+    for name, value in final["model"].items():
+        assert not value.is_floating_point() or value.isfinite().all(), name
+    assert final["scaler"]["scale"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(
@@ -766,35 +896,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_
 ):
     run(tmp_path / "run", "--epochs", "1")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    code, said = complaint(
-        capsys, "--data", "shapes", "--out", tmp_path / "run", "--resume", "--epochs", "5", "--lr", "1e30"
-    )
-    assert code == 1 and "loss is not finite, 10 times in a row at step 1" in said and "checkpoint.pt is kept" in said
+    flags = ["--data", "shapes", "--out", tmp_path / "run", "--epochs", "5", "--lr", "1e30"]
+    code, said = complaint(capsys, *flags, "--resume")
+    assert code == 1 and "loss is not finite, 10 times in a row at step 1" in said
+    assert "checkpoint.pt is kept" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_run_whose_weights_are_not_finite_is_not_called_done(few_images, capsys, tmp_path):
-    for name, epochs in (("short", "1"), ("step", "0.25")):  # 4 steps of which 3 are bad; 1 step, which looks good
-        code, said = complaint(capsys, *TINY, "--lr", "1e308", "--epochs", epochs, "--out", tmp_path / name)
-        assert code == 1 and "not finite" in said and "lower --lr" in said and "done" not in said
-        assert not (tmp_path / name / "checkpoint.pt").exists() and not (tmp_path / name / "backbone.pt").exists()
+    for name, epochs in (
+        ("short", "1"),                                      # 4 steps, 3 of them are bad
+        ("step", "0.25"),                                    # 1 step, which looks good
+    ):
+        out = tmp_path / name
+        code, said = complaint(capsys, *TINY, "--lr", "1e308", "--epochs", epochs, "--out", out)
+        assert code == 1 and "not finite" in said and "lower --lr" in said
+        assert "done" not in said
+        assert not (out / "checkpoint.pt").exists()
+        assert not (out / "backbone.pt").exists()
 
 
-def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(few_images, capsys, tmp_path, monkeypatch):
+def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(
+    few_images, capsys, tmp_path, monkeypatch
+):
     right = pretrain.train_step
 
     def bad_at_the_end(step, *rest):
         record = right(step, *rest)
         return {name: value * (math.nan if step >= 6 else 1) for name, value in record.items()}
+
     monkeypatch.setattr(pretrain, "train_step", bad_at_the_end)
     code, said = complaint(capsys, *TINY, *FLAGS, "--out", tmp_path)
-    assert code == 1 and "loss is not finite, 2 times in a row at step 8" in said and "done" not in said
+    assert code == 1 and "loss is not finite, 2 times in a row at step 8" in said
+    assert "done" not in said
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_left_out_of_the_means_of_all():
-    # what the other of two processes adds
-    others = torch.tensor([[5.0], [7.0], [math.nan], [3.0], [1.0]])
+    others = torch.tensor([[5.0], [7.0], [math.nan], [3.0], [1.0]])          # of the other process
     cpu = torch.device("cpu")
     world = SimpleNamespace(device=cpu, all_reduce_mean=lambda values: (values + others) / 2)
     means = progress.RunningMeans(world)
@@ -820,15 +959,13 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
     for line in log:
         since = each[before:line["step"]]
         for name in ("loss", "spatial", "fourier"):
-            assert line[name] == pytest.approx(statistics.mean(one[name] for one in since), abs=2e-6)
+            mean = statistics.mean(one[name] for one in since)
+            assert line[name] == pytest.approx(mean, abs=2e-6)
         before = line["step"]
 
     step = pretrain.train_step
-
-    def five(number, *rest):
-        return step(number, *rest) if number < 5 else 1 / 0
-    monkeypatch.setattr(pretrain, "train_step", five)
-    with pytest.raises(SystemExit):                          # between the log lines of steps 4 and 6
+    monkeypatch.setattr(pretrain, "train_step", failing_at(5, step))
+    with pytest.raises(SystemExit):                          # between the lines of steps 4 and 6
         run(tmp_path / "cut", *flags, "--log-every", "3", "--save-every", "5")
     shutil.copytree(tmp_path / "cut", tmp_path / "old")
     monkeypatch.setattr(pretrain, "train_step", step)
@@ -838,14 +975,15 @@ def test_a_log_line_holds_means_since_the_line_before_and_a_resumed_run_logs_the
     torch.save(saved, tmp_path / "old" / "checkpoint.pt")
     old, _ = run(tmp_path / "old", "--resume", base=[])
     assert old[:3] == log[:3] and old[4] == log[4]
-    assert old[3]["loss"] == each[5]["loss"]                 # the mean of what is known: step 6
+    assert old[3]["loss"] == each[5]["loss"]                 # of step 6 alone: step 5 is not known
 
 
 def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
     started = time.time()
     log, _ = run(tmp_path / "run", *QUICK, "--epochs", "2", "--val", "0.5")
     said = capsys.readouterr().err
-    form = r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  (.*)(\d+) images/s  00:\d\d left$"
+    form = (r"^(\S+ \S+)  epoch (\d)/2  step (\d)/8  loss ([\d.]+)  "
+            r"(.*)(\d+) images/s  00:\d\d left$")
     lines = re.findall(form, said, re.M)
     assert [line[1:3] for line in lines] == [("1", "4"), ("2", "8")]
     assert "\r" not in said and "it/s" not in said
@@ -883,7 +1021,9 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
     assert "held-out" not in lines[3] and "held-out 0.2500 (step 500)" in lines[5]
 
     class Terminal(io.StringIO):
-        isatty = lambda self: True
+        def isatty(self):
+            return True
+
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     walk(progress.Progress(world, plan, done=0))
@@ -893,14 +1033,17 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
 
 def test_a_log_that_cannot_be_written_ends_no_run(few_images, tmp_path):
     code = "import pretrain, sys; pretrain.main(sys.argv[1:])"
-    flags = "--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 0 --amp off --epochs 0.002".split()
+    flags = ("--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --workers 0 "
+             "--amp off --epochs 0.002")
+    call = [sys.executable, "-c", code, *flags.split(), "--out", tmp_path]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code, "--data", "shapes", *flags, "--out", tmp_path], cwd=HERE,
-                              stderr=full, timeout=240)
+        done = subprocess.run(call, cwd=HERE, stderr=full, timeout=240)
     assert done.returncode == 0 and (tmp_path / "backbone.pt").is_file()
 
 
-@pytest.mark.parametrize("line", ["5", '{"note": 1}', "[1, 2]", '{"step": "x", "epoch": 1}', "\xff\xfe broken"])
+@pytest.mark.parametrize("line", [
+    "5", '{"note": 1}', "[1, 2]", '{"step": "x", "epoch": 1}', "\xff\xfe broken",
+])
 def test_a_log_with_odd_lines_is_resumed_without_them(line, few_images, tmp_path):
     run(tmp_path, "--epochs", "1")
     with open(tmp_path / "log.jsonl", "ab") as file:

@@ -44,7 +44,8 @@ SEEDS = 3                                                    # of an occlusion
 IMAGES = {"fourier": 200, "interactions": 24, "occlusion": 200, "mim": 64}
 BATCH = 128                                                  # images per forward pass
 
-Result = tuple[list[str], dict, list[Panel]]                 # of an analysis: lines of table.md, results.json, the plot
+# of an analysis: lines of table.md, results.json, the plot
+Result = tuple[list[str], dict, list[Panel]]
 
 
 # ---- fourier ----
@@ -66,7 +67,7 @@ def fourier(args: SimpleNamespace, world: Distributed) -> Result:
                 variance = z.float().var((2, 3)).mean(1, keepdim=True)
                 seen.append((title, min(z.shape[2:]), torch.cat([inside.log_amplitude(z), variance], 1)))
 
-            with inside.tapped(encoder, see):                # no image of its own: one, for the titles
+            with inside.tapped(encoder, see):  # no image of its own: one, for the titles
                 encoder(normalise(data.images[part or [0]], world.device))
             depths = [(title, side) for title, side, _ in seen]
             rows += torch.cat([row for *_, row in seen], 1).unbind() if part else []
@@ -124,7 +125,7 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
     patches, data = math.prod(grid), inside.load_images(args, size, 10 * args.images)
     nets = {name: inside.load(file, args, size, world, data.classes) for name, file in args.weights.items()}
     right = torch.ones(len(data.labels), dtype=torch.bool)
-    for name, net in nets.items():                           # random weights are right by chance: they have no vote
+    for name, net in nets.items():  # random weights are right by chance: they have no vote
         if args.weights[name] != "random":
             guess = torch.cat([net(normalise(x, world.device)).argmax(1).cpu() for x in data.images.split(BATCH)])
             right &= guess == data.labels
@@ -147,7 +148,8 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
                     odds.append(inside.log_odds(logits.cpu().double(), label.expand(len(part))))
                 return torch.cat(odds)
 
-            key, found = (args.seed, data.indices[i]), []    # the same pairs and contexts for all weights
+            # the same pairs and contexts for all weights
+            key, found = (args.seed, data.indices[i]), []
             pairs = inside.near_pairs(grid, args.pairs, np.random.default_rng(key))
             for m in orders:
                 rng = np.random.default_rng((*key, m))
@@ -156,7 +158,8 @@ def interactions(args: SimpleNamespace, world: Distributed) -> Result:
             rows[name].append(torch.stack(found))            # (orders, 2)
             bar.update()
     bar.close()
-    rows = {name: inside.gather(row, len(chosen), world) for name, row in rows.items()}     # (images, orders, 2)
+    # (images, orders, 2)
+    rows = {name: inside.gather(row, len(chosen), world) for name, row in rows.items()}
     shares = [m / (patches - 2) for m in orders]
     about = (f"{len(chosen)} of the {int(right.sum())} images (of {len(right)}) that all weights but random ones "
              f"classify correctly; {grid[0]} x {grid[1]} patches; {args.pairs} pairs, "
@@ -168,7 +171,8 @@ def compared(rows: dict[str, Tensor], shares: list[float], about: str, seed: int
     """The tables and plots of J, with a bootstrap over images that draws the same ones for all weights."""
     count, first, ends = len(rows[next(iter(rows))]), next(iter(rows)), torch.tensor([0.025, 0.975]).double()
     again = torch.randint(count, (1000, count), generator=torch.Generator().manual_seed(seed))
-    drawn = {name: inside.relative_strength(row[again]) for name, row in rows.items()}       # (1000, orders, 2)
+    # (1000, orders, 2)
+    drawn = {name: inside.relative_strength(row[again]) for name, row in rows.items()}
     middle = torch.tensor([0.15 < share < 0.85 for share in shares])
     lines, found, panels = [about], {}, []
     for k, kind in enumerate(("as released: mean |I|", "unbiased: root of the product of two halves of the contexts")):
@@ -240,7 +244,7 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
         for name in nets:
             rows[name] += hits[name].unbind()
     bar.close()
-    by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)       # (4, seeds, 10)
+    by_seed = {name: 100 * inside.gather(row, len(data.images), world).mean(0)  # (4, seeds, 10)
                for name, row in rows.items()}
     shares = [count / patches for count in counts]
     by = "the object's pixels" if judge is None else f"{judge}'s gradient"
@@ -281,7 +285,7 @@ def mim(args: SimpleNamespace, world: Distributed) -> Result:
     lines = ["| weights | images in a batch | power of their mean residual, over that of each | "
              + " | ".join(f"pull of {term}" for term in terms) + " |", "|---" * 6 + "|"]
     for name, file in tqdm(runs.items(), "mim", disable=args.quiet):
-        torch.manual_seed(seed_for(run.seed))                # `random`: what the run itself started from
+        torch.manual_seed(seed_for(run.seed))  # `random`: what the run itself started from
         model, own = (build_model(run), run) if file == "random" else load_model(file)
         if height_width(own.image_size) != height_width(run.image_size):
             sizes = f"of {format_size(own.image_size)}, the last of {format_size(run.image_size)}"
@@ -398,7 +402,8 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if args.what == "mim" and not files:
         raise ValueError("--weights: mim needs a checkpoint.pt of pretrain.py; `random`, its start, comes by itself")
     typed = {name: given[name] for name in names if name in given}
-    alone = Parser("analyze.py", "", "", FLAGS, {})          # it takes one flag, without what else must be there
+    # it takes one flag, without what else must be there
+    alone = Parser("analyze.py", "", "", FLAGS, {})
     args.settings = {f: dict(patch_size=16, window=7, stem=None) | remembered(f, alone, names) | typed for f in files}
     first = args.settings[files[0]] if files else dict(arch="resnet18", patch_size=16, window=7, stem=None) | typed
     args.settings["random"] = first

@@ -150,7 +150,7 @@ def kills(work: Path, rng: random.Random, count: int) -> tuple[int, int, int]:
             while run.poll() is None and not (
                 (cut / "log.jsonl").exists() and (cut / "log.jsonl").stat().st_mtime > before
             ):
-                time.sleep(0.05)                             # until it trains; from then on, any moment
+                time.sleep(0.05)  # until it trains; from then on, any moment
             try:
                 run.wait(timeout=rng.uniform(0.0, 2.0))
                 break
@@ -161,7 +161,7 @@ def kills(work: Path, rng: random.Random, count: int) -> tuple[int, int, int]:
                     weights_of(cut)
                     loadable += 1
                 except FileNotFoundError:
-                    loadable += 1                            # killed before the first was there: none is lost
+                    loadable += 1  # killed before the first was there: none is lost
                 except (RuntimeError, EOFError, OSError) as error:
                     print(f"  {cut}: not loadable: {error}")
         code, said = finish(run)
@@ -184,7 +184,7 @@ def preemption(work: Path) -> list[tuple[str, bool]]:
             while run.poll() is None and not (cut / "log.jsonl").exists():
                 time.sleep(0.05)
             time.sleep(1.0)
-            os.killpg(run.pid, number)                       # as a terminal does it: everyone gets it
+            os.killpg(run.pid, number)  # as a terminal does it: everyone gets it
             code, said = finish(run)
             told = f"stopped by {number.name} after step" in said
             finish(start("pretrain.py", f"{PRE} --out {cut} --resume", world))
@@ -242,7 +242,8 @@ def memory(work: Path) -> tuple[str, bool]:
         "pretrain.py", f"{PRE} --out {out} --epochs 500 --image-size 32 --patch-size 16 --save-every 500 --log-every 20"
     )
     at = {}
-    threading.Thread(target=run.stdout.read, daemon=True).start()  # or its pipe would fill up, and the run wait
+    # or its pipe would fill up, and the run wait
+    threading.Thread(target=run.stdout.read, daemon=True).start()
     while run.poll() is None and 2000 not in at:
         time.sleep(0.2)
         step = (

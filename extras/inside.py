@@ -61,7 +61,7 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distrib
     if file != "random":
         head = load_head(model, file) if classes else None
         world.print0(f"{printable(file)}: {summary_of(load_backbone(encoder, file), head)}")
-    else:                                                    # training starts ResNet's blocks at 0: shortcuts alone
+    else:  # training starts ResNet's blocks at 0: shortcuts alone
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()):
             nn.init.ones_(norm.weight)
     layout = torch.channels_last if get_family(own["arch"]).convolutional else torch.contiguous_format
@@ -107,7 +107,8 @@ def tapped(encoder: Encoder, see):
     blocks = [(name, module) for name, module in encoder.backbone.named_modules() if isinstance(module, BLOCKS)]
     hooks = [blocks[0][1].register_forward_pre_hook(before("stem"))] if blocks else []
     for name, block in blocks or [(n, attrgetter(n)(encoder.backbone)) for stage in encoder.stages for n in stage]:
-        if isinstance(block, (Block, swin.SwinTransformerBlock)):        # Swin V2 normalises behind its branches
+        # Swin V2 normalises behind its branches
+        if isinstance(block, (Block, swin.SwinTransformerBlock)):
             middle = block.mlp if isinstance(block, swin.SwinTransformerBlockV2) else block.norm2
             hooks.append(middle.register_forward_pre_hook(before(f"{name} attention")))
         hooks.append(block.register_forward_hook(after(name)))
@@ -222,7 +223,8 @@ def shuffled(images: Tensor, parts: int, noise: Tensor) -> Tensor:
     """Images (B, C, H, W) cut into parts x parts pieces, put back in the order of noise (B, parts^2)."""
     B, C, H, W = images.shape
     pieces = images.view(B, C, parts, H // parts, parts, W // parts).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    pieces = pieces[torch.arange(B)[:, None], noise.argsort(1)].unflatten(1, (parts, parts))     # (B, p, p, C, h, w)
+    # (B, p, p, C, h, w)
+    pieces = pieces[torch.arange(B)[:, None], noise.argsort(1)].unflatten(1, (parts, parts))
     return pieces.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 

@@ -79,12 +79,12 @@ def test_every_depth_is_seen_as_the_net_computes_it(arch, depths):
             close(maps[-1], z)
         elif arch == "convnext_tiny":
             close(b.classifier[0](maps[-1]), z)
-        elif arch.startswith("swin"):                        # channels last; the last map comes before the final norm
+        elif arch.startswith("swin"):  # channels last; the last map comes before the final norm
             close(b.norm(maps[-1].permute(0, 2, 3, 1)), z)
             block, first = b.features[1][0], maps[0].permute(0, 2, 3, 1)
             half = block.norm1(block.attn(first)) if arch == "swin_v2_t" else block.attn(block.norm1(first))
             close(maps[1].permute(0, 2, 3, 1), first + half)
-        else:                                                # 64 px: 4 x 4 tokens behind the class token
+        else:  # 64 px: 4 x 4 tokens behind the class token
             close(b.norm(torch.cat([torch.zeros(2, 1, 192), maps[-1].flatten(2).transpose(1, 2)], 1))[:, 1:], z[:, 1:])
             tokens = b.embed_position(b.patch_embed(x))
             tokens = tokens + b.blocks[0].gamma_1 * b.blocks[0].attn(b.blocks[0].norm1(tokens))
@@ -101,7 +101,8 @@ def exact(v, patches: int, pairs) -> torch.Tensor:
     """Every I^(m)(i, j) over all contexts: (orders, pairs)."""
     count = math.comb(patches - 2, (patches - 2) // 2)
     rows = [inside.interactions_of(v, patches, pairs, m, count, None) for m in range(patches - 1)]
-    assert all(torch.equal(row[:, 0], row[:, k]) for row in rows for k in (1, 2))    # nothing is estimated
+    # nothing is estimated
+    assert all(torch.equal(row[:, 0], row[:, k]) for row in rows for k in (1, 2))
     return torch.stack([row[:, 0] for row in rows])
 
 
@@ -113,7 +114,8 @@ def as_number(sets: torch.Tensor) -> torch.Tensor:
 def test_interactions_of_all_orders_add_up_to_what_the_whole_says(game):
     """Efficiency: v(all) - v(none) = sum_i [v(i) - v(none)] + sum over ordered pairs and m of
     (n - 1 - m) / (n (n - 1)) I^(m)(i, j). Deng et al., ICLR 2022."""
-    every = (torch.arange(512)[:, None] >> torch.arange(9)) % 2 == 1         # (512, 9): all sets of a 3 x 3 grid
+    # (512, 9): all sets of a 3 x 3 grid
+    every = (torch.arange(512)[:, None] >> torch.arange(9)) % 2 == 1
     table = torch.randn(512, dtype=torch.double, generator=generator())
     if game == "resnet18":
         torch.manual_seed(0)
@@ -145,12 +147,15 @@ def test_two_halves_of_the_contexts_are_unbiased_where_the_released_strength_is_
     table = torch.randn(512, dtype=torch.double, generator=generator(5))
     v, rng, m = lambda sets: table[as_number(sets)], np.random.default_rng(0), 3
     truth = exact(v, 9, ALL_PAIRS)[m]
-    drawn = torch.stack([inside.interactions_of(v, 9, ALL_PAIRS, m, 4, rng) for _ in range(300)])    # (300, 36, 3)
+    # (300, 36, 3)
+    drawn = torch.stack([inside.interactions_of(v, 9, ALL_PAIRS, m, 4, rng) for _ in range(300)])
     released, product = drawn[..., 0].abs().mean(1), (drawn[..., 1] * drawn[..., 2]).mean(1)
     assert abs(product.mean() - truth.square().mean()) < 4 * product.std() / 300**0.5
     assert released.mean() - truth.abs().mean() > 10 * released.std() / 300**0.5
-    rows = torch.tensor([[[3.0, 4.0], [1.0, 16.0]], [[1.0, -2.0], [1.0, 2.0]]])      # (images, orders, 2)
-    close(inside.relative_strength(rows), torch.tensor([[4 / 3, 0.5], [2 / 3, 1.5]]))        # of 2, 1; of roots 1, 3
+    # (images, orders, 2)
+    rows = torch.tensor([[[3.0, 4.0], [1.0, 16.0]], [[1.0, -2.0], [1.0, 2.0]]])
+    # of 2, 1; of roots 1, 3
+    close(inside.relative_strength(rows), torch.tensor([[4 / 3, 0.5], [2 / 3, 1.5]]))
 
 
 def test_pairs_are_near_and_distinct_and_contexts_leave_them_out():
@@ -161,7 +166,8 @@ def test_pairs_are_near_and_distinct_and_contexts_leave_them_out():
     assert len(inside.near_pairs((2, 2), 100, rng)) == 6     # there are no more
     sets = inside.contexts(9, (2, 6), 3, 30, rng)            # 35 there are: drawn
     assert sets.shape == (30, 9) and (sets.sum(1) == 3).all() and not sets[:, [2, 6]].any()
-    assert len(set(as_number(inside.contexts(9, (2, 6), 3, 35, rng)).tolist())) == 35        # all of them, once
+    # all of them, once
+    assert len(set(as_number(inside.contexts(9, (2, 6), 3, 35, rng)).tolist())) == 35
     share = inside.contexts(20, (0, 1), 6, 3000, rng)[:, 2:].double().mean(0)
     close(share, torch.full((18,), 1 / 3).double(), atol=0.05, rtol=0)
 
@@ -208,7 +214,8 @@ def test_a_drawn_image_differs_by_its_outline_only_inside_the_mask_of_its_object
         for a, b in itertools.combinations(range(10), 2):
             differs = (images[a] != images[b]).any(0)
             assert not differs[(masks[a][0] == 0) & (masks[b][0] == 0)].any()
-            assert differs[(masks[a][0] == 255) & (masks[b][0] == 0)].float().mean() > 0.99      # lighter
+            # lighter
+            assert differs[(masks[a][0] == 255) & (masks[b][0] == 0)].float().mean() > 0.99
 
 
 # ---- what the loss sees ----
@@ -217,11 +224,12 @@ def test_bands_hold_all_the_power_and_a_wave_in_its_own():
     r = torch.randn(4, 3, 24, 32, generator=generator())
     _, mean, total = inside.bands(inside.spectrum(r))
     close(total.sum(), r.double().square().sum() / 12)
-    wave = torch.cos(2 * math.pi * 5 * torch.arange(32) / 32).expand(1, 1, 24, 32)   # 2 * 5 / 32 = 0.3125 pi
+    # 2 * 5 / 32 = 0.3125 pi
+    wave = torch.cos(2 * math.pi * 5 * torch.arange(32) / 32).expand(1, 1, 24, 32)
     frequency, _, total = inside.bands(inside.spectrum(wave))
     close(total[3] / total.sum(), torch.tensor(1.0).double())
     assert math.isclose(frequency[3], 0.35)
-    noise = torch.randn(64, 3, 16, 16, generator=generator())                # independent errors cancel as 1/B
+    noise = torch.randn(64, 3, 16, 16, generator=generator())  # independent errors cancel as 1/B
     left = inside.spectrum(noise.mean(0, keepdim=True)).mean() / inside.spectrum(noise).mean()
     close(left, torch.tensor(1 / 64).double(), rtol=0.1, atol=0)
 
@@ -241,7 +249,7 @@ def test_the_batch_spectrum_pulls_all_images_alike_and_pixels_pull_by_their_sign
     features, outputs = [], F.pixel_unshuffle(by_batch, 32)
     model(x, mask)
     hook.remove()
-    run.fourier_weight = 0.0                                 # a run without the term: as if its weight were 0.5
+    run.fourier_weight = 0.0  # a run without the term: as if its weight were 0.5
     assert math.isclose(inside.pulls(model, run, x, mask)[2][0], 0.5 / 0.3 * norm, rel_tol=1e-3)
     on_weight = torch.einsum("bohw,bchw->oc", outputs, features[0])
     assert math.isclose(norm, (on_weight.square().sum() + outputs.sum((0, 2, 3)).square().sum()).sqrt(), rel_tol=1e-3)
@@ -294,7 +302,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     for kind in one:
         close(torch.tensor(one[kind]["a"]), torch.tensor(two[kind]["a"]), rtol=1e-3, atol=1e-4)
-        assert math.isclose(np.mean([j for _, j, *_ in one[kind]["a"]]), 1, rel_tol=1e-6)    # J: over its mean
+        # J: over its mean
+        assert math.isclose(np.mean([j for _, j, *_ in one[kind]["a"]]), 1, rel_tol=1e-6)
     # 16 patches, 14 others: 0.05 of them are 0.7, so 1; the released code truncates to 0
     assert [round(14 * share) for share, *_ in one["as released"]["a"]] == [0, 1, 3, 5, 7, 9, 11, 13, 14]
 
@@ -318,7 +327,8 @@ def test_fourier_takes_several_nets_and_mim_a_checkpoint(tmp_path, capsys):
     analyze.main(f"mim --weights end={tmp_path / 'run' / 'checkpoint.pt'} --images 16 --out {tmp_path / 'm'}".split())
     assert set(found := results(tmp_path / "m")) == {"start", "end"} and found["start"] != found["end"]
     assert found["end"]["batches"] == [4, 16] and len(found["end"]["pull_on_decoder"][0]) == 3
-    for curves in (run["log10_power"] for run in found.values()):            # a mean has less power than what it is of
+    # a mean has less power than what it is of
+    for curves in (run["log10_power"] for run in found.values()):
         assert all(a[1] >= b[1] for a, b in zip(curves["each image"], curves["mean of 16"]))
 
 
