@@ -20,17 +20,17 @@ sys.path.insert(0, str(HERE))
 
 import finetune
 from data import MEAN, STD
+from engine import testing
 from engine.description import read_description
-from extras import coco, detect, predict, segment
-from extras.test_dense import SMALL, camvid, miou_by_numpy, noise
+from extras import detect, predict, segment
+from extras.testing import SMALL_NET, camvid, miou_by_numpy, needs_pycocotools, noise
 from model import Classifier, build_encoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+    # pycocotools calls numpy in the way of numpy 1
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
-needs_pycocotools = pytest.mark.skipif(
-    coco.COCO is None, reason="needs pycocotools: pip install -r extras/requirements.txt")
 
 
 def predicted(out, weights, folder, *flags):
@@ -41,13 +41,15 @@ def predicted(out, weights, folder, *flags):
 
 
 def complaint(capsys, *flags):
-    """The exit code, and the last line on stderr."""
-    with pytest.raises(SystemExit) as exit:
-        predict.main([*map(str, flags)])
-    return exit.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+    """(exit code, last line of stderr) of predict.py with flags that must be refused."""
+    code, printed = testing.complaint(capsys, *flags, main=predict.main)
+    return code, printed.strip().splitlines()[-1]
 
 
 # ---- a classifier ----
+
+CLASSIFIER = "--image-size 64 --test-size 48 --test-crop 0.9 --workers 0 --amp off".split()
+
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
@@ -63,17 +65,15 @@ def classifier(tmp_path_factory):
                 file = root / "data" / split / name / f"{i}.{'png' if i % 2 else 'jpg'}"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(file)
-    flags = ["--data", root / "data", "--init", "scratch", "--arch", "resnet18", "--image-size",
-             64, "--test-size", 48, "--test-crop", 0.9, "--epochs", 2, "--batch-size", 12,
-             "--workers", 0, "--amp", "off", "--out", root / "run"]
+    flags = [*CLASSIFIER, "--data", root / "data", "--init", "scratch", "--arch", "resnet18",
+             "--epochs", 2, "--batch-size", 12, "--out", root / "run"]
     finetune.main([*map(str, flags)])
     return root / "data", root / "run"
 
 
 def evaluated(data, run, out):
-    """What the evaluation says of best.pt."""
-    flags = ["--weights", run / "best.pt", "--data", data, "--eval-only", "--image-size", 64,
-             "--test-size", 48, "--test-crop", 0.9, "--workers", 0, "--amp", "off", "--out", out]
+    """The result of evaluating best.pt."""
+    flags = [*CLASSIFIER, "--weights", run / "best.pt", "--data", data, "--eval-only", "--out", out]
     finetune.main([*map(str, flags)])
     return json.loads((out / "result.json").read_text())
 
@@ -86,15 +86,16 @@ def rows_of(out):
 def test_a_classifiers_table_has_the_accuracy_of_the_evaluation(classifier, tmp_path):
     data, run = classifier
     result = evaluated(data, run, tmp_path / "eval")
-    titles, *rows = rows_of(predicted(tmp_path / "out", run / "best.pt", data / "val"))
+    out = predicted(tmp_path / "out", run / "best.pt", data / "val")
+    titles, *rows = rows_of(out)
     assert titles == ["file", "class", "probability", "class 2", "probability 2", "class 3",
                       "probability 3"]
     right = [os.path.dirname(row[0]) == row[1] for row in rows]
     assert len(rows) == result["images"] == 21
     assert np.mean(right) == pytest.approx(result["top1"]) and 0.3 < np.mean(right) < 1
-    for name, share in result["per_class"].items():
+    for name, accuracy in result["per_class"].items():
         of_class = [ok for row, ok in zip(rows, right) if os.path.dirname(row[0]) == name]
-        assert np.mean(of_class) == pytest.approx(share, abs=1e-4)
+        assert np.mean(of_class) == pytest.approx(accuracy, abs=1e-4)
     shares = np.array([row[2::2] for row in rows], float)
     np.testing.assert_allclose(shares.sum(1), 1, atol=2e-6)  # three classes in all
     assert (np.diff(shares) <= 0).all()
@@ -123,9 +124,9 @@ def test_classifiers_of_every_family_are_loaded_whole(arch, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(about))
     noise(tmp_path / "photos" / "a.png", (64, 64), np.random.default_rng(0))
     image = torch.from_numpy(np.array(Image.open(tmp_path / "photos" / "a.png")))
-    image = image.permute(2, 0, 1)[None]
-    shares = model((image / 255 - torch.tensor(MEAN).view(3, 1, 1))
-                   / torch.tensor(STD).view(3, 1, 1)).softmax(1)[0]
+    image = image.permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    shares = model((image - mean) / std).softmax(1)[0]
     _, row = rows_of(predicted(tmp_path / "out", tmp_path / "best.pt", tmp_path / "photos"))
     found = dict(zip(row[1::2], map(float, row[2::2])))
     for name, share in zip("abcd", shares.tolist()):
@@ -136,8 +137,8 @@ def test_classifiers_of_every_family_are_loaded_whole(arch, tmp_path):
 
 def test_a_segmenters_label_pictures_have_the_miou_of_the_evaluation(tmp_path):
     root = camvid(tmp_path / "CamVid")
-    flags = [*SMALL, "--data", root, "--ignore", 1, 11, "--iterations", 3, "--out",
-             tmp_path / "run"]
+    flags = [*SMALL_NET, "--data", root, "--ignore", 1, 11, "--iterations", 3,
+             "--out", tmp_path / "run"]
     segment.main([*map(str, flags)])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     out = predicted(tmp_path / "out", tmp_path / "run" / "best.pt", root / "val")
@@ -145,8 +146,8 @@ def test_a_segmenters_label_pictures_have_the_miou_of_the_evaluation(tmp_path):
     assert result["miou"] == pytest.approx(miou, abs=1e-9) and 0.1 < miou < 1
     about = read_description(tmp_path / "run" / "best.pt")
     assert about.kind == "segmenter" and about.numbers == [0, 2]
-    photo, numbers = (np.array(Image.open(out.parent / name)) for name in (
-        "CamVid/val/val-2.png", "out/labels/val-2.png"))
+    photo = np.array(Image.open(root / "val" / "val-2.png"))
+    numbers = np.array(Image.open(out / "labels" / "val-2.png"))
     shown = np.array(Image.open(out / "overlays" / "val-2.png"))
     colours = np.array(about.colours)[numbers // 2]          # numbers 0 and 2: classes 0 and 1
     assert np.array_equal(shown, (photo.astype(int) + colours) // 2)
@@ -173,7 +174,7 @@ def two_kinds(root):
             H, W = rng.integers(60, 80, 2).tolist()
             h, w = (16, 36) if i % 2 else (40, 20)
             y, x = int(rng.integers(0, H - h)), int(rng.integers(0, W - w))
-            # on a plain ground, scores would be tied, and rounding would choose among them
+            # on a plain ground scores would be tied, and rounding would choose among them
             canvas = rng.integers(70, 150, (H, W, 3), dtype=np.uint8)
             canvas[y:y + h, x:x + w] //= 8
             canvas[y:y + h, x:x + w] += 230 * (i % 2)
@@ -193,7 +194,8 @@ def ask_for_the_third_best(root, run):
     """The annotations for validation become what the detector finds, without its first two: then
     its AP is neither 0 nor 1, however little it has learnt."""
     file = root / "annotations" / "instances_val.json"
-    content, objects = json.loads(file.read_text()), []
+    content = json.loads(file.read_text())
+    objects = []
     masks = json.loads((run / "predictions-masks.json").read_text())
     boxes = json.loads((run / "predictions.json").read_text())
     for image in content["images"]:
@@ -251,8 +253,8 @@ def test_files_that_cannot_be_read_are_named_and_counted(classifier, tmp_path, c
     Image.new("RGB", (4000, 2)).save(photos / "slim.png")
     (photos / "notes.txt").write_text("no image")
     out = predicted(tmp_path / "out", run / "best.pt", photos)
-    said = capsys.readouterr().err
-    assert "3 of 5 images cannot be read: cut.png (" in said and "2 images: wrote pred" in said
+    printed = capsys.readouterr().err
+    assert "3 of 5 images cannot be read: cut.png (" in printed and "2 images: wrote pred" in printed
     listed = (out / "broken.txt").read_text().splitlines()
     assert [line.split(" ")[0] for line in listed] == ["cut.png", "empty.jpg", "slim.png"]
     assert listed[2] == "slim.png (4000 x 2 pixels are too slim)"
@@ -260,9 +262,9 @@ def test_files_that_cannot_be_read_are_named_and_counted(classifier, tmp_path, c
     assert names == [b"file", b"a/good.png", b"\xff.png"]    # its bytes as they are
     for file in ("a/good.png", os.fsdecode(b"\xff.png")):
         (photos / file).unlink()
-    code, said = complaint(capsys, run / "best.pt", photos, "--out", tmp_path / "none",
+    code, printed = complaint(capsys, run / "best.pt", photos, "--out", tmp_path / "none",
                            "--workers", 0)
-    assert code == 2 and "none of its 3 images can be read: cut.png (" in said
+    assert code == 2 and "none of its 3 images can be read: cut.png (" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -313,6 +315,6 @@ def test_mistakes_get_one_line_and_leave_no_folder(classifier, tmp_path, capsys,
             ("--out there: is there already; choose another", run / "best.pt", val, "--out",
              "there"),
             ("--score: 2: must be a number from 0 to 1", run / "best.pt", val, "--score", 2)):
-        code, said = complaint(capsys, *flags, "--workers", 0)
-        assert code == 2 and said.startswith("predict.py: error: ") and words in said, said
+        code, printed = complaint(capsys, *flags, "--workers", 0)
+        assert code == 2 and printed.startswith("predict.py: error: ") and words in printed, printed
     assert not (tmp_path / "runs").exists() and os.listdir("there") == []
