@@ -517,7 +517,8 @@ def test_the_loss_is_float32_inside_autocast():
     (0.0169, 0.02, 0.0001, "clearly better than a blur"),
 ])
 def test_the_verdict_says_better_only_beyond_the_scatter(pixel_loss, blur, error, verdict):
-    said = loss.skill(pixel_loss, 0.06, blur, error)
+    said, is_better = loss.skill(pixel_loss, 0.06, blur, error)
+    assert is_better == (verdict in ("better than a blur", "clearly better than a blur"))
     assert said.startswith(f"{pixel_loss / 0.06:.2f} of the mean colour's error")
     assert said.endswith(f"of a blur's: {verdict}")
     assert f"{pixel_loss / blur:.2f} +/- {2 * error / blur:.2f} of a blur's" in said

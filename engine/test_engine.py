@@ -225,7 +225,7 @@ def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch
     run(out, *QUICK, "--val", "0.5", "--epochs", "1", "--lr", "0")
     told = "next: train longer (--epochs) or use larger mask units (--mask-size)"
     assert told in capsys.readouterr().err.splitlines()
-    monkeypatch.setattr(pretrain, "skill", lambda *given: "clearly better than a blur")
+    monkeypatch.setattr(pretrain, "skill", lambda *given: ("clearly better than a blur", True))
     more = ["--data-root", str(tmp_path / "my sets")]
     run(tmp_path / "better", *QUICK, "--val", "0.5", "--epochs", "1", *more)
     line, = re.findall("^next: python finetune.py (.*)$", capsys.readouterr().err, re.M)
