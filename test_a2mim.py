@@ -1,4 +1,4 @@
-"""What A2MIM claims, checked: each test is a fact about the method, against an independent derivation.
+"""Each test states a fact about A2MIM and checks it against an independent derivation.
 
     python -m pytest -q test_a2mim.py
 
@@ -41,45 +41,51 @@ close = torch.testing.assert_close
 
 # ---- masking: which patches ----
 
-def test_224_px_have_49_cells_of_which_30_are_hidden():
+def test_224_px_have_49_mask_units_of_which_30_are_hidden():
     mask = masking.random_mask(500, masking.mask_grid((224, 224), 32), 0.6)
     assert mask.shape == (500, 7, 7) and mask.dtype == torch.bool
     assert mask.sum((1, 2)).unique().tolist() == [30]        # ceil(0.6 * 49) = ceil(29.4)
 
 
-@pytest.mark.parametrize(
-    "cells, ratio, hidden", [(16, 0.6, 10), (36, 0.75, 27), (100, 0.55, 55), (10, 0.7, 7), (2, 0.01, 1), (49, 0.5, 25)]
-)
-def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(cells, ratio, hidden):
-    # 0.55 * 100 = 55.000000000000007 must not become 56
-    assert masking.hidden_count(cells, ratio) == hidden
+@pytest.mark.parametrize("units, ratio, hidden", [
+    (16, 0.6, 10),
+    (36, 0.75, 27),
+    (100, 0.55, 55),                                         # 0.55 * 100 = 55.000000000000007
+    (10, 0.7, 7),
+    (2, 0.01, 1),
+    (49, 0.5, 25),
+])
+def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(units, ratio, hidden):
+    assert masking.hidden_count(units, ratio) == hidden
 
 
-def test_every_subset_of_cells_is_equally_likely():
-    mask = masking.random_mask(40_000, (2, 3), 0.5).flatten(1)  # 3 of 6 hidden: 20 possible subsets
+def test_every_subset_of_mask_units_is_equally_likely():
+    mask = masking.random_mask(40_000, (2, 3), 0.5).flatten(1)
     subsets = (mask.long() * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
     subsets = subsets[subsets > 0].double()
-    assert len(subsets) == 20
-    chi2 = ((subsets - 2000) ** 2 / 2000).sum()  # 19 degrees of freedom: above 43.8 once in 1,000
-    assert chi2 < 43.8
+    assert len(subsets) == 20                                # 3 of 6 hidden
+    chi2 = ((subsets - 2000) ** 2 / 2000).sum()
+    assert chi2 < 43.8                   # with 19 degrees of freedom, exceeded once in 1,000 draws
 
 
 def test_masks_come_from_the_generator_alone():
-    draw = lambda seed: masking.random_mask(8, (4, 6), generator=torch.Generator().manual_seed(seed))
+    def draw(seed):
+        return masking.random_mask(8, (4, 6), generator=torch.Generator().manual_seed(seed))
+
     first = draw(1)
     torch.manual_seed(99)
     assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
     assert len(first.flatten(1).unique(dim=0)) == 8          # each image has its own
 
 
-def test_a_pixel_is_hidden_when_its_cell_is():
+def test_a_pixel_is_hidden_when_its_mask_unit_is():
     mask = masking.random_mask(2, (2, 3), 0.5)
     big = masking.resize_mask(mask, (64, 96))
     for b, y, x in product(range(2), (0, 31, 32, 63), (0, 31, 32, 63, 64, 95)):
         assert big[b, 0, y, x] == mask[b, y // 32, x // 32]
 
 
-def test_a_grid_that_the_cells_do_not_divide_is_resized_by_nearest():
+def test_a_grid_that_the_mask_units_do_not_divide_is_resized_by_nearest():
     mask = masking.random_mask(2, (7, 7), 0.6)
     odd = masking.resize_mask(mask, (10, 12))
     for y, x in product(range(10), range(12)):
@@ -92,32 +98,41 @@ def test_the_fill_is_the_mean_of_the_whole_image_and_visible_pixels_stay_bit_equ
     x, mask = torch.randn(2, 3, 64, 96), masking.random_mask(2, (2, 3), 0.5)
     seen = masking.fill_hidden(x, mask)
     for b, r, c in product(range(2), range(2), range(3)):
-        cell = np.s_[b, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
+        patch = np.s_[b, :, 32 * r:32 * r + 32, 32 * c:32 * c + 32]
         if mask[b, r, c]:
-            mean = x[b].double().reshape(3, -1).mean(1).float()  # hidden pixels included
-            close(seen[cell], mean[:, None, None].expand(3, 32, 32))
+            mean = x[b].double().reshape(3, -1).mean(1).float()      # hidden pixels included
+            close(seen[patch], mean[:, None, None].expand(3, 32, 32))
         else:
-            assert torch.equal(seen[cell], x[cell])
+            assert torch.equal(seen[patch], x[patch])
 
 
 def test_the_other_fills_are_zero_and_one_random_colour_per_image():
     x, mask = torch.randn(2, 3, 4, 4), checkerboard(2)
     hidden = masking.resize_mask(mask, (4, 4)).expand_as(x)
     assert masking.fill_hidden(x, mask, "zero")[hidden].unique().tolist() == [0]
-    painted = masking.fill_hidden(x, mask, "random", torch.Generator().manual_seed(3))
-    assert len(painted[hidden].unique()) == 6                # 2 images x 3 channels
-    assert torch.equal(painted[~hidden], x[~hidden])
+    filled = masking.fill_hidden(x, mask, "random", torch.Generator().manual_seed(3))
+    assert len(filled[hidden].unique()) == 6                 # 2 images x 3 channels
+    assert torch.equal(filled[~hidden], x[~hidden])
+
+
+def reflect(i, n):
+    """The index of 0 ... n - 1 that a padded index i mirrors."""
+    if i < 0:
+        return -i
+    if i >= n:
+        return 2 * (n - 1) - i
+    return i
 
 
 @pytest.mark.parametrize("H, W", [(24, 24), (16, 24), (24, 8)])
 def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
-    # cells of 8 px: sigma 6
-    x, mask = torch.randn(1, 2, H, W, dtype=torch.double), checkerboard(1, H // 8, W // 8)
-    painted = masking.fill_hidden(x, mask, "blur")
+    x = torch.randn(1, 2, H, W, dtype=torch.double)
+    mask = checkerboard(1, H // 8, W // 8)                   # mask units of 8 px: sigma 6
+    blurred = masking.fill_hidden(x, mask, "blur")
     hidden = masking.resize_mask(mask, (H, W))[0, 0]
-    reflect = lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i
-    # three sigma, or the image
-    down, across = (range(-min(18, n - 1), min(18, n - 1) + 1) for n in (H, W))
+    reach_down, reach_across = min(18, H - 1), min(18, W - 1)        # three sigma, or the image
+    down = range(-reach_down, reach_down + 1)
+    across = range(-reach_across, reach_across + 1)
     for r, c in ((0, 0), (3, 4), (12, 12), (23, 20)):
         if r >= H or c >= W or not hidden[r, c]:
             continue
@@ -126,8 +141,9 @@ def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
             y, z = reflect(r + dr, H), reflect(c + dc, W)
             if not hidden[y, z]:
                 w = math.exp(-(dr**2 + dc**2) / (2 * 6**2))
-                total, weight = total + w * x[0, :, y, z], weight + w
-        close(painted[0, :, r, c], total / weight)
+                total += w * x[0, :, y, z]
+                weight += w
+        close(blurred[0, :, r, c], total / weight)
     same = torch.full((1, 3, 32, 32), 7.0)
     # the blur of one colour is that colour
     close(masking.fill_hidden(same, checkerboard(1, 4, 4), "blur"), same)
@@ -135,19 +151,20 @@ def test_a_blur_of_the_visible_pixels_is_their_weighted_mean(H, W):
 
 def test_hidden_pixels_reach_the_network_only_through_the_mean_colour():
     net = A2MIM(build_encoder("resnet18"), 64).eval()
-    # top left is hidden
-    x, mask = torch.randn(1, 3, 64, 64), torch.tensor([[[True, False], [False, True]]])
+    x = torch.randn(1, 3, 64, 64)
+    mask = torch.tensor([[[True, False], [False, True]]])    # top left is hidden
     y = x.clone()
-    y[..., :32, :32] = x[..., :32, :32].flip(-1)             # the same colours, elsewhere
+    y[..., :32, :32] = x[..., :32, :32].flip(-1)             # the same colours, mirrored
     close(net(x, mask), net(y, mask))
-    assert not torch.allclose(net(x, ~mask), net(y, ~mask))  # visible there: it must show
+    # where the patch is visible, the output has to differ
+    assert not torch.allclose(net(x, ~mask), net(y, ~mask))
 
 
 # ---- masking: the token ----
 
 def test_token_forms_by_hand():
-    # (1, 1, 1, 2), left hidden
-    z, mask = torch.tensor([[[[2.0, 3.0]]]]), torch.tensor([[[True, False]]])
+    z = torch.tensor([[[[2.0, 3.0]]]])                       # (1, 1, 1, 2)
+    mask = torch.tensor([[[True, False]]])                   # left hidden
     for form, left in (("gamma", 0.25 * 2 + 7), ("add", 2 + 7), ("replace", 7)):
         token = masking.MaskToken(1, form)
         nn.init.constant_(token.token, 7)
@@ -186,16 +203,27 @@ FAMILIES = ["resnet18", "resnet50", "convnext_tiny", "swin_tiny", "vit_small", "
 
 
 @pytest.mark.parametrize("arch, size", [*product(FAMILIES, [(64, 64), (64, 128)])])
-def test_every_family_paints_the_whole_image_and_the_token_enters_where_it_should(arch, size):
+def test_every_family_reconstructs_the_whole_image_and_the_token_enters_where_it_should(arch, size):
     net = A2MIM(build_encoder(arch, size), size).eval()
     entered = []
-    net.mask_token.register_forward_hook(lambda module, inputs, output: entered.append(tuple(output.shape)))
-    painted = net(torch.randn(2, 3, *size), masking.random_mask(2, net.grid))
-    assert painted.shape == (2, 3, *size) and net.grid == (size[0] // 32, size[1] // 32)
-    H, W = size  # the injection points of the released configs
-    assert entered == [{"resnet18": (2, 256, H // 16, W // 16), "resnet50": (2, 1024, H // 16, W // 16),
-                        "convnext_tiny": (2, 768, H // 32, W // 32), "swin_tiny": (2, H // 4, W // 4, 96),
-                        "vit_small": (2, H * W // 256, 768), "deit_tiny": (2, H * W // 256, 192)}[arch]]
+
+    def note_shape(module, inputs, output):
+        entered.append(tuple(output.shape))
+
+    net.mask_token.register_forward_hook(note_shape)
+    reconstruction = net(torch.randn(2, 3, *size), masking.random_mask(2, net.grid))
+    H, W = size
+    assert reconstruction.shape == (2, 3, H, W)
+    assert net.grid == (H // 32, W // 32)
+    released = {                                             # where the token enters
+        "resnet18": (2, 256, H // 16, W // 16),
+        "resnet50": (2, 1024, H // 16, W // 16),
+        "convnext_tiny": (2, 768, H // 32, W // 32),
+        "swin_tiny": (2, H // 4, W // 4, 96),
+        "vit_small": (2, H * W // 256, 768),
+        "deit_tiny": (2, H * W // 256, 192),
+    }
+    assert entered == [released[arch]]
 
 
 def test_the_token_can_enter_before_any_stage():
@@ -209,53 +237,70 @@ def test_the_token_can_enter_before_any_stage():
             assert not torch.allclose(before, net(x, mask)), (arch, stage)
 
 
-def test_each_feature_paints_its_own_square():
+def test_each_feature_gives_the_pixels_of_its_own_square():
     """PixelShuffle lays the 3 s^2 outputs of feature (i, j) over the pixels of square (i, j)."""
     net = A2MIM(build_encoder("resnet18"), (64, 96))
     z = torch.zeros(1, 512, 2, 3)
     z[0, :, 1, 2] = 1.0
     nn.init.constant_(net.decoder[0].weight, 0.5)
-    painted = net.decoder(z)
-    assert painted[..., 32:, 64:].unique().tolist() == [256] and painted.sum() == 256 * 3 * 32 * 32
+    image = net.decoder(z)
+    assert image[..., 32:, 64:].unique().tolist() == [256]   # 512 * 0.5
+    assert image.sum() == 256 * 3 * 32 * 32                  # all other pixels are 0
 
 
-def test_reconstruct_pastes_into_hidden_cells_only_and_leaves_the_model_as_it_was():
+def test_reconstruct_pastes_into_hidden_patches_only_and_leaves_the_model_as_it_was():
     net = A2MIM(build_encoder("resnet18"), 64).train()
-    statistics = net.encoder.backbone.bn1.running_mean.clone()
+    running_mean = net.encoder.backbone.bn1.running_mean.clone()
     x, mask = torch.randn(2, 3, 64, 64), checkerboard(2)
-    seen, painted, pasted = net.reconstruct(x, mask)
+    seen, reconstruction, pasted = net.reconstruct(x, mask)
     hidden = masking.resize_mask(mask, (64, 64)).expand_as(x)
-    assert torch.equal(pasted[hidden], painted[hidden]) and torch.equal(pasted[~hidden], x[~hidden])
+    assert torch.equal(pasted[hidden], reconstruction[hidden])
+    assert torch.equal(pasted[~hidden], x[~hidden])
     assert torch.equal(seen, masking.fill_hidden(x, mask))
-    assert net.training and torch.equal(net.encoder.backbone.bn1.running_mean, statistics)
+    assert net.training
+    assert torch.equal(net.encoder.backbone.bn1.running_mean, running_mean)
+
+
+class Transposed(nn.Module):
+    """(B, C, N) -> (B, N, C)."""
+
+    def forward(self, z):
+        return z.transpose(1, 2)
 
 
 def test_any_list_of_modules_is_an_encoder():
-    for stages, stage in ((list(tv.efficientnet_b0().features), 6), (list(tv.mobilenet_v3_small().features), 9)):
-        net = A2MIM(stages, image_size=128, token_stage=stage)
+    efficientnet = list(tv.efficientnet_b0().features)
+    mobilenet = list(tv.mobilenet_v3_small().features)
+    for stages, token_stage in ((efficientnet, 6), (mobilenet, 9)):
+        net = A2MIM(stages, image_size=128, token_stage=token_stage)
         x, mask = torch.randn(2, 3, 128, 128), masking.random_mask(2, net.grid)
         total, _ = loss.a2mim_loss(net(x, mask), x, pixels(mask, x))
         total.backward()
-        assert net.grid == (4, 4) and all(p.grad is not None for p in net.parameters())
-    tokens = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2)), nn.Module()
-    tokens[1].forward = lambda z: z.transpose(1, 2)  # ends in a sequence (B, 64, 8), not a map
-    assert A2MIM(list(tokens), 64, token_stage=0).stride == 8
+        assert net.grid == (4, 4)
+        assert all(p.grad is not None for p in net.parameters())
+    # an encoder that ends in a sequence (B, 64, 8), not in a map
+    tokens = [nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2)), Transposed()]
+    assert A2MIM(tokens, 64, token_stage=0).stride == 8
 
 
 # ---- model: the backbones ----
 
 def test_parameter_counts_are_the_published_ones():
-    """Millions, classification head included. Source: the authors' table; torchvision's for the names it shares."""
-    for arch, head, published in (
-        ("vit_small", 768, 48.8),
-        ("vit_base", 768, 86.7),
-        ("resnet50", 2048, 25.6),
-        ("resnet200", 2048, 64.7),
-        ("convnext_small", 768, 50.2),
-        ("deit_small", 384, 22.1),
+    """In millions, with the classification head.
+
+    Source: the authors' table, and torchvision's table for the names that torchvision has too.
+    """
+    for arch, head, published, tolerance in (
+        ("vit_small", 768, 48.8, 0.06),
+        ("vit_base", 768, 86.7, 0.06),
+        ("resnet50", 2048, 25.6, 0.06),
+        ("resnet200", 2048, 64.7, 0.06),
+        ("convnext_small", 768, 50.2, 0.06),
+        ("deit_small", 384, 22.1, 0.2),
     ):
-        count = sum(p.numel() for p in build_encoder(arch).parameters()) + 1000 * (head + 1)
-        assert count / 1e6 == pytest.approx(published, abs=0.06 if arch != "deit_small" else 0.2), arch
+        encoder = sum(p.numel() for p in build_encoder(arch).parameters())
+        count = encoder + 1000 * (head + 1)
+        assert count / 1e6 == pytest.approx(published, abs=tolerance), arch
 
 
 def test_initial_values_that_the_recipes_rely_on():
@@ -264,21 +309,23 @@ def test_initial_values_that_the_recipes_rely_on():
     assert all(block.bn3.weight.abs().max() == 0 for block in resnet.layer2)
     vit = build_encoder("deit_tiny", 224).backbone
     block = vit.blocks[3]
-    assert block.gamma_1.unique().tolist() == block.gamma_2.unique().tolist() == [pytest.approx(0.1)]
-    assert (
-        block.attn.relative_position_bias_table.shape == (732, 3)
-        and block.attn.relative_position_bias_table.abs().max() == 0
-    )
-    assert [round(b.drop_path.p, 4) for b in vit.blocks] == [round(0.1 * i / 11, 4) for i in range(12)]
+    for gamma in (block.gamma_1, block.gamma_2):
+        assert gamma.unique().tolist() == [pytest.approx(0.1)]
+    table = block.attn.relative_position_bias_table
+    assert table.shape == (732, 3) and table.abs().max() == 0
+    rates = [round(block.drop_path.p, 4) for block in vit.blocks]
+    assert rates == [round(0.1 * i / 11, 4) for i in range(12)]
 
 
 def test_relative_position_rows_pair_by_pair():
     h, w = 3, 4
-    index, n = model.relative_position_index(h, w), (2 * h - 1) * (2 * w - 1)
+    index = model.relative_position_index(h, w)
+    n = (2 * h - 1) * (2 * w - 1)
     for query, key in product(range(h * w), repeat=2):
         dr, dc = query // w - key // w, query % w - key % w
         assert index[1 + query, 1 + key] == (dr + h - 1) * (2 * w - 1) + dc + w - 1
-    assert (index[0, 1:] == n).all() and (index[1:, 0] == n + 1).all() and index[0, 0] == n + 2
+    assert (index[0, 1:] == n).all() and (index[1:, 0] == n + 1).all()
+    assert index[0, 0] == n + 2
 
 
 def test_attention_is_softmax_of_scaled_products_plus_position_bias():
@@ -287,64 +334,68 @@ def test_attention_is_softmax_of_scaled_products_plus_position_bias():
         nn.init.normal_(p)
     x = torch.randn(1, 5, 12, dtype=torch.double)
     weight = attention.qkv.weight.view(3, 3, 4, 12)          # (qkv, head, channel, in)
+    table = attention.relative_position_bias_table
+    index = attention.relative_position_index
     out = []
     for head in range(3):
         q = x[0] @ weight[0, head].T + attention.q_bias.view(3, 4)[head]
         k = x[0] @ weight[1, head].T                         # no bias
         v = x[0] @ weight[2, head].T + attention.v_bias.view(3, 4)[head]
-        bias = torch.stack(
-            [
-                torch.stack(
-                    [
-                        attention.relative_position_bias_table[attention.relative_position_index[i, j], head]
-                        for j in range(5)
-                    ]
-                )
-                for i in range(5)
-            ]
-        )
+        bias = torch.zeros(5, 5, dtype=torch.double)
+        for i, j in product(range(5), range(5)):
+            bias[i, j] = table[index[i, j], head]
         out.append(torch.softmax(q @ k.T / math.sqrt(4) + bias, -1) @ v)
     close(attention(x)[0], attention.proj(torch.cat(out, 1)))
 
 
 def test_a_resnet_with_the_small_stem_is_torchvisions_but_for_its_first_convolution():
     encoder = build_encoder("resnet18", 32, stem="small")
-    assert [tuple(shape[2:]) for shape in encoder.shapes((32, 32))] == [(32, 32)] * 3 + [(16, 16), (8, 8), (4, 4)]
+    sizes = [tuple(shape[2:]) for shape in encoder.shapes((32, 32))]
+    assert sizes == [(32, 32), (32, 32), (32, 32), (16, 16), (8, 8), (4, 4)]
     plain, state = tv.resnet18(), encoder.backbone.state_dict()
     assert state.pop("conv1.weight").shape == (64, 3, 3, 3)
     found = plain.load_state_dict(state, strict=False)
-    assert found.missing_keys == ["conv1.weight", "fc.weight", "fc.bias"] and not found.unexpected_keys
-    # the documented line
-    plain.conv1, plain.maxpool, plain.fc = encoder.backbone.conv1, nn.Identity(), nn.Identity()
+    assert found.missing_keys == ["conv1.weight", "fc.weight", "fc.bias"]
+    assert not found.unexpected_keys
+    # as documented
+    plain.conv1 = encoder.backbone.conv1
+    plain.maxpool = nn.Identity()
+    plain.fc = nn.Identity()
     images = torch.randn(2, 3, 32, 32)
     close(plain.eval()(images), encoder.eval()(images).mean((2, 3)))
 
 
-@pytest.mark.parametrize(
-    "arch, plain, head",
-    [
-        ("resnet18", tv.resnet18, "fc"),
-        ("resnet50", tv.resnet50, "fc"),
-        ("convnext_tiny", tv.convnext_tiny, "classifier.2"),
-        ("swin_tiny", tv.swin_t, "head"),
-    ],
-)
-def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing(arch, plain, head, tmp_path):
+@pytest.mark.parametrize("arch, plain, head", [
+    ("resnet18", tv.resnet18, "fc"),
+    ("resnet50", tv.resnet50, "fc"),
+    ("convnext_tiny", tv.convnext_tiny, "classifier.2"),
+    ("swin_tiny", tv.swin_t, "head"),
+])
+def test_backbone_weights_load_into_plain_torchvision_with_only_the_head_missing(
+    arch, plain, head, tmp_path
+):
     encoder = build_encoder(arch).eval()
     for p in encoder.parameters():
         nn.init.normal_(p, std=0.05)
     torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
     net = plain().eval()
-    report = net.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
-    assert report.missing_keys == [f"{head}.weight", f"{head}.bias"] and not report.unexpected_keys
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    found = net.load_state_dict(state, strict=False)
+    assert found.missing_keys == [f"{head}.weight", f"{head}.bias"]
+    assert not found.unexpected_keys
+
     x = torch.randn(1, 3, 64, 64)
     z = encoder(x)
     z = z.mean((1, 2)) if encoder.layout == "nhwc" else z.mean((2, 3))
     pooled = []                                              # what torchvision's own head is given
-    net.get_submodule(head).register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
+
+    def note_input(module, inputs, output):
+        pooled.append(inputs[0])
+
+    net.get_submodule(head).register_forward_hook(note_input)
     net(x)
-    # torchvision averages before the final norm, we paint from a map: compare there
     if arch == "convnext_tiny":
+        # torchvision averages before the final norm, we reconstruct from a map: compare there
         z, pooled = encoder.backbone.features(x).flatten(1), [net.features(x).flatten(1)]
     close(z, pooled[0])
 
@@ -359,14 +410,15 @@ def test_focal_l1_is_its_formula():
 
 @pytest.mark.parametrize("focal", [True, False])
 def test_the_spatial_loss_is_the_mean_error_of_hidden_pixels(focal):
-    pred, image, mask = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12), masking.random_mask(2, (2, 3), 0.6)
+    pred, image = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12)
+    mask = masking.random_mask(2, (2, 3), 0.6)
     error = 0.0
     for b, r, c in mask.nonzero().tolist():
         d = (pred - image)[b, :, 4 * r:4 * r + 4, 4 * c:4 * c + 4].double().abs()
         error += (d * (2 * torch.sigmoid(0.2 * d) - 1) if focal else d).sum().item()
-    assert loss.spatial_loss(pred, image, pixels(mask, image), focal).item() == pytest.approx(
-        error / (mask.sum().item() * 16) / 3, rel=1e-5
-    )
+    expected = error / (mask.sum().item() * 16 * 3)          # 16 pixels of 3 channels each
+    got = loss.spatial_loss(pred, image, pixels(mask, image), focal)
+    assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequencies():
@@ -374,23 +426,26 @@ def test_visible_pixels_get_no_gradient_from_pixels_and_a_share_u_from_frequenci
     visible = ~masking.resize_mask(mask, (8, 8)).expand_as(image)
 
     def gradient(fn, **options):
-        pred = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        pred = torch.randn(2, 3, 8, 8, generator=generator).requires_grad_()
         return torch.autograd.grad(fn(pred, image, pixels(mask, image), **options), pred)[0]
+
     assert gradient(loss.spatial_loss)[visible].abs().max() == 0
     assert gradient(loss.spatial_loss)[~visible].abs().min() > 0
     assert gradient(loss.fourier_loss, visible_weight=0.0)[visible].abs().max() == 0
-    full, share = (
-        gradient(loss.fourier_loss, visible_weight=1.0),
-        gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction"),
-    )
-    # the value is the same, as the stand-in is the prediction
+    full = gradient(loss.fourier_loss, visible_weight=1.0)
+    share = gradient(loss.fourier_loss, visible_weight=0.25, stand_in="prediction")
+    # the value is the same, as the constant at visible pixels is the prediction
     close(share[visible], 0.25 * full[visible])
 
 
 # ---- loss: frequencies ----
 
 def dft(x):
-    """Orthonormal 2-D Fourier transform of a real (H, W) array as the sum that defines it: (cosine part, sine part)."""
+    """Orthonormal 2-D Fourier transform of a real (H, W) array, as the sum that defines it.
+
+    Returns (cosine part, sine part).
+    """
     H, W = x.shape
     real, imag = np.zeros((H, W)), np.zeros((H, W))
     for u, v, y, z in product(range(H), range(W), range(H), range(W)):
@@ -400,18 +455,17 @@ def dft(x):
     return real / math.sqrt(H * W), imag / math.sqrt(H * W)
 
 
-@pytest.mark.parametrize(
-    "spectrum, stand_in, focal, width",
-    [
-        ("batch", "mixed", True, 6),
-        ("image", "prediction", True, 6),
-        ("image", "mixed", True, 5),
-        ("batch", "prediction", True, 5),
-        ("image", "mixed", False, 5),
-        ("batch", "prediction", False, 6),
-    ],
-)
-def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectrum, stand_in, focal, width):
+@pytest.mark.parametrize("spectrum, stand_in, focal, width", [
+    ("batch", "mixed", True, 6),
+    ("image", "prediction", True, 6),
+    ("image", "mixed", True, 5),
+    ("batch", "prediction", True, 5),
+    ("image", "mixed", False, 5),
+    ("batch", "prediction", False, 6),
+])
+def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(
+    spectrum, stand_in, focal, width
+):
     pred, image = torch.randn(2, 2, 4, width), torch.randn(2, 2, 4, width)
     mask, u = torch.tensor([[[True], [False]], [[False], [True]]]), 0.125
     P, X = pred.double().numpy(), image.double().numpy()
@@ -420,9 +474,9 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
     stand = {"prediction": P, "mixed": (P + X) / 2}[stand_in]
     w = hidden + (1 - hidden) * u
     p = P * w + stand * (1 - w)
-    spectra = np.array([[dft(p[b, c]) for c in range(2)] for b in range(2)]) - np.array(
-        [[dft(X[b, c]) for c in range(2)] for b in range(2)]
-    )
+    spectra = np.zeros((2, 2, 2, 4, width))                  # (B, C, cosine and sine, H, W)
+    for b, c in product(range(2), range(2)):
+        spectra[b, c] = np.array(dft(p[b, c])) - np.array(dft(X[b, c]))
     if spectrum == "batch":
         spectra = spectra.mean(0, keepdims=True)             # the spectra are averaged, as released
     modulus = np.sqrt(spectra[:, :, 0] ** 2 + spectra[:, :, 1] ** 2)         # (B or 1, C, H, W)
@@ -431,9 +485,8 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
         weight = weight / weight.max(axis=None if spectrum == "batch" else (2, 3), keepdims=True)
         expected = (weight * modulus**2).mean()
     else:
-        expected = (
-            modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)
-        ).mean()  # the pixel criterion again, on the full plane
+        # the pixel criterion again, on the full plane
+        expected = (modulus * (2 / (1 + np.exp(-0.2 * modulus)) - 1)).mean()
     got = loss.fourier_loss(pred, image, pixels(mask, image), stand_in=stand_in, visible_weight=u,
                             spectrum=spectrum, focal=focal)
     assert got.item() == pytest.approx(expected, rel=1e-4)
@@ -441,7 +494,8 @@ def test_the_fourier_loss_is_the_sum_of_sines_and_cosines_that_defines_it(spectr
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 21), (8, 13)])
 def test_the_transform_of_the_mean_is_the_mean_of_the_transforms(size):
-    """The spectrum of the batch's mean residual = the mean of all spectra, in value and in gradient."""
+    """The spectrum of the batch's mean residual is the mean of all spectra, in value and in
+    gradient."""
     pred, image = torch.randn(5, 3, *size, requires_grad=True), torch.randn(5, 3, *size)
     D = (torch.fft.fft2(pred, norm="ortho") - torch.fft.fft2(image, norm="ortho")).mean(0)
     weight = torch.log(1 + D.abs()).detach()
@@ -457,11 +511,13 @@ def test_parseval_with_weight_one_the_fourier_loss_is_the_pixel_mse(spectrum):
     image, d = torch.randn(3, 3, 14, 9), torch.zeros(3, 3, 14, 9)
     d[:, :, 5, 2] = 0.7
     hidden = torch.ones(3, 1, 14, 9, dtype=torch.bool)
-    close(loss.fourier_loss(image + d, image, hidden, spectrum=spectrum), d.square().mean(), atol=1e-6, rtol=1e-4)
+    got = loss.fourier_loss(image + d, image, hidden, spectrum=spectrum)
+    close(got, d.square().mean(), atol=1e-6, rtol=1e-4)
 
 
 def test_the_batch_spectrum_sees_only_the_mean_residual():
-    """The released code's least known trait: errors of different images cancel, and what is left falls as 1/B."""
+    """A trait of the released code: errors of different images cancel, and what is left falls
+    as 1/B."""
     image, error = torch.randn(2, 3, 16, 16), torch.randn(1, 3, 16, 16)
     hidden = torch.ones(2, 1, 16, 16, dtype=torch.bool)
     pred = image + torch.cat([error, -error])                # both are wrong, in opposite ways
@@ -483,9 +539,11 @@ def test_the_batch_spectrum_sees_only_the_mean_residual():
 def test_a_perfect_prediction_costs_nothing_and_its_gradient_is_zero_not_nan(spectrum, focal):
     image = torch.randn(2, 3, 8, 8)
     pred = image.clone().requires_grad_()
-    total, parts = loss.a2mim_loss(pred, image, pixels(checkerboard(2), image), spectrum=spectrum, focal_fourier=focal)
+    hidden = pixels(checkerboard(2), image)
+    total, parts = loss.a2mim_loss(pred, image, hidden, spectrum=spectrum, focal_fourier=focal)
     total.backward()
-    assert total == 0 and parts["fourier"] == 0 and pred.grad.abs().max() == 0
+    assert total == 0 and parts["fourier"] == 0
+    assert pred.grad.abs().max() == 0
 
 
 def test_the_total_is_spatial_plus_lambda_fourier_and_lambda_zero_leaves_the_transform_out():
@@ -509,7 +567,7 @@ def test_the_loss_is_float32_inside_autocast():
     (0.0300, 0.02, 0.0001, "worse than a blur: it does not reconstruct objects yet"),
     (0.0184, 0.02, 0.0009, "level with a blur"),             # 0.92 +/- 0.09 of the blur's
     (0.0216, 0.02, 0.0009, "level with a blur"),
-    (0.0100, 0.02, 0.0060, "level with a blur"),  # half the error, on images that differ wildly
+    (0.0100, 0.02, 0.0060, "level with a blur"),             # half the error, with a large scatter
     (0.0100, 0.02, math.inf, "level with a blur"),           # one image
     (0.0184, 0.02, 0.0007, "better than a blur"),
     (0.0171, 0.02, 0.0001, "better than a blur"),
@@ -527,19 +585,28 @@ def test_the_verdict_says_better_only_beyond_the_scatter(pixel_loss, blur, error
 # ---- data: drawn shapes ----
 
 def test_shapes_come_from_seed_and_index_and_every_class_is_equally_common():
-    train, again, val = data.Shapes("train", (64, 64)), data.Shapes("train", (64, 64)), data.Shapes("val", (64, 64))
-    assert torch.equal(train.read(17), again.read(17)) and not torch.equal(train.read(17), val.read(17))
-    assert not torch.equal(train.read(17), data.Shapes("train", (64, 64), seed=1).read(17))
-    assert np.bincount(train.labels).tolist() == [1000] * 10 and np.bincount(val.labels).tolist() == [200] * 10
-    assert train.read(3).shape == (3, 64, 64) and data.Shapes("val", (48, 80)).read(0).shape == (3, 48, 80)
+    train = data.Shapes("train", (64, 64))
+    again = data.Shapes("train", (64, 64))
+    val = data.Shapes("val", (64, 64))
+    other_seed = data.Shapes("train", (64, 64), seed=1)
+    image = train.read(17)
+    assert torch.equal(image, again.read(17))
+    assert not torch.equal(image, val.read(17))
+    assert not torch.equal(image, other_seed.read(17))
+    assert np.bincount(train.labels).tolist() == [1000] * 10
+    assert np.bincount(val.labels).tolist() == [200] * 10
+    assert train.read(3).shape == (3, 64, 64)
+    assert data.Shapes("val", (48, 80)).read(0).shape == (3, 48, 80)
 
 
 def test_shapes_are_not_told_apart_by_colour():
-    """A nearest-centroid classifier on each image's colour mean and spread stays near chance, 10 %."""
+    """A nearest-centroid classifier on the mean and spread of colours stays near chance, 10 %."""
     source = data.Shapes("train", (48, 48))
-    features = torch.stack(
-        [torch.cat([x.mean((1, 2)), x.std((1, 2))]) for x in (source.read(i).float() for i in range(1200))]
-    )
+    features = []
+    for i in range(1200):
+        x = source.read(i).float()
+        features.append(torch.cat([x.mean((1, 2)), x.std((1, 2))]))
+    features = torch.stack(features)
     labels = torch.from_numpy(source.labels[:1200])
     centroids = torch.stack([features[:800][labels[:800] == c].mean(0) for c in range(10)])
     accuracy = (torch.cdist(features[800:], centroids).argmin(1) == labels[800:]).float().mean()
@@ -551,9 +618,8 @@ def test_shapes_are_not_told_apart_by_colour():
 def test_normalise_is_to_tensor_then_normalize():
     from torchvision.transforms import v2
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    reference = v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-    )
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     close(data.normalise(images), reference(images))
     close(data.denormalise(data.normalise(images)) * 255, images.float())
 
@@ -561,14 +627,13 @@ def test_normalise_is_to_tensor_then_normalize():
 def test_crop_and_flip_is_torchvisions_crop_then_its_flip():
     from torchvision.transforms import InterpolationMode, v2
     image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
-    fine_tuning = data.augment(SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0))
-    for ours, mode in (
+    settings = SimpleNamespace(image_size=48, crop_min=0.2, randaug=0, jitter=0)
+    for ours, mode in (                                      # the modes as released
         (data.CropAndFlip((48, 48), 0.2), InterpolationMode.BILINEAR),
-        (fine_tuning, InterpolationMode.BICUBIC),
-    ):  # as released
-        theirs = v2.Compose(
-            [v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
-        )
+        (data.augment(settings), InterpolationMode.BICUBIC),
+    ):
+        crop = v2.RandomResizedCrop((48, 48), (0.2, 1.0), interpolation=mode, antialias=True)
+        theirs = v2.Compose([crop, v2.RandomHorizontalFlip()])
         for seed in range(12):
             crops = []
             for transform in (theirs, ours):
@@ -583,37 +648,45 @@ def ramps(h, w):
     return torch.stack([(y / h)[:, None].expand(h, w), (x / w)[None].expand(h, w)])
 
 
-@pytest.mark.parametrize("size, crop", [((48, 64), 0.875), ((64, 48), 0.95), ((32, 96), 1.0), ((40, 40), 0.875)])
+@pytest.mark.parametrize("size, crop", [
+    ((48, 64), 0.875),
+    ((64, 48), 0.95),
+    ((32, 96), 1.0),
+    ((40, 40), 0.875),
+])
 def test_the_test_crop_is_the_centre_of_an_image_that_covers_it_and_never_padded(size, crop):
+    transform = data.eval_transform(size, crop)
     for h, w in product((31, 60, 100), (37, 90, 233)):
-        whole = data.eval_transform(size, crop)(ramps(h, w))
+        whole = transform(ramps(h, w))
         assert whole.shape == (2, *size)
         ends = (whole[0, -1] - whole[0, 0]).mean(), (whole[1, :, -1] - whole[1, :, 0]).mean()
-        step = [end / (side - 1) for end, side in zip(ends, size)]  # of the whole, per pixel
-        # source pixels per pixel, down and across
-        scale = [share.item() * side for share, side in zip(step, (h, w))]
-        assert scale[0] == pytest.approx(scale[1], rel=0.05)                 # nothing is stretched
-        # of the whole, down and across
-        shown = [share.item() * side for share, side in zip(step, size)]
-        assert max(shown) == pytest.approx(crop, abs=0.02)  # as much as fits, and no more
+        # the share of the source image that one pixel covers, down and across
+        step = [end.item() / (side - 1) for end, side in zip(ends, size)]
+        source_pixels = [share * side for share, side in zip(step, (h, w))]
+        assert source_pixels[0] == pytest.approx(source_pixels[1], rel=0.05)         # not stretched
+        shown = [share * side for share, side in zip(step, size)]
+        assert max(shown) == pytest.approx(crop, abs=0.02)   # as much as fits, and no more
         close(whole.mean((1, 2)), torch.full((2,), 0.5), atol=0.03, rtol=0)  # of the middle
-        white = data.eval_transform(size, crop)(torch.full((3, h, w), 255, dtype=torch.uint8))
+        white = transform(torch.full((3, h, w), 255, dtype=torch.uint8))
         assert (white == 255).all()                          # padding would be black
         if size[0] == size[1]:                               # the released rule, by torchvision
             image = torch.randint(256, (3, h, w), dtype=torch.uint8)
-            resized = tvf.resize(image, round(size[0] / crop), tvf.InterpolationMode.BICUBIC, antialias=True)
-            assert torch.equal(data.eval_transform(size, crop)(image), tvf.center_crop(resized, size))
+            side = round(size[0] / crop)
+            resized = tvf.resize(image, side, tvf.InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(transform(image), tvf.center_crop(resized, size))
 
 
 def test_a_random_crop_of_another_shape_stretches_by_a_third_at_most_either_way():
-    turns, transform = [], data.CropAndFlip((32, 64), 0.3)
+    ratios = []
+    transform = data.CropAndFlip((32, 64), 0.3)
     for seed in range(60):
         torch.manual_seed(seed)
         part = transform(ramps(100, 200))
-        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()  # source pixels of 16 pixels
+        # how many source pixels 16 pixels cover
+        down = 100 * (part[0, 24] - part[0, 8]).mean().abs()
         across = 200 * (part[1, :, 48] - part[1, :, 32]).mean().abs()
-        turns.append((across / down).item())
-    assert 0.72 < min(turns) < 0.85 and 1.18 < max(turns) < 1.39
+        ratios.append((across / down).item())
+    assert 0.72 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.39
 
 
 # ---- data: which images, in which order ----
@@ -628,17 +701,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert not torch.equal(first, data.ImageDataset(source, crop, seed=1)[0, 5][0])
     torch.set_rng_state(state)
     samples[2, 2]
-    # and it leaves the caller's random numbers alone
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)         # the caller's generator is untouched
 
 
 def test_processes_and_accumulation_cut_the_same_steps():
-    make = lambda batch, accum, world, rank, start=0: flat(
-        data.ResumableBatchSampler(50, batch, accum, world, rank, seed=3, start=start, stop=9)
-    )
-    whole = make(12, 1, 1, 0)
-    # 4 steps an epoch
-    assert len(whole) == 9 and [k[0] for b in whole for k in b] == [0] * 48 + [1] * 48 + [2] * 12
+    def make(batch, accum, world, rank, start=0):
+        sampler = data.ResumableBatchSampler(50, batch, accum, world, rank, seed=3, start=start,
+                                             stop=9)
+        return flat(sampler)
+
+    whole = make(12, 1, 1, 0)                                # 4 steps an epoch
+    assert len(whole) == 9
+    epochs = [epoch for batch in whole for epoch, _ in batch]
+    assert epochs == [0] * 48 + [1] * 48 + [2] * 12
     assert len({i for b in whole[:4] for _, i in b}) == 48   # no image twice in an epoch
     assert [a + b for a, b in zip(make(6, 1, 2, 0), make(6, 1, 2, 1))] == whole
     halves = make(6, 2, 1, 0)
@@ -665,11 +740,12 @@ def test_held_out_images_are_never_trained_on_and_their_number_has_bounds(tmp_pa
         folder = tmp_path / given if given != "shapes" else given
         asked = pretrain.ask(pretrain.parse(["--data", str(folder), "--val", str(share)]))
         source, others = pretrain.hold_out(pretrain.open_source(asked), asked)
-        assert (len(source), len(others) if others else 0) == (train, held), given
+        assert len(source) == train, given
+        assert (len(others) if others else 0) == held, given
         if others:
-            names = [{s.name(i) for i in range(len(s))} for s in (source, others)]
-            assert given == "shapes" or not names[0] & names[1]
-            assert given != "cut" or all("/val/" in name for name in names[1])
+            trained_on, held_out = ({s.name(i) for i in range(len(s))} for s in (source, others))
+            assert given == "shapes" or not trained_on & held_out
+            assert given != "cut" or all("/val/" in name for name in held_out)
 
 
 def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
@@ -677,12 +753,15 @@ def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
     for labels, each in (("0.05", 50), ("20/class", 20), (".0001", 1), ("1", 1000)):
         part = data.some_labels(source, labels, seed=0)
         assert np.bincount(part.labels).tolist() == [each] * 10
-        assert all(part.labels == source.labels[part.indices]) and len(set(part.indices)) == 10 * each
-    pick = lambda seed: data.some_labels(source, "20/class", seed).indices.tolist()
-    assert pick(0) == pick(0) != pick(1)
-    assert set(pick(0)) < set(
-        data.some_labels(source, "40/class", 0).indices
-    )  # more labels are the same ones and others
+        assert all(part.labels == source.labels[part.indices])
+        assert len(set(part.indices)) == 10 * each
+
+    def pick(labels, seed):
+        return data.some_labels(source, labels, seed).indices.tolist()
+
+    assert pick("20/class", 0) == pick("20/class", 0) != pick("20/class", 1)
+    # with more labels the images of fewer labels are still among them
+    assert set(pick("20/class", 0)) < set(pick("40/class", 0))
     for wrong in ("0", "1.5", "0/class", "many", "-0.1", "2000/class"):
         with pytest.raises(ValueError, match=f"--labels {wrong}: "):
             data.some_labels(source, wrong, 0)
@@ -693,15 +772,16 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
     for batch in batches[:5]:
         images = [i for _, i in batch]
         assert len(set(images)) == 4 and all(images.count(i) == 3 for i in images)
-        assert len(set(batch)) == 12  # as many draws: other crops of the same image
-    first, second = ({key for batch in part for key in batch} for part in (batches[:5], batches[5:]))
-    assert (
-        len({i for _, i in first}) == 20 and not first & second
-    )  # a third of the set an epoch, and never the same draw
+        assert len(set(batch)) == 12                         # other crops of the same image
+    first = {draw for batch in batches[:5] for draw in batch}
+    second = {draw for batch in batches[5:] for draw in batch}
+    assert len({i for _, i in first}) == 20                  # a third of the set in an epoch
+    assert not first & second                                # and never the same draw
 
 
 def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_keeps_its_form():
-    image, change = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), data.RandAugment(9.0)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    change = data.RandAugment(9.0)
     out = [change(image) for _ in range(300)]
     assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
     same = sum(torch.equal(o, image) for o in out)
@@ -709,15 +789,23 @@ def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_ke
 
 
 def test_randaugment_turns_bicubically_and_fills_corners_with_the_released_colour():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    change, image = data.RandAugment(9.0).by_bin[20], Image.fromarray(pixels)
-    # 20 of 30 bins: 20 degrees
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    change = data.RandAugment(9.0).by_bin[20]                # 20 of 30 bins: 20 degrees
     change._AUGMENTATION_SPACE = {"Rotate": change._AUGMENTATION_SPACE["Rotate"]}
-    by_pillow = [image.rotate(angle, Image.BICUBIC, fillcolor=(104, 116, 124)) for angle in (20, -20)]
-    assert any(np.array_equal(np.asarray(change(image)), np.asarray(turned)) for turned in by_pillow)
+    got = np.asarray(change(image))
+    by_pillow = [
+        np.asarray(image.rotate(angle, Image.BICUBIC, fillcolor=(104, 116, 124)))
+        for angle in (20, -20)
+    ]
+    assert any(np.array_equal(got, turned) for turned in by_pillow)
 
 
 # ---- pretrain: the released recipes ----
+
+def assert_settings(settings, **expected):
+    assert {name: getattr(settings, name) for name in expected} == expected
+
 
 def test_published_recipes_come_out_of_eight_gpus_with_256_images():
     for arch, lr, epochs, weight, clip in (
@@ -729,58 +817,39 @@ def test_published_recipes_come_out_of_eight_gpus_with_256_images():
         ("resnet200", 1.2e-3, 300, 0, 0),
     ):
         args = resolved(pretrain, "--data", "x", "--arch", arch)
-        assert (args.lr * 2048 / 512, args.epochs, args.fourier_weight, args.clip_grad) == (
-            pytest.approx(lr),
-            epochs,
-            weight,
-            clip,
-        )
-        assert (args.mask_ratio, args.mask_size, args.weight_decay, args.min_lr) == (0.6, 32, 0.05, 1e-5)
+        assert args.lr * 2048 / 512 == pytest.approx(lr)
+        assert_settings(args, epochs=epochs, fourier_weight=weight, clip_grad=clip)
+        assert_settings(args, mask_ratio=0.6, mask_size=32, weight_decay=0.05, min_lr=1e-5)
     simmim = resolved(pretrain, "--data", "x", "--baseline", "simmim", "--lr", "1")
-    assert (simmim.token, simmim.token_stage, simmim.fill, simmim.fourier_weight, simmim.lr) == (
-        "replace",
-        1,
-        "zero",
-        0,
-        1,
-    )
+    assert_settings(simmim, token="replace", token_stage=1, fill="zero", fourier_weight=0, lr=1)
     # plain L1 on every backbone
     for arch in ("resnet50", "convnext_tiny", "vit_base", "swin_tiny"):
         simmim = resolved(pretrain, "--data", "x", "--baseline", "simmim", "--arch", arch)
         assert not simmim.focal_pixels
     r101 = resolved(pretrain, "--data", "x", "--arch", "resnet101")
-    assert (r101.fourier_focal, r101.spectrum) == (False, "image")
+    assert_settings(r101, fourier_focal=False, spectrum="image")
     for arch, stage in (("deit_small", 8), ("deit_tiny", 1)):
         deit = resolved(pretrain, "--data", "x", "--arch", arch)
-        assert (deit.image_size, deit.lr, deit.schedule, deit.min_lr, deit.epochs, deit.clip_grad, deit.crop_min) == (
-            192,
-            2e-4,
-            "cosine",
-            1e-5,
-            800,
-            5.0,
-            0.67,
-        )
-        net = A2MIM(
-            build_encoder(arch, 192), 192, deit.mask_size, deit.token_stage, deit.token
-        )  # 6 x 6 cells on 12 x 12 patches
-        assert (
-            net.token_stage == stage and net.grid == (6, 6) and net.encoder.stages[8] == ["blocks.7"]
-        )  # the eighth block
+        assert_settings(deit, image_size=192, lr=2e-4, min_lr=1e-5, schedule="cosine", epochs=800,
+                        clip_grad=5.0, crop_min=0.67)
+        encoder = build_encoder(arch, 192)
+        net = A2MIM(encoder, 192, deit.mask_size, deit.token_stage, deit.token)
+        assert net.token_stage == stage
+        assert net.grid == (6, 6)                            # on 12 x 12 patches
+        assert encoder.stages[8] == ["blocks.7"]             # the eighth block
 
 
 def test_cosine_schedule_at_the_recipes_numbers():
     """ResNet, 300 epochs, 10 of warm-up, base 1.2e-3, floor 1e-5; epochs stand for iterations."""
-    lr = lambda t, base=1.2e-3: optim.lr_at(t, 300, 10, base, 1e-5, "cosine")
-    assert (
-        lr(0) == 0
-        and lr(10) == pytest.approx(1.2e-3)
-        and lr(300) == pytest.approx(1e-5)
-        and lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
-    )
-    assert lr(5) == pytest.approx(
-        0.5 * (1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2)
-    )  # the ramp times the cosine
+    def lr(t, base=1.2e-3):
+        return optim.lr_at(t, 300, 10, base, 1e-5, "cosine")
+
+    assert lr(0) == 0
+    assert lr(10) == pytest.approx(1.2e-3)
+    assert lr(300) == pytest.approx(1e-5)
+    assert lr(155) == pytest.approx((1.2e-3 + 1e-5) / 2)
+    cosine = 1e-5 + 1.19e-3 * (1 + math.cos(math.pi * -5 / 290)) / 2
+    assert lr(5) == pytest.approx(0.5 * cosine)              # the ramp times the cosine
     # a second route, after warm-up
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 290, eta_min=1e-5)
@@ -788,52 +857,49 @@ def test_cosine_schedule_at_the_recipes_numbers():
         assert lr(t) == pytest.approx(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    # the floor is absolute for the mask token's group too
+    # the floor is absolute for the mask token's group too, and never raises a small lr
     assert lr(300, 1.2e-4) == pytest.approx(1e-5)
-    assert all(lr(t, 4e-6) <= 4e-6 for t in range(301))      # and never lifts a small lr
+    assert all(lr(t, 4e-6) <= 4e-6 for t in range(301))
 
 
 def test_step_schedule_of_the_vit_recipe():
-    lr = lambda t: optim.lr_at(t, 800, 10, 4e-4, 1e-5, "step")
-    assert [lr(t) for t in (0, 5, 10, 699, 700, 799)] == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+    lr = [optim.lr_at(t, 800, 10, 4e-4, 1e-5, "step") for t in (0, 5, 10, 699, 700, 799)]
+    assert lr == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+
+
+NOT_DECAYED = ("mask_token.token", "mask_token.gamma", "layer_scale", "gamma_1", "gamma_2",
+               "pos_embed", "cls_token")
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny"])
 def test_what_decays_and_what_does_not(arch):
     net = A2MIM(build_encoder(arch, 64), 64)
     names = {p: n for n, p in net.named_parameters()}
-    norms = {p for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)) for p in m.parameters()}
+    norms = set()
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            norms.update(module.parameters())
     seen = set()
     for group in optim.parameter_groups(net, 0.05, 0.1):
         for p in group["params"]:
             name = names[p]
             seen.add(p)
-            free = (
-                p in norms
-                or "bias" in name
-                or name.endswith(
-                    (
-                        "mask_token.token",
-                        "mask_token.gamma",
-                        "layer_scale",
-                        "gamma_1",
-                        "gamma_2",
-                        "pos_embed",
-                        "cls_token",
-                    )
-                )
-            )
+            free = p in norms or "bias" in name or name.endswith(NOT_DECAYED)
             assert group["weight_decay"] == (0 if free else 0.05), name
-            assert group["scale"] == (0.1 if name in ("mask_token.token", "mask_token.gamma") else 1.0), name
+            of_token = name in ("mask_token.token", "mask_token.gamma")
+            assert group["scale"] == (0.1 if of_token else 1.0), name
     assert seen == set(names)
 
 
 DIFFERENCES = {"baseline", "token", "token_stage", "fill", "fourier_weight", "focal_pixels"}
+CNNS = ["resnet18", "convnext_tiny", "efficientnet_b0"]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "efficientnet_b0", "deit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("arch", [*CNNS, "deit_tiny", "swin_tiny"])
 @pytest.mark.parametrize("images, batch", [(9_469, 64), (9_469, 8), (1_281_167, 2048)])
-def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own_recipe(arch, images, batch):
+def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own_recipe(
+    arch, images, batch
+):
     size = 64 if images < 100_000 else 192
     both = []
     for more in ([], ["--baseline", "simmim"]):
@@ -841,10 +907,11 @@ def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own
         both.append(vars(resolved(pretrain, *flags, images=images)))
     a2mim, simmim = both
     different = {name for name in a2mim if a2mim[name] != simmim[name]} - {"typed"}
-    on_a_cnn = arch not in ("deit_tiny", "swin_tiny")
-    if images < 100_000 or not on_a_cnn:
+    if images < 100_000 or arch not in CNNS:
         assert different <= DIFFERENCES
-        assert simmim["token"] == "replace" and simmim["fourier_weight"] == 0 and simmim["fill"] == "zero"
+        assert simmim["token"] == "replace"
+        assert simmim["fourier_weight"] == 0
+        assert simmim["fill"] == "zero"
     else:                                                    # the released SimMIM of ResNet-50
         assert different <= DIFFERENCES | {"lr", "peak_lr", "token_lr", "crop_min"}
         assert (simmim["lr"], simmim["token_lr"], simmim["crop_min"]) == (2e-4, 1.0, 0.67)
@@ -855,39 +922,50 @@ def test_simmim_and_a2mim_differ_in_five_settings_and_on_imagenet_in_simmims_own
 
 # ---- pretrain: the small recipe ----
 
-def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(few_images, capsys, tmp_path, monkeypatch):
+def test_few_images_get_the_small_recipe_and_its_lr_ignores_the_batch(
+    few_images, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pretrain, "SMALL_STEPS", 2)
-    common = "--data shapes --arch resnet18 --image-size 96".split()
+
+    def made_by(name, flags):
+        common = "--data shapes --arch resnet18 --image-size 96"
+        return settings_of(capsys, tmp_path / name, *common.split(), *flags.split())
+
     peaks = []
     for batch in (4, 8):
-        made, said = settings_of(capsys, tmp_path / f"{batch}", *common, "--batch-size", str(batch))
-        assert made["recipe"] == "small" and "recipe small (small: under 100,000 images); writing" in said
+        made, said = made_by(f"{batch}", f"--batch-size {batch}")
+        assert made["recipe"] == "small"
+        assert "recipe small (small: under 100,000 images); writing" in said
         assert made["epochs"] * (32 // batch) == 2           # counted in steps
         peaks.append(made["lr"] * batch / 512)
     assert peaks == pytest.approx([3e-3, 3e-3])
-    made, said = settings_of(capsys, tmp_path / "typed", *common, *"--batch-size 8 --lr 0.1 --mask-size 32".split(),
-                             *"--spectrum batch --epochs 0.25".split())
-    assert (made["lr"], made["mask_size"], made["spectrum"], made["epochs"]) == (0.1, 32, "batch", 0.25)
-    # as deep as half a typed cell allows
-    assert made["recipe"] == "small" and made["token_stage"] == 4
+
+    typed = "--batch-size 8 --lr 0.1 --mask-size 32 --spectrum batch --epochs 0.25"
+    made, _ = made_by("typed", typed)
+    assert made["recipe"] == "small"
+    assert made["lr"] == 0.1 and made["mask_size"] == 32
+    assert made["spectrum"] == "batch" and made["epochs"] == 0.25
+    assert made["token_stage"] == 4                 # as deep as half a typed mask unit allows
+
     released = resolved(pretrain, "--data", "x", "--arch", "resnet18")
-    made, said = settings_of(capsys, tmp_path / "released", *common, *"--recipe imagenet --batch-size 8".split(),
-                             *"--epochs 0.25".split())
+    made, _ = made_by("released", "--recipe imagenet --batch-size 8 --epochs 0.25")
     for name in ("lr", "mask_size", "token_stage", "spectrum", "min_lr", "token_lr"):
         assert made[name] == getattr(released, name), name
-    made, _ = settings_of(capsys, tmp_path / "simmim", *common, *"--baseline simmim --batch-size 8".split())
-    # the same cells as A2MIM
-    assert (made["token_stage"], made["token"], made["mask_size"]) == (1, "replace", 16)
+
+    made, _ = made_by("simmim", "--baseline simmim --batch-size 8")
+    assert made["token_stage"] == 1 and made["token"] == "replace"
+    assert made["mask_size"] == 16                           # the mask units of A2MIM
 
 
 def test_the_command_of_the_readme_has_the_settings_of_its_table():
-    """`pretrain.py --data imagenette96 --arch resnet18 --image-size 64 --epochs 60`, typed in full."""
+    """`--arch resnet18 --image-size 64 --epochs 60` on Imagenette, against all flags typed."""
     flags = "--data x --arch resnet18 --image-size 64 --epochs 60".split()
-    typed = ("--recipe small --batch-size 64 --lr 0.024 --min-lr 3e-5 --token-lr 1 --crop-min 0.8 --mask-size 8 "
-             "--token-stage 2 --spectrum image --schedule cosine --warmup-epochs 6").split()
-    for baseline in ([], ["--baseline", "simmim"]):
-        more = typed if not baseline else [*typed[:typed.index("--token-stage")], *typed[typed.index("--spectrum"):]]
-        short, long = (vars(resolved(pretrain, *flags, *each, images=9_469)) for each in (baseline, baseline + more))
+    common = ("--recipe small --batch-size 64 --lr 0.024 --min-lr 3e-5 --token-lr 1 "
+              "--crop-min 0.8 --mask-size 8 --spectrum image --schedule cosine --warmup-epochs 6")
+    for baseline, typed in (("", f"{common} --token-stage 2"), ("--baseline simmim", common)):
+        flags_of = [*flags, *baseline.split()]
+        short = vars(resolved(pretrain, *flags_of, images=9_469))
+        long = vars(resolved(pretrain, *flags_of, *typed.split(), images=9_469))
         assert {name for name in short if short[name] != long[name]} == {"typed"}
 
 
@@ -896,18 +974,24 @@ def test_a_short_run_on_few_images_says_how_long_a_useful_one_takes_here(capsys)
     settings = resolved(pretrain, *flags, images=600)
     assert settings.epochs * 75 == pytest.approx(1500)       # 20 epochs of 75 steps
     plan = pretrain.StepPlan.plan(settings, SimpleNamespace(size=1), 600, None)
-    world = SimpleNamespace(print0=lambda text: print(text))
-    for step in range(30):  # 20 steps take 40 s: 1,500 take 50 minutes
+    world = SimpleNamespace(print0=print)
+    for step in range(30):
+        # 20 steps take 40 s: 1,500 take 50 minutes
         pretrain.print_length(step, settings, world, plan, began=time.time() - 40)
     said = capsys.readouterr().out
     assert said.count("1500 steps take about 50 minutes here: a first look") == 1
-    assert "60 epochs, about 150 minutes here: --epochs 60" in said           # 4,500 steps
-    pretrain.print_length(19, resolved(pretrain, *flags, "--epochs", 30, images=600), world, plan, 0)
+    assert "60 epochs, about 150 minutes here: --epochs 60" in said          # 4,500 steps
+    settings = resolved(pretrain, *flags, "--epochs", 30, images=600)
+    pretrain.print_length(19, settings, world, plan, 0)
     assert not capsys.readouterr().out                       # a length that was typed is not judged
 
 
-@pytest.mark.parametrize("per_epoch, images, recipe", [(499, 20_000, "small"), (12_499, 99_999, "small"),
-                                                       (500, 100_000, "imagenet"), (300, 1_281_167, "imagenet")])
+@pytest.mark.parametrize("per_epoch, images, recipe", [
+    (499, 20_000, "small"),
+    (12_499, 99_999, "small"),
+    (500, 100_000, "imagenet"),
+    (300, 1_281_167, "imagenet"),
+])
 def test_the_number_of_images_alone_decides_whether_a_run_is_small(per_epoch, images, recipe):
     batch = images // per_epoch
     settings = resolved(pretrain, "--data", "x", "--arch", "resnet18", "--batch-size", batch,
@@ -915,47 +999,57 @@ def test_the_number_of_images_alone_decides_whether_a_run_is_small(per_epoch, im
     assert settings.recipe == recipe
 
 
-@pytest.mark.parametrize("size, cell", [((64, 64), 8), ((96, 96), 16), ((128, 128), 16), ((192, 192), 32),
-                                        ((224, 224), 32), ((96, 160), 16)])
-@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "swin_tiny", "deit_tiny", "efficientnet_b0"])
-def test_cells_and_token_of_the_small_recipe_fit_the_image(arch, size, cell):
+@pytest.mark.parametrize("size, mask_size", [
+    ((64, 64), 8),
+    ((96, 96), 16),
+    ((128, 128), 16),
+    ((192, 192), 32),
+    ((224, 224), 32),
+    ((96, 160), 16),
+])
+@pytest.mark.parametrize("arch", [*CNNS, "deit_tiny", "swin_tiny"])
+def test_mask_units_and_token_of_the_small_recipe_fit_the_image(arch, size, mask_size):
     encoder = build_encoder(arch, size)
-    got, stage = model.choose_mask_size_and_stage(encoder, size, unit=16 if arch == "deit_tiny" else 8)
-    assert got == (16 if (arch, cell) == ("deit_tiny", 8) else cell)
-    A2MIM(encoder, image_size=size, mask_size=got, token_stage=stage)  # raises if they do not fit
-    if arch in ("deit_tiny", "swin_tiny"):
-        assert stage == encoder.token_stage
-    else:  # features there are at most half a cell wide, the next not
+    unit = 16 if arch == "deit_tiny" else 8
+    got, stage = model.choose_mask_size_and_stage(encoder, size, unit=unit)
+    assert got == max(mask_size, unit)
+    A2MIM(encoder, image_size=size, mask_size=got, token_stage=stage)        # raises if they do not
+    if arch in CNNS:
+        # features there are at most half a mask unit wide, those of the next stage are wider
         strides = [size[0] / shape[2] for shape in encoder.shapes(size)]
-        assert strides[stage] <= got / 2 and all(s > got / 2 for s in strides[stage + 1 : -1])
+        assert strides[stage] <= got / 2
+        assert all(stride > got / 2 for stride in strides[stage + 1:-1])
+    else:
+        assert stage == encoder.token_stage
 
 
-@pytest.mark.parametrize("arch, size, flags, cells, stage", [
-    ("resnet18", 32, "", 16, 4),  # the small stem: stride 4 before stage 4
-    ("resnet18", 32, "--stem imagenet", 16, 2),  # stride 4 before stage 2, 8 before stage 3
-    ("deit_tiny", 32, "", 64, 1),                            # patches and cells of 4 px
+@pytest.mark.parametrize("arch, size, flags, units, stage", [
+    ("resnet18", 32, "", 16, 4),                             # small stem: stride 4 before stage 4
+    ("resnet18", 32, "--stem imagenet", 16, 2),              # stride 4 before stage 2, 8 before 3
+    ("deit_tiny", 32, "", 64, 1),                            # patches and mask units of 4 px
     ("convnext_tiny", 32, "", 16, 1),
-    ("resnet18", 64, "--recipe imagenet", 64, 2),            # 32 px would be 4 cells
+    ("resnet18", 64, "--recipe imagenet", 64, 2),            # 32 px would be 4 mask units
     ("vit_base", 64, "--recipe imagenet", 16, 1),
     ("resnet50", 96, "--recipe imagenet", 9, 4),             # 32 px: as released
 ])
-def test_small_images_have_at_least_nine_cells(arch, size, flags, cells, stage):
+def test_small_images_have_at_least_nine_mask_units(arch, size, flags, units, stage):
     settings = resolved(pretrain, "--data", "x", "--arch", arch, "--image-size", size,
                         *flags.split(), images=50_000)
     encoder = build_encoder(arch, size, patch_size=settings.patch_size, stem=settings.stem)
     net = A2MIM(encoder, size, settings.mask_size, settings.token_stage)
-    assert (math.prod(net.grid), net.token_stage) == (cells, stage)
+    assert (math.prod(net.grid), net.token_stage) == (units, stage)
 
 
 # ---- pretrain: the training step and the loop ----
 
-def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_with_the_batch_spectrum(
+def test_two_halves_accumulate_to_one_batch_with_the_image_spectrum_but_not_with_the_batch_spectrum(
     few_images, tmp_path
 ):
     for spectrum in loss.SPECTRA:
         flags = ["--epochs", "1", "--fourier-weight", "1", "--spectrum", spectrum]
         log, whole = run(tmp_path / f"{spectrum}1", *flags)
-        halves_log, halves = run(tmp_path / f"{spectrum}2", *flags, "--batch-size", "4", "--accum", "2")
+        halves_flags = ["--batch-size", "4", "--accum", "2"]
+        halves_log, halves = run(tmp_path / f"{spectrum}2", *flags, *halves_flags)
         fourier, fourier_halves = log[0]["fourier"], halves_log[0]["fourier"]
         if spectrum == "image":
             assert fourier_halves == pytest.approx(fourier, rel=1e-4)
@@ -965,13 +1059,14 @@ def test_accumulating_two_halves_is_one_batch_with_the_image_spectrum_and_not_wi
 
 
 def test_adamw_moves_no_weight_further_than_the_sum_of_its_learning_rates():
-    """What the line above says: with a gradient that never turns, a weight moves by the lr in every step."""
+    """With a gradient that keeps its sign, a weight moves by the learning rate in every step."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
     for _ in range(50):
         weight.grad = torch.tensor([1e-6, 1.0, 1e6])
         optimizer.step()
-    assert weight.abs().max() <= 50 * 1e-3 + 1e-6 and weight.abs().min() > 0.9 * 50 * 1e-3
+    assert weight.abs().max() <= 50 * 1e-3 + 1e-6
+    assert weight.abs().min() > 0.9 * 50 * 1e-3
 
 
 def test_bf16_stays_close_to_fp32(few_images, tmp_path):
@@ -982,75 +1077,78 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
-    log, checkpoint = run(
-        tmp_path / "run", "--epochs", "15", "--sheets", "3", "--arch", "resnet18", "--batch-size", "16", "--lr", "0.1",
-        "--val", "0.25"
-    )
+    out = tmp_path / "run"
+    flags = "--epochs 15 --sheets 3 --arch resnet18 --batch-size 16 --lr 0.1 --val 0.25"
+    log, _ = run(out, *flags.split())
     log = [line for line in log if "loss" in line]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        ".lock",
-        "args.json",
-        "log.jsonl",
-        "checkpoint.pt",
-        "checkpoint-previous.pt",
-        "backbone.pt",
-        "loss.png",
-        "reconstruction-000000.png",
-        "reconstruction-000015.png",
-        "reconstruction-000030.png",
+    assert {p.name for p in out.iterdir()} == {
+        ".lock", "args.json", "log.jsonl", "loss.png",
+        "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt",
+        "reconstruction-000000.png", "reconstruction-000015.png", "reconstruction-000030.png",
     }
-    pictures.save_curve(tmp_path / "again.png", tmp_path / "run" / "log.jsonl")
-    curves = [tmp_path / "run" / "loss.png", tmp_path / "again.png"]  # the last line is in it
-    assert curves[0].read_bytes() == curves[1].read_bytes()
-    sheet = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000030.png"))
-    first = np.asarray(Image.open(tmp_path / "run" / "reconstruction-000000.png"))
-    width = sheet.shape[1] // 5
-    assert np.array_equal(sheet[:, : 2 * width], first[:, : 2 * width])  # same images, same masks
-    assert not np.array_equal(sheet[:, 2 * width : 3 * width], first[:, 2 * width : 3 * width])
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "resnet18"
-    assert tv.resnet18().load_state_dict(
-        torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), strict=False
-    ).missing_keys == ["fc.weight", "fc.bias"]
+    # the curve that the run drew has the last line of the log in it
+    pictures.save_curve(tmp_path / "again.png", out / "log.jsonl")
+    assert (out / "loss.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+    first = np.asarray(Image.open(out / "reconstruction-000000.png"))
+    last = np.asarray(Image.open(out / "reconstruction-000030.png"))
+    width = last.shape[1] // 5                               # of one of the five columns
+    assert np.array_equal(last[:, :2 * width], first[:, :2 * width])         # same images and masks
+    assert not np.array_equal(last[:, 2 * width:3 * width], first[:, 2 * width:3 * width])
+    assert json.loads((out / "args.json").read_text())["arch"] == "resnet18"
+    backbone = torch.load(out / "backbone.pt", weights_only=True)
+    found = tv.resnet18().load_state_dict(backbone, strict=False)
+    assert found.missing_keys == ["fc.weight", "fc.bias"]
 
 
-def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(few_images, tmp_path, capsys):
+def test_the_held_out_loss_is_that_of_each_image_and_so_are_the_two_baselines(
+    few_images, tmp_path, capsys
+):
+    out = tmp_path / "run"
     flags = [*TINY, "--val", "0.5", "--epochs", "1"]         # 8 of the 32 validation images
-    run(tmp_path / "run", base=flags)
+    run(out, base=flags)
     said = capsys.readouterr().err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     noted = [line for line in lines if "held_out" in line]
     assert [line["step"] for line in noted] == [4]
+
     net = A2MIM(build_encoder("deit_tiny", 64, 0.0), 64, mask_size=16, token="add").eval()
-    net.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"])
+    net.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     val, crop = data.Shapes("val", (64, 64)), data.eval_transform((64, 64))
-    masks = masking.random_mask(8, (4, 4), 0.6, generator=torch.Generator().manual_seed(data.seed_for(0, 1)))
+    generator = torch.Generator().manual_seed(data.seed_for(0, 1))
+    masks = masking.random_mask(8, (4, 4), 0.6, generator=generator)
     # any 8 of the 32, but always the same
     chosen = sorted(np.random.default_rng((0, 32)).permutation(32)[:8])
-    total = dict(held_out=0.0, mean_colour=0.0, blur=0.0)
-    differences = []
-    for k in range(8):
-        x = data.normalise(crop(val.read(int(chosen[k])))[None])
-        hidden = masking.resize_mask(masks[k:k + 1], (64, 64))[0, 0]
+    errors = {"held_out": [], "mean_colour": [], "blur": []}                 # of each image
+    for index, mask in zip(chosen, masks.split(1)):
+        x = data.normalise(crop(val.read(int(index)))[None])                 # (1, 3, 64, 64)
+        hidden = masking.resize_mask(mask, (64, 64))[0, 0]
         with torch.no_grad():
-            painters = dict(held_out=net(x, masks[k:k + 1]), mean_colour=x.mean((2, 3), keepdim=True).expand_as(x),
-                            blur=masking.fill_hidden(x, masks[k:k + 1], "blur"))
-        for name, painted in painters.items():
-            total[name] += (painted - x)[0, :, hidden].abs().mean().item() / 8  # a ViT: plain L1
-        errors = [(painters[name] - x)[0, :, hidden].abs().mean().item() for name in ("held_out", "blur")]
-        differences.append(errors[0] - errors[1])
-    assert {name: noted[-1][name] for name in total} == pytest.approx(total, rel=1e-4)
-    scatter = 2 * statistics.stdev(differences) / math.sqrt(8) / total["blur"]
-    of_mean, of_blur = (total["held_out"] / total[name] for name in ("mean_colour", "blur"))
+            reconstructions = {
+                "held_out": net(x, mask),
+                "mean_colour": x.mean((2, 3), keepdim=True).expand_as(x),
+                "blur": masking.fill_hidden(x, mask, "blur"),
+            }
+        for name, reconstruction in reconstructions.items():
+            error = (reconstruction - x)[0, :, hidden].abs().mean()          # a ViT: plain L1
+            errors[name].append(error.item())
+    mean = {name: statistics.mean(each) for name, each in errors.items()}
+    assert {name: noted[-1][name] for name in mean} == pytest.approx(mean, rel=1e-4)
+
+    differences = [a - b for a, b in zip(errors["held_out"], errors["blur"])]
+    scatter = 2 * statistics.stdev(differences) / math.sqrt(8) / mean["blur"]
+    of_mean = mean["held_out"] / mean["mean_colour"]
+    of_blur = mean["held_out"] / mean["blur"]
     assert verdict_of(said)[:3] == pytest.approx((of_mean, of_blur, scatter), abs=0.0051)
     assert "hidden pixels of 8 held-out images" in said
-    before = read_log(tmp_path / "run")
-    pretrain.main(["--data", "shapes", "--out", str(tmp_path / "run"), "--resume"])
-    assert read_log(tmp_path / "run") == before              # nothing is measured twice
+    before = read_log(out)
+    pretrain.main(["--data", "shapes", "--out", str(out), "--resume"])
+    assert read_log(out) == before                           # nothing is measured twice
 
 
 @pytest.mark.parametrize("per_epoch, epochs, batch, held_out, often", [
-    (3, 8, 8, 189, 24),  # 24 steps on 189 images: once, at the end
+    (3, 8, 8, 189, 24),                                      # 189 images: once, at the end
     (625, 1, 16, 200, 62),                                   # the demo: a tenth of the run
     (150, 10, 32, 200, 150),                                 # every epoch
     (1, 1, 8, 2000, 1),
@@ -1065,7 +1163,7 @@ def test_evaluations_cost_a_tenth_of_the_training_and_the_last_step_has_one(
     assert interval == often
     measured = [done for done in range(1, total + 1) if done == total or done % interval == 0]
     forward_passes = len(measured) * held_out
-    trained = 3 * total * batch  # forward, and a backward that costs two
+    trained = 3 * total * batch                              # forward, and a backward of twice that
     assert len(measured) == 1 or forward_passes <= 0.1 * trained
 
 
@@ -1079,9 +1177,8 @@ def test_mixed_targets_weigh_classes_as_the_images_were_mixed():
         for _ in range(5):
             mixed, targets = finetune.mix_batch(images, labels, 5, mixup, cutmix)
             assert targets.shape == (4, 5) and torch.allclose(targets.sum(1), torch.ones(4))
-            close(
-                mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0
-            )  # the share of b, from the pixels
+            # the share of image b, from the pixels
+            close(mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-4, rtol=0)
             if cutmix:
                 assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
     mixed, targets = finetune.mix_batch(images, labels, 5, 0.0, 0.0)
@@ -1099,12 +1196,14 @@ def test_mixup_or_cutmix_with_even_odds_and_always_one():
 
 
 def test_bce_of_mixed_targets_is_the_mean_over_classes_of_two_logs():
-    logits, targets = torch.randn(3, 4), torch.tensor([[0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.5, 0, 0, 0.5]])
+    logits = torch.randn(3, 4)
+    targets = torch.tensor([[0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.5, 0, 0, 0.5]])
     total = 0.0
     for i, c in product(range(3), range(4)):
         p, t = 1 / (1 + math.exp(-logits[i, c].item())), targets[i, c].item()
         total -= t * math.log(p) + (1 - t) * math.log(1 - p)
-    assert finetune.class_loss(logits, targets, "bce", 0.1).item() == pytest.approx(total / 12, rel=1e-5)
+    got = finetune.class_loss(logits, targets, "bce", 0.1)
+    assert got.item() == pytest.approx(total / 12, rel=1e-5)
 
 
 def test_smoothed_cross_entropy_mixes_in_the_uniform_target():
@@ -1113,22 +1212,21 @@ def test_smoothed_cross_entropy_mixes_in_the_uniform_target():
     close(finetune.class_loss(logits, targets, "ce", 0.1), expected)
 
 
-def test_random_erasing_paints_a_rectangle_of_normal_noise():
+def test_random_erasing_fills_a_rectangle_with_normal_noise():
     images = torch.full((60, 3, 64, 64), 7.0)
-    erased, share = finetune.erase(images, 0.25), []
+    erased = finetune.erase(images, 0.25)
     assert finetune.erase(images, 0.0) is images
+    values = []
     for image in finetune.erase(images, 1.0):
         hit = (image != 7).all(0)
         rows, cols = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
         # one whole rectangle, all colours
         assert hit.sum() == len(rows) * len(cols) == (image != 7).any(0).sum()
-        share.append(image[:, hit])
-    noise = torch.cat([s.flatten() for s in share])
-    assert (
-        abs(noise.mean()) < 0.02
-        and noise.std() == pytest.approx(1, abs=0.02)
-        and len(noise.unique()) > 0.9 * len(noise)
-    )
+        values.append(image[:, hit].flatten())
+    noise = torch.cat(values)
+    assert abs(noise.mean()) < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert len(noise.unique()) > 0.9 * len(noise)
     # 15 of 60 expected, 3.3 standard deviations
     assert 5 <= (erased != 7).flatten(1).any(1).sum() <= 26
 
@@ -1136,155 +1234,133 @@ def test_random_erasing_paints_a_rectangle_of_normal_noise():
 # ---- finetune: the recipes ----
 
 def test_published_fine_tuning_recipes_come_out():
-    scratch = ["--data", "x", "--init", "scratch", "--arch"]
-    parse = lambda name: resolved(finetune, *scratch, "resnet50", "--recipe", name)
+    def recipe(name, arch="resnet50", *flags):
+        given = ["--data", "x", "--init", "scratch", "--arch", arch, "--recipe", name]
+        return resolved(finetune, *given, *flags)
+
     for name, lr, batch, epochs, warmup, decay, size in (
         ("rsb_a3", 8e-3, 2048, 100, 5, 0.02, 160),
         ("rsb_a2", 5e-3, 2048, 300, 5, 0.02, 224),
         ("vit", 2.5e-3, 1024, 100, 20, 0.05, 224),
     ):
-        args = parse(name)
-        assert (
-            args.lr * batch / args.lr_batch,
-            args.epochs,
-            args.warmup_epochs,
-            args.weight_decay,
-            args.image_size,
-        ) == (pytest.approx(lr), epochs, warmup, decay, size)
-    a3, a2, vit, convnext = map(parse, ("rsb_a3", "rsb_a2", "vit", "convnext"))
-    assert (a3.optimizer, a3.loss, a3.mixup, a3.cutmix, a3.test_size, a3.ema, a3.repeats) == (
-        "lamb",
-        "bce",
-        0.1,
-        1.0,
-        224,
-        0,
-        1,
-    )
-    assert (a2.ema, a2.repeats, a2.drop_path, a2.randaug) == (0.9999, 3, 0.05, 7)
-    assert (
-        vit.optimizer,
-        vit.loss,
-        vit.smoothing,
-        vit.layer_decay,
-        vit.clip_grad,
-        vit.ema,
-        vit.erasing,
-        vit.jitter,
-    ) == (
-        "adamw",
-        "ce",
-        0.1,
-        0.65,
-        5,
-        0.99996,
-        0.25,
-        0.0,
-    )  # jitter: in the released configs, without effect beside RandAugment
-    assert (convnext.warmup_epochs, convnext.schedule, convnext.jitter, convnext.erasing) == (
-        5,
-        "cosine-from-0",
-        0,
-        0.25,
-    )
-    special = lambda recipe, arch: resolved(finetune, *scratch, arch, "--recipe", recipe)
-    for recipe, arch, expected in (
+        settings = recipe(name)
+        assert settings.lr * batch / settings.lr_batch == pytest.approx(lr)
+        assert_settings(settings, epochs=epochs, warmup_epochs=warmup, weight_decay=decay,
+                        image_size=size)
+    assert_settings(recipe("rsb_a3"), optimizer="lamb", loss="bce", mixup=0.1, cutmix=1.0,
+                    test_size=224, ema=0, repeats=1)
+    assert_settings(recipe("rsb_a2"), ema=0.9999, repeats=3, drop_path=0.05, randaug=7)
+    # the released configs have jitter beside RandAugment, where it has no effect
+    assert_settings(recipe("vit"), optimizer="adamw", loss="ce", smoothing=0.1, layer_decay=0.65,
+                    clip_grad=5, ema=0.99996, erasing=0.25, jitter=0.0)
+    assert_settings(recipe("convnext"), warmup_epochs=5, schedule="cosine-from-0", jitter=0,
+                    erasing=0.25)
+
+    for name, arch, expected in (                            # the exceptions of some nets
         ("rsb_a2", "resnet101", dict(ema=0, drop_path=0.1)),
         ("vit", "vit_small", dict(ema=0)),
         ("vit", "vit_base", dict(ema=0.99996, repeats=1)),
         ("vit", "vit_large", dict(repeats=3, ema=0.99996)),
         ("convnext", "convnext_base", dict(drop_path=0.5, lr=4e-3, layer_decay=1)),
         ("convnext", "convnext_small", dict(drop_path=0.4, epochs=300)),
-        ("convnext", "convnext_tiny", dict(layer_decay=0.7)),
+        ("convnext", "convnext_tiny", dict(layer_decay=0.7, lr=4e-4)),
     ):
-        assert {k: getattr(special(recipe, arch), k) for k in expected} == expected, arch
-    assert special("convnext", "convnext_tiny").lr == 4e-4
-    typed = resolved(finetune, *scratch, "vit_small", "--recipe", "vit", "--ema", "0.5")
-    assert typed.ema == 0.5
+        assert_settings(recipe(name, arch), **expected)
+    assert recipe("vit", "vit_small", "--ema", "0.5").ema == 0.5
 
 
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():
-    lr = lambda step: optim.lr_at(step, 1000, 50, 8e-3, 1e-6, "cosine-by-epoch", per_epoch=10)
-    cosine = lambda epoch: 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
-    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9) and lr(0) == pytest.approx(
-        1e-5 * 8e-3
-    )
-    assert lr(50) == lr(59) == pytest.approx(cosine(5)) and lr(60) == pytest.approx(cosine(6))
+    def lr(step):
+        return optim.lr_at(step, 1000, 50, 8e-3, 1e-6, "cosine-by-epoch", per_epoch=10)
+
+    def cosine(epoch):
+        return 1e-6 + (8e-3 - 1e-6) * (1 + math.cos(math.pi * epoch / 100)) / 2
+
+    assert lr(0) == pytest.approx(1e-5 * 8e-3)
+    assert lr(25) == pytest.approx((1e-5 + 0.5 * (1 - 1e-5)) * cosine(2), rel=1e-9)
+    assert lr(50) == lr(59) == pytest.approx(cosine(5))
+    assert lr(60) == pytest.approx(cosine(6))
     for step in (0, 1, 25, 50, 51, 999):  # ConvNeXt: counted from iteration 0, under the same ramp
         ramp = min(1, 1e-5 + (1 - 1e-5) * step / 50)
         expected = ramp * (1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / 1000)) / 2)
         assert optim.lr_at(step, 1000, 50, 4e-3, 1e-6, "cosine-from-0") == pytest.approx(expected)
     probe = [optim.lr_at(step, 1000, 0, 30.0, 0.0, "probe") for step in (0, 599, 600, 799, 800)]
     assert probe == pytest.approx([30, 30, 3, 3, 0.3])
-    for recipe, schedule in (("rsb_a3", "cosine-by-epoch"), ("convnext", "cosine-from-0"), ("linear", "probe")):
+    for recipe, schedule in (
+        ("rsb_a3", "cosine-by-epoch"),
+        ("convnext", "cosine-from-0"),
+        ("linear", "probe"),
+    ):
         flags = ["--data", "x", "--init", "scratch", "--arch", "resnet50", "--recipe", recipe]
         assert resolved(finetune, *flags).schedule == schedule
 
 
-@pytest.mark.parametrize(
-    "arch, decay",
-    [("resnet18", 0.75), ("convnext_tiny", 0.7), ("convnext_small", 0.7), ("deit_tiny", 0.65), ("swin_tiny", 0.9)],
-)
-def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay):
+def depth_of(arch, name):
+    """How many levels lie between a parameter and the head, from the parameter's name alone."""
+    if name.startswith(("head.", "classifier.0.")):
+        return 0                                             # classifier.0: a norm after the mean
+    if arch == "resnet18":
+        return 5 - int(name[5]) if name.startswith("layer") else 5
+
+    if arch == "deit_tiny":
+        if name.startswith("norm."):
+            return 0                                         # it too comes after the mean
+        if name.startswith("blocks."):
+            return 12 - int(name.split(".")[1])              # 0.65^(L + 1 - j), j = i + 1, L = 12
+        return 13                                            # patches and positions: j = 0
+
+    if arch.startswith("convnext"):
+        # level 0: stem; 1, 2: stages with what leads to them; then groups of three blocks; the
+        # last level: stage 4
+        groups = {"convnext_tiny": 3, "convnext_small": 9}[arch]
+        part, block = name.split(".")[1:3]
+        if part == "5":
+            level = 3 + int(block) // 3
+        else:
+            level = {"0": 0, "1": 1, "2": 2, "3": 2, "4": 3, "6": 3 + groups, "7": 3 + groups}[part]
+        return 4 + groups - level
+
+    if name.startswith("norm."):
+        return 1
+    return 5 - (int(name.split(".")[1]) + 1) // 2            # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
+
+
+@pytest.mark.parametrize("arch, decay, levels", [
+    ("resnet18", 0.75, 6),
+    ("convnext_tiny", 0.7, 8),
+    ("convnext_small", 0.7, 14),
+    ("deit_tiny", 0.65, 14),
+    ("swin_tiny", 0.9, 6),
+])
+def test_layer_decay_scales_each_parameter_by_its_depth(arch, decay, levels):
     net = model.Classifier(arch, build_encoder(arch, 64), 10)
     names = {p: n.removeprefix("encoder.backbone.") for n, p in net.named_parameters()}
-
-    def depth(name):  # stages between a parameter and the head, told from its name alone
-        if name.startswith(("head.", "classifier.0.")) or name.startswith("norm.") and arch == "deit_tiny":
-            return 0  # with the head: the norms that come after the mean
-        if arch == "resnet18":
-            return 5 - int(name[5]) if name.startswith("layer") else 5
-        # 0.65^(L + 1 - j), j = i + 1 for block i, 0 for patches and positions
-        if arch == "deit_tiny":
-            return 13 - (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0)
-        if arch.startswith(
-            "convnext"
-        ):  # level 0: stem; 1, 2: stages with what leads to them; groups of three blocks; last stage
-            part, block = int(name.split(".")[1]), name.split(".")[2]
-            groups = {"convnext_tiny": 3, "convnext_small": 9}[arch]
-            return (
-                4
-                + groups
-                - (
-                    3 + int(block) // 3
-                    if part == 5
-                    else {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 6: 3 + groups, 7: 3 + groups}[part]
-                )
-            )
-        if name.startswith("norm."):
-            return 1
-        return 5 - (int(name.split(".")[1]) + 1) // 2        # features.0 | 1, 2 | 3, 4 | 5, 6 | 7
-    seen = set()
+    scales = {}
     for group in optim.layer_groups(net, 0.05, decay):
         for p in group["params"]:
-            seen.add(names[p])
-            assert group["scale"] == pytest.approx(decay ** depth(names[p])), names[p]
-            assert group["weight_decay"] == (
-                0.05
-                if p.ndim > 1
-                and "bias" not in names[p]
-                and not names[p].endswith(("pos_embed", "cls_token", "layer_scale"))
-                else 0
-            ), names[p]
-    assert seen >= set(names.values()) and {depth(n) for n in seen} == set(
-        range({"deit_tiny": 14, "convnext_tiny": 8, "convnext_small": 14}.get(arch, 6))
-    )
+            name = names[p]
+            scales[name] = group["scale"]
+            assert group["scale"] == pytest.approx(decay ** depth_of(arch, name)), name
+            free = p.ndim <= 1 or "bias" in name
+            free = free or name.endswith(("pos_embed", "cls_token", "layer_scale"))
+            assert group["weight_decay"] == (0 if free else 0.05), name
+    assert set(scales) == set(names.values())
+    assert {depth_of(arch, name) for name in scales} == set(range(levels))
     if arch == "convnext_tiny":
-        stem = next(
-            g["scale"]
-            for g in optim.layer_groups(net, 0.05, decay)
-            for p in g["params"]
-            if names[p] == "features.0.0.weight"
-        )
-        assert round(stem, 3) == 0.082                       # 0.7^7
+        assert round(scales["features.0.0.weight"], 3) == 0.082              # 0.7^7
 
 
 # ---- finetune: the network ----
 
-@pytest.mark.parametrize("arch, std", [("resnet18", 0.01), ("deit_tiny", 0.01), ("convnext_tiny", 0.02)])
+@pytest.mark.parametrize("arch, std", [
+    ("resnet18", 0.01),
+    ("deit_tiny", 0.01),
+    ("convnext_tiny", 0.02),
+])
 def test_the_head_starts_as_released(arch, std):
     head = model.Classifier(arch, build_encoder(arch, 64), 1000).head
-    assert head.weight.std().item() == pytest.approx(std, rel=0.02) and head.bias.abs().max() == 0
+    assert head.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert head.bias.abs().max() == 0
 
 
 def test_classifiers_keep_torchvisions_names_and_outputs():
@@ -1299,15 +1375,16 @@ def test_classifiers_keep_torchvisions_names_and_outputs():
 def test_a_vit_classifier_averages_patches_under_a_fresh_norm():
     encoder = build_encoder("deit_tiny", 64)
     with torch.no_grad():
-        encoder.backbone.norm.bias.fill_(7)                  # pre-training's norm must have no say
+        encoder.backbone.norm.bias.fill_(7)                  # pre-training's norm is not used
     net = model.Classifier("deit_tiny", encoder, 10).eval()
     backbone, images = encoder.backbone, torch.randn(2, 3, 64, 64)
     x = backbone.blocks(backbone.embed_position(backbone.patch_embed(images)))
-    x = nn.functional.layer_norm(sum(x[:, i] for i in range(1, 17)) / 16, (192,), eps=1e-6)
+    mean = sum(x[:, i] for i in range(1, 17)) / 16           # without the class token
+    x = nn.functional.layer_norm(mean, (192,), eps=1e-6)
     close(net(images), x @ net.head.weight.T + net.head.bias, atol=1e-5, rtol=1e-4)
 
 
-def test_stochastic_depth_of_resnet_drops_residual_branches_in_training_alone():
+def test_stochastic_depth_of_resnet_drops_residual_branches_only_in_training():
     plain, net = build_encoder("resnet18"), build_encoder("resnet18", drop_path=0.99)
     net.backbone.load_state_dict(plain.backbone.state_dict())
     images = torch.randn(2, 3, 64, 64)
@@ -1323,20 +1400,22 @@ def test_stochastic_depth_of_resnet_drops_residual_branches_in_training_alone():
 # ---- finetune: probes ----
 
 def test_a_linear_probe_leaves_the_backbone_bit_equal(few_images, backbone, tmp_path):
-    tune(tmp_path / "probe", "--weights", backbone, "--arch", "resnet18", "--recipe", "linear", "--epochs", "2")
+    flags = ["--weights", backbone, "--arch", "resnet18", "--recipe", "linear", "--epochs", "2"]
+    tune(tmp_path / "probe", *flags)
     before, after = torch.load(backbone), torch.load(tmp_path / "probe" / "best.pt")
+    trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
     for name, value in before.items():
         if not name.startswith("fc."):
             # weights, and BatchNorm's statistics and counters
             assert torch.equal(value, after[name]), name
-    trained = torch.load(tmp_path / "probe" / "checkpoint.pt")["model"]
-    assert all(torch.equal(v, trained[f"encoder.backbone.{k}"]) for k, v in before.items() if not k.startswith("fc."))
-    assert not torch.equal(
-        trained["head.weight"], model.Classifier("resnet18", build_encoder("resnet18"), 10).head.weight
-    )
+            assert torch.equal(value, trained[f"encoder.backbone.{name}"]), name
+    fresh_head = model.Classifier("resnet18", build_encoder("resnet18"), 10).head
+    assert not torch.equal(trained["head.weight"], fresh_head.weight)
 
 
-def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(few_images, tmp_path, capsys):
+def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(
+    few_images, tmp_path, capsys
+):
     torch.manual_seed(0)
     state = tv.resnet18().state_dict()
     for name, value in state.items():                        # |z|^2 = 200, as after pre-training
@@ -1373,42 +1452,41 @@ def test_a_linear_probe_on_few_images_is_stable_and_its_optimiser_can_be_typed(f
 def test_knn_votes_as_counted_by_hand(tmp_path):
     labelled_folder(tmp_path / "set", {"train": (5, 5), "val": (6, 5)})
     torch.save(tv.resnet18().state_dict(), tmp_path / "w.pth")
-    result = tune(
-        tmp_path / "knn",
-        "--data",
-        tmp_path / "set",
-        "--weights",
-        tmp_path / "w.pth",
-        "--arch",
-        "resnet18",
-        "--recipe",
-        "knn",
-        "--neighbours",
-        "3",
-    )
+    flags = ["--data", tmp_path / "set", "--weights", tmp_path / "w.pth", "--arch", "resnet18",
+             "--recipe", "knn", "--neighbours", "3"]
+    result = tune(tmp_path / "knn", *flags)
     net = build_encoder("resnet18")
     weights.load_backbone(net, tmp_path / "w.pth")
     net.eval()
+    crop = data.eval_transform((32, 32))
 
+    @torch.no_grad()
     def features(split):
+        """(unit vectors, labels) of all images of a split."""
         source = data.open_images(str(tmp_path / "set"), split, (32, 32), labelled=True)
-        with torch.no_grad():
-            z = [
-                net(data.normalise(data.eval_transform((32, 32))(source.read(i))[None])).mean((2, 3))[0].double()
-                for i in range(len(source))
-            ]
-        return [v / v.norm() for v in z], source.labels
+        found = []
+        for i in range(len(source)):
+            image = data.normalise(crop(source.read(i))[None])               # (1, 3, 32, 32)
+            z = net(image).mean((2, 3))[0].double()                          # (512,)
+            found.append(z / z.norm())
+        return found, source.labels
+
     bank, bank_labels = features("train")
     right = 0
     for z, label in zip(*features("val")):
-        cosines = sorted(((z @ v).item(), y) for v, y in zip(bank, bank_labels))[-3:]
-        votes = [sum(math.exp(c / 0.07) for c, y in cosines if y == k) for k in (0, 1)]
+        cosines = [((z @ v).item(), y) for v, y in zip(bank, bank_labels)]
+        votes = [0.0, 0.0]
+        for cosine, y in sorted(cosines)[-3:]:
+            votes[y] += math.exp(cosine / 0.07)
         right += votes.index(max(votes)) == label
     assert result["top1"] == pytest.approx(right / 11)
 
 
-def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backbone, capsys, tmp_path):
-    """Of folders of every layout; two processes write what one does; an image that cannot be read is left out."""
+def test_features_are_torchvisions_before_its_head_of_every_image_in_order(
+    backbone, capsys, tmp_path
+):
+    """In folders of every layout. Two processes write what one writes, and an image that cannot
+    be read is left out."""
     labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2,), "test": (1,)})
     (tmp_path / "flat").mkdir()
     for i in range(5):
@@ -1417,22 +1495,30 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(backb
     net.load_state_dict(torch.load(backbone))
     net.eval().fc = nn.Identity()                            # what is left is pooled
     crop = tvf.InterpolationMode.BICUBIC
-    flags = f"--weights {backbone} --arch resnet18 --recipe features --image-size 48 32 --workers 0 --amp off".split()
-    for name, labels, classes in (("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]), ("flat", [-1] * 5, [])):
+    flags = ["--weights", str(backbone), "--image-size", "48", "32"]
+    flags += "--arch resnet18 --recipe features --workers 0 --amp off".split()
+    for name, labels, classes in (
+        # test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        ("cut", [0, 0, 0, 0, 1, 1, 0, 0], ["c0", "c1"]),
+        ("flat", [-1] * 5, []),
+    ):
         out = tmp_path / f"{name}-out"
         finetune.main([*flags, "--data", str(tmp_path / name), "--out", str(out)])
         found = np.load(out / "features.npz")
-        files = sorted(str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*.png"))
+        paths = (tmp_path / name).rglob("*.png")
+        files = sorted(str(path.relative_to(tmp_path / name)) for path in paths)
         assert f"wrote {out}/features.npz: {len(files)} x 512" in capsys.readouterr().err
-        assert found["files"].tolist() == files and found["classes"].tolist() == classes
-        assert found["features"].dtype == np.float32 and found["labels"].dtype == np.int64
-        # cut: test/c0/0.png, train/c0/0.png ... val/c0/1.png
+        assert found["files"].tolist() == files
         assert found["labels"].tolist() == labels
-        # of 40 x 40 px (flat: wider): height 48 / 0.875 = 55 binds
+        assert found["classes"].tolist() == classes
+        assert found["features"].dtype == np.float32
+        assert found["labels"].dtype == np.int64
         for file, row in zip(files, found["features"]):
             image = tvf.pil_to_tensor(Image.open(tmp_path / name / file).convert("RGB"))
+            # images are 40 px high and 40 or more wide: the height sets the scale, 48 / 0.875 = 55
             image = tvf.center_crop(tvf.resize(image, 55, crop, antialias=True), (48, 32))
-            image = tvf.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            image = image.float() / 255
+            image = tvf.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
             with torch.no_grad():
                 close(torch.from_numpy(row), net(image[None])[0], atol=1e-4, rtol=1e-4)
         assert {p.name for p in out.iterdir()} == {"features.npz", "args.json", ".lock"}

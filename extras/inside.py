@@ -1,6 +1,6 @@
 """The measures of analyze.py, and the images and models for them.
 
-    load_images, load, gather                      validation images, weights; results of all processes
+    load_images, load, gather                      validation images, weights, results of all ranks
     log_amplitude, tapped                          frequencies of feature maps, at every depth
     log_odds, interactions_of, relative_strength   interactions of two patches, given others
     patch_orders, hidden_first, shuffled           images with patches hidden, or moved
@@ -35,43 +35,64 @@ from model import A2MIM, Block, Classifier, Encoder, build_encoder, get_family
 
 # ---- what is looked at: images and models ----
 
-def load_images(args: SimpleNamespace, size: tuple[int, int], count: int, labelled: bool = True) -> SimpleNamespace:
-    """`count` validation images, drawn by the seed: images (N, 3, H, W) uint8, labels, indices, the number of classes,
-    and covered (N, 1, H, W) uint8: where the object of a drawn image is; None for other images."""
+def load_images(args: SimpleNamespace, size: tuple[int, int], count: int,
+                labelled: bool = True) -> SimpleNamespace:
+    """`count` validation images, drawn by the seed.
+
+    images   (N, 3, H, W) uint8
+    labels   (N,)
+    indices  of the images in their set
+    classes  how many there are
+    covered  (N, 1, H, W) uint8: where the object of a drawn image is; None for other images"""
     source = open_images(args.data, "val", size, args.data_root, labelled=labelled)
     order = np.random.default_rng(args.seed).permutation(len(source))[:count]
     samples = ImageDataset(source, eval_transform(size), args.seed)
-    read = [samples[0, int(i)] for i in tqdm(order, "images", leave=False, disable=args.quiet)]
-    read = [(image, used) for image, used, broken in read if broken < 0]
-    if not read:
+    images, indices = [], []
+    for i in tqdm(order, "images", leave=False, disable=args.quiet):
+        image, used, broken = samples[0, int(i)]
+        if broken < 0:
+            images.append(image)
+            indices.append(used)
+    if not images:
         raise ValueError(f"--data {printable(args.data)}: none of {len(order)} images can be read")
-    images, used = zip(*read)
-    covered = isinstance(source, Shapes) and [samples.transform(source.read(i, mask=True)) for i in used]
-    return SimpleNamespace(images=torch.stack(images), labels=torch.from_numpy(source.labels).long()[list(used)],
-                           indices=used, classes=len(source.classes), covered=torch.stack(covered) if covered else None)
+    covered = None
+    if isinstance(source, Shapes):
+        covered = [samples.transform(source.read(i, mask=True)) for i in indices]
+        covered = torch.stack(covered)
+    labels = torch.from_numpy(source.labels).long()[indices]
+    return SimpleNamespace(images=torch.stack(images), labels=labels, indices=tuple(indices),
+                           classes=len(source.classes), covered=covered)
 
 
-def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distributed, classes: int = 0) -> nn.Module:
-    """An Encoder, or a Classifier for so many classes, with the weights of a file, or random ones; in eval mode."""
+def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distributed,
+         classes: int = 0) -> nn.Module:
+    """An Encoder, or a Classifier for so many classes, with the weights of a file or random
+    weights, in eval mode."""
     torch.manual_seed(seed_for(args.seed))
     own = args.settings[file]
-    encoder = build_encoder(own["arch"], size, 0.0, own["patch_size"], own["window"],
-                            own["stem"])
+    encoder = build_encoder(own["arch"], size, 0.0, own["patch_size"], own["window"], own["stem"])
     model = Classifier(own["arch"], encoder, classes) if classes else encoder
     if file != "random":
         head = load_head(model, file) if classes else None
         world.print0(f"{printable(file)}: {summary_of(load_backbone(encoder, file), head)}")
-    else:  # training starts ResNet's blocks at 0: shortcuts alone
-        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()):
-            nn.init.ones_(norm.weight)
-    layout = torch.channels_last if get_family(own["arch"]).convolutional else torch.contiguous_format
-    return model.eval().requires_grad_(False).to(world.device).to(memory_format=layout)
+    else:
+        # training starts the blocks of a ResNet at 0, as their shortcuts alone
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+                nn.init.ones_(module.weight)
+    is_cnn = get_family(own["arch"]).convolutional
+    memory_format = torch.channels_last if is_cnn else torch.contiguous_format
+    model = model.eval().requires_grad_(False)
+    return model.to(world.device).to(memory_format=memory_format)
 
 
 def gather(rows: list[Tensor], count: int, world: Distributed) -> Tensor:
-    """A row for every image of this process, rank, rank + world, ... -> of all `count` images, in their order."""
+    """A row for each image of this process -> a row for each of all `count` images, in their order.
+
+    The images of a process are rank, rank + world.size, rank + 2 world.size, ..."""
     joined = world.all_gather(torch.stack(rows) if rows else torch.empty(0)).cpu().double()
-    return joined[torch.cat([torch.arange(rank, count, world.size) for rank in range(world.size)]).argsort()]
+    of_rank = [torch.arange(rank, count, world.size) for rank in range(world.size)]
+    return joined[torch.cat(of_rank).argsort()]
 
 
 # ---- spectra of features ----
@@ -80,9 +101,10 @@ BLOCKS = (resnet.BasicBlock, resnet.Bottleneck, convnext.CNBlock, swin.SwinTrans
 
 
 def log_amplitude(z: Tensor) -> Tensor:
-    """A map (B, C, h, w) -> (B, K): log |F| along the diagonal, k = 0 .. K - 1 of frequency 2k/side pi, over that at 0.
+    """log |F| along the diagonal, less its value at frequency 0: (B, C, h, w) -> (B, K).
 
-    The mean of logs over channels, as released; the Nyquist frequency of an even side is not among them."""
+    Entry k = 0 .. K - 1 is frequency 2k/side pi, and the value is the mean of the logs over
+    channels, as released. The Nyquist frequency of an even side is not among them."""
     k = torch.arange(math.ceil(min(z.shape[2:]) / 2), device=z.device)
     log = torch.log(torch.fft.fft2(z.float())[:, :, k, k].abs() + 1e-6).mean(1)
     return log - log[:, :1]
@@ -90,10 +112,11 @@ def log_amplitude(z: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def tapped(encoder: Encoder, see):
-    """While it lasts, running the encoder calls see(title, map (B, C, h, w)) at every depth, in order.
+    """While it lasts, running the encoder calls see(title, map (B, C, h, w)) at each depth.
 
-    Depths: what enters the first block, then every block's output, with attention its middle too. A net of torchvision
-    that has none of BLOCKS: every module of its stages. A class token is dropped."""
+    The depths are, in order, the input of the first block and the output of every block, and in a
+    Transformer also the middle of every block, after attention. In a net of torchvision without
+    BLOCKS they are the outputs of all modules of its stages. A class token is dropped."""
     def tell(title: str, z: Tensor) -> None:
         if z.dim() == 3:                                     # (B, N, C)
             h, w = encoder.backbone.grid
@@ -102,13 +125,23 @@ def tapped(encoder: Encoder, see):
             z = z.permute(0, 3, 1, 2)
         see(title, z)
 
-    before = lambda title: lambda module, inputs: tell(title, inputs[0])
-    after = lambda title: lambda module, inputs, output: tell(title, output)
-    blocks = [(name, module) for name, module in encoder.backbone.named_modules() if isinstance(module, BLOCKS)]
-    hooks = [blocks[0][1].register_forward_pre_hook(before("stem"))] if blocks else []
-    for name, block in blocks or [(n, attrgetter(n)(encoder.backbone)) for stage in encoder.stages for n in stage]:
-        # Swin V2 normalises behind its branches
+    def before(title: str):
+        return lambda module, inputs: tell(title, inputs[0])
+
+    def after(title: str):
+        return lambda module, inputs, output: tell(title, output)
+
+    modules = encoder.backbone.named_modules()
+    blocks = [(name, module) for name, module in modules if isinstance(module, BLOCKS)]
+    hooks = []
+    if blocks:
+        hooks.append(blocks[0][1].register_forward_pre_hook(before("stem")))
+    else:
+        names = itertools.chain.from_iterable(encoder.stages)
+        blocks = [(name, attrgetter(name)(encoder.backbone)) for name in names]
+    for name, block in blocks:
         if isinstance(block, (Block, swin.SwinTransformerBlock)):
+            # the middle is the input of the second branch: Swin V2 has its norm behind the branch
             middle = block.mlp if isinstance(block, swin.SwinTransformerBlockV2) else block.norm2
             hooks.append(middle.register_forward_pre_hook(before(f"{name} attention")))
         hooks.append(block.register_forward_hook(after(name)))
@@ -122,20 +155,31 @@ def tapped(encoder: Encoder, see):
 # ---- interactions of pairs of patches, by order ----
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, classes), (B,) -> log(p / (1 - p)) of the true class (B,): its score over the log-sum-exp of the others."""
-    true, others = logits.gather(1, labels[:, None]), logits.scatter(1, labels[:, None], -math.inf)
-    return true[:, 0] - others.logsumexp(1)
+    """log(p / (1 - p)) of the true class, its logit less the log-sum-exp of the other logits.
+
+    logits (B, classes), labels (B,) -> (B,)"""
+    true = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -math.inf)
+    return true - others.logsumexp(1)
 
 
-def near_pairs(grid: tuple[int, int], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def near_pairs(grid: tuple[int, int], count: int,
+               rng: np.random.Generator) -> list[tuple[int, int]]:
     """Distinct pairs (i, j) of patches: i anywhere, j at most two rows and two columns away.
 
-    A j outside the image is moved to the border."""
-    (h, w), pairs = grid, []
-    there_are = sum(abs(i // w - j // w) < 3 and abs(i % w - j % w) < 3 for i in range(h * w) for j in range(i))
+    A j outside the image is moved to the border. If there are fewer pairs, all are returned."""
+    h, w = grid
+
+    def are_near(i: int, j: int) -> bool:
+        return abs(i // w - j // w) < 3 and abs(i % w - j % w) < 3
+
+    there_are = sum(are_near(i, j) for i, j in itertools.combinations(range(h * w), 2))
+    pairs = []
     while len(pairs) < min(count, there_are):
-        r, c, dr, dc = *rng.integers((h, w)), *rng.integers(-2, 3, 2)
-        i, j = int(r * w + c), int(np.clip(r + dr, 0, h - 1) * w + np.clip(c + dc, 0, w - 1))
+        r, c = rng.integers((h, w))
+        dr, dc = rng.integers(-2, 3, 2)
+        i = int(r * w + c)
+        j = int(np.clip(r + dr, 0, h - 1) * w + np.clip(c + dc, 0, w - 1))
         if i != j and not {(i, j), (j, i)} & set(pairs):
             pairs.append((i, j))
     return pairs
@@ -161,8 +205,9 @@ def interactions_of(v, patches: int, pairs: list[tuple[int, int]], order: int, c
                     rng: np.random.Generator) -> Tensor:
     """I^(m)(i, j): the mean over contexts S of m patches of v(S+i+j) - v(S+i) - v(S+j) + v(S).
 
-    (pairs, 3): by all contexts drawn, and by either half of them. If all there are were taken, the value is exact, and
-    the three are equal. v: kept patches (B, patches) -> what the net says of them (B,)."""
+    Returns (pairs, 3): the mean over all contexts that were drawn, and over each half of them. If
+    the contexts are all there are, the value is exact, and the three are equal. v maps kept patches
+    (B, patches) to what the net says of them (B,)."""
     kept = []
     for i, j in pairs:
         none = contexts(patches, (i, j), order, count, rng)
@@ -172,17 +217,21 @@ def interactions_of(v, patches: int, pairs: list[tuple[int, int]], order: int, c
     kept = torch.stack(kept)                                 # (pairs, contexts, 4, patches)
     none, with_i, with_j, both = v(kept.flatten(0, 2)).view(kept.shape[:3]).unbind(2)
     delta = both - with_i - with_j + none                    # (pairs, contexts)
-    exact, half = math.comb(patches - 2, order) <= count, delta.shape[1] // 2
-    parts = (delta, delta, delta) if exact else (delta, delta[:, :half], delta[:, half:])
+    is_exact = math.comb(patches - 2, order) <= count
+    half = delta.shape[1] // 2
+    parts = (delta, delta[:, :half], delta[:, half:])
+    if is_exact:
+        parts = (delta, delta, delta)
     return torch.stack([part.mean(1) for part in parts], 1)
 
 
 def relative_strength(rows: Tensor) -> Tensor:
-    """Means over pairs of |I| and of the product of the halves, (..., images, orders, 2) -> J (..., orders, 2): the
-    strength of an order over the mean of all.
+    """J, the strength of an order over the mean strength of all orders.
 
-    First the released J, of |I|: with few contexts it is too large, most where they differ most. Then of the root of
-    the mean product: two independent estimates, so their product has no such bias."""
+    rows (..., images, orders, 2): means over pairs of |I|, and of the product of the two halves
+    -> (..., orders, 2): the released J, of |I|, and an unbiased one, of the root of the product.
+    With few contexts |I| is too large, most where the contexts differ most. The halves are
+    independent estimates, so their product has no such bias."""
     absolute, product = rows.mean(-3).unbind(-1)             # (..., orders)
     strength = torch.stack([absolute, product.clamp(min=0).sqrt()], -1)
     return strength / strength.mean(-2, keepdim=True).clamp(min=1e-12)
@@ -196,8 +245,11 @@ def patch_orders(matter: Tensor, noise: Tensor) -> dict[str, Tensor]:
 
     matter (B, patches), at least 0; noise (B, patches) in [0, 1) breaks ties."""
     matter = matter / matter.amax(1, keepdim=True).clamp(min=1e-12)
-    return {"random": noise.argsort(1), "salient": (1e-9 * noise - matter).argsort(1),
-            "rest": (1e-9 * noise + matter).argsort(1)}
+    return {
+        "random": noise.argsort(1),
+        "salient": (1e-9 * noise - matter).argsort(1),
+        "rest": (1e-9 * noise + matter).argsort(1),
+    }
 
 
 def relevance(images: Tensor, labels: Tensor, grid: tuple[int, int], judge) -> Tensor:
@@ -214,37 +266,46 @@ def per_patch(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def hidden_first(order: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
-    """Cells in some order (B, patches) -> a mask (B, gh, gw) of the first `count` of each row."""
+    """A mask (B, gh, gw) that hides the first `count` patches of each order (B, patches)."""
     mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True)
     return mask.view(-1, *grid)
 
 
 def shuffled(images: Tensor, parts: int, noise: Tensor) -> Tensor:
-    """Images (B, C, H, W) cut into parts x parts pieces, put back in the order of noise (B, parts^2)."""
+    """Images (B, C, H, W), cut into parts x parts pieces, in the order of noise (B, parts^2)."""
     B, C, H, W = images.shape
-    pieces = images.view(B, C, parts, H // parts, parts, W // parts).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    # (B, p, p, C, h, w)
-    pieces = pieces[torch.arange(B)[:, None], noise.argsort(1)].unflatten(1, (parts, parts))
+    pieces = images.view(B, C, parts, H // parts, parts, W // parts)
+    pieces = pieces.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, p^2, C, h, w)
+    pieces = pieces[torch.arange(B)[:, None], noise.argsort(1)]
+    pieces = pieces.unflatten(1, (parts, parts))             # (B, p, p, C, h, w)
     return pieces.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
 # ---- what the loss sees ----
 
 def bands(power: Tensor, count: int = 14) -> tuple[list[float], Tensor, Tensor]:
-    """A plane of frequencies (H, W), the zero one first -> of bands 0.1 pi wide in |frequency|: their middles in pi,
-    their means and their sums (count,). The corner, at 1.41 pi, belongs to the last."""
+    """The power of bands 0.1 pi wide in |frequency|, of a plane of frequencies (H, W), zero first.
+
+    Returns the middles of the bands in pi, their means and their sums (count,). The corner, at
+    1.41 pi, belongs to the last band."""
     fy, fx = (2 * torch.fft.fftfreq(side, dtype=torch.double) for side in power.shape)
-    band = ((fy[:, None] ** 2 + fx**2).sqrt() * 10 + 1e-9).long().clamp(max=count - 1).flatten()
-    total = torch.zeros(count, dtype=torch.double).index_add_(0, band, power.cpu().double().flatten())
-    return [k / 10 + 0.05 for k in range(count)], total / band.bincount(minlength=count).clamp(min=1), total
+    frequency = (fy[:, None] ** 2 + fx**2).sqrt()            # (H, W), in pi
+    band = (10 * frequency + 1e-9).long().clamp(max=count - 1).flatten()
+    total = torch.zeros(count, dtype=torch.double)
+    total.index_add_(0, band, power.cpu().double().flatten())
+    middles = [k / 10 + 0.05 for k in range(count)]
+    return middles, total / band.bincount(minlength=count).clamp(min=1), total
 
 
 def spectrum(r: Tensor) -> Tensor:
-    """(B, C, H, W) -> its power |F|^2, orthonormal, mean over images and colours (H, W): they add up as r^2 does."""
+    """The power |F|^2 of (B, C, H, W), orthonormal, its mean over images and colours: (H, W).
+
+    Its sum over frequencies is the sum of r^2 over pixels."""
     return torch.fft.fft2(r.cpu().double(), norm="ortho").abs().square().mean((0, 1))
 
 
-def pulls(model: A2MIM, run: SimpleNamespace, images: Tensor, mask: Tensor) -> list[tuple[float, Tensor]]:
+def pulls(model: A2MIM, run: SimpleNamespace, images: Tensor,
+          mask: Tensor) -> list[tuple[float, Tensor]]:
     """The gradients of the terms of the loss. For each term: the norm of its gradient on the
     decoder, and its gradient on the reconstructions (B, 3, H, W).
 
