@@ -254,7 +254,8 @@ def test_files_that_cannot_be_read_are_named_and_counted(classifier, tmp_path, c
     (photos / "notes.txt").write_text("no image")
     out = predicted(tmp_path / "out", run / "best.pt", photos)
     printed = capsys.readouterr().err
-    assert "3 of 5 images cannot be read: cut.png (" in printed and "2 images: wrote pred" in printed
+    assert "3 of 5 images cannot be read: cut.png (" in printed
+    assert "2 images: wrote pred" in printed
     listed = (out / "broken.txt").read_text().splitlines()
     assert [line.split(" ")[0] for line in listed] == ["cut.png", "empty.jpg", "slim.png"]
     assert listed[2] == "slim.png (4000 x 2 pixels are too slim)"
