@@ -564,8 +564,8 @@ FLAGS = {
         "accum": (1, count, "forward passes per optimiser step"),
         "lr": (1e-3, positive, "per --lr-batch images of the global batch"),
         "lr_batch": (16, count, "see --lr"),
-        "layer_decay": (1.0, number(float, 0.01, 1), "factor on the lr from each stage (ViT: block) "
-                        "to the one before it"),
+        "layer_decay": (1.0, number(float, 0.01, 1), "factor on the lr, from each stage (ViT: "
+                        "block) to the one before it"),
         "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
         "clip_grad": (0.0, positive, "largest gradient norm, 0 = none"),
         "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "see "

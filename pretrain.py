@@ -373,7 +373,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     samples = ImageDataset(source, CropAndFlip(size, settings.crop_min), settings.seed)
     loader = make_loader(samples, batches, settings.workers, world)
 
-    is_cnn = get_family(settings.arch).convolutional             # channels_last is faster on a CNN
+    is_cnn = get_family(settings.arch).convolutional         # channels_last is faster on a CNN
     channels_last = settings.channels_last and is_cnn and not world.on_mps
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = net = model.to(memory_format=memory_format)
