@@ -554,6 +554,9 @@ def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 def normalise(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, 3, H, W) -> float32 on `device`, with MEAN and STD."""
     mean, std = mean_and_std(torch.device(device))
+    if images.shape[1] != len(MEAN):
+        raise ValueError(f"images have {images.shape[1]} channels, MEAN and STD (data.py) "
+                         f"{len(MEAN)}; the reader and these two must agree")
     images = images.to(device, non_blocking=mean.is_cuda).float()
     return images.sub_(255 * mean).div_(255 * std)
 

@@ -110,11 +110,14 @@ class A2MIM(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For pictures, in eval mode: (the filled input, the reconstruction, the image with hidden
-        patches replaced)."""
+        patches replaced). Raises ValueError if the model was trained for another target."""
         training = self.training
         self.eval()
         reconstruction = self.forward(images, mask).float()  # self(...) may be compiled
         self.train(training)
+        if reconstruction.shape != images.shape:
+            raise ValueError(f"this model reconstructs maps {tuple(reconstruction.shape[1:])}, and "
+                             f"no image {tuple(images.shape[1:])}")
         pasted = torch.where(resize_mask(mask, self.image_size), reconstruction, images)
         return fill_hidden(images, mask, self.fill), reconstruction, pasted
 

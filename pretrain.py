@@ -90,7 +90,8 @@ QUICK = dict(DEMO, image_size=64, epochs=0.16, sheets=2)     # 100 steps
 
 @dataclass
 class TrainState:
-    """What a step works on. To have an object of your own saved and resumed, see `train`."""
+    """What a step works on. For an object of your own, add a field here, fill it in `prepare`, and
+    add it to `saved` in `train`, so that it is saved and resumed."""
     plan: StepPlan
     loader: DataLoader
     model: A2MIM                                             # the weights, under their own names
@@ -192,7 +193,7 @@ def train(typed: dict, world: Distributed) -> None:
             save_reconstructions(step + 1, settings, world, state, previews, checkpointer)
             evaluate(step + 1, settings, world, state, held, checkpointer)
     checkpointer.finish()                                    # raises Failed if a file is missing
-    print_end(settings, world, held)
+    print_end(settings, world, held, previews is not None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,13 +209,15 @@ UNTRAINED = "visible patches carry practically no loss: their reconstruction is 
 class HeldOut:
     """Images that are not trained on, with their masks: n of them in this process, `count` in all.
 
-    mean_colour and blur: the pixel loss of two baselines that learn nothing, (count,). None if the
-    target is no image."""
+    mean_colour, blur  the loss of two baselines that learn nothing, (count,). None if the target
+                       has another shape than the image
+    first              the model's loss at the first evaluation of this start"""
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
     count: int
     mean_colour: Tensor | None = None
     blur: Tensor | None = None
+    first: float | None = None
 
 
 @torch.no_grad()
@@ -261,8 +264,14 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
     losses = held_out_loss(state.model.forward, held, settings, world, state.model)
     state.model.train()
     loss = losses.mean().item()
-    if held.blur is None:                                    # the target is no image
+    if held.first is None:
+        held.first = loss
+    if held.blur is None:
         checkpointer.note(held_out=loss)
+        if is_last:
+            world.print0(f"loss of {len(losses)} held-out images: {held.first:.4f} -> {loss:.4f} "
+                         f"(no baselines for this target)\n"
+                         f"{next_step(loss < held.first, settings)}")
         return
     mean_colour, blur = held.mean_colour.mean().item(), held.blur.mean().item()
     checkpointer.note(held_out=loss, mean_colour=mean_colour, blur=blur)
@@ -278,7 +287,7 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
 
 
 def next_step(better: bool, settings: Settings) -> str:
-    """What to do after pre-training. better: the reconstructions are better than a blur."""
+    """What to do after pre-training. better: the held-out loss says that something was learned."""
     if not better:
         return "next: train longer (--epochs) or use larger mask units (--mask-size)"
     weights = shlex.quote(f"{settings.out}/backbone.pt")
@@ -396,11 +405,26 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     centred = ImageDataset(others or source, eval_transform(size), settings.seed)
     previews = torch.stack([centred[0, i * len(centred) // 6][0] for i in range(6)])
     previews = normalise(previews, world.device)
-    is_image = make_target(previews, model).shape == previews.shape
+    target = target_of_previews(previews, model)
     held = None
     if others:
-        held = read_held_out(centred, settings, world, model, with_baselines=is_image)
-    return state, held, previews if is_image else None
+        has_baselines = target.shape == previews.shape
+        held = read_held_out(centred, settings, world, model, has_baselines)
+    is_pixels = torch.equal(target, previews)                # other targets are no pictures
+    return state, held, previews if is_pixels else None
+
+
+@torch.no_grad()
+def target_of_previews(previews: Tensor, model: A2MIM) -> Tensor:
+    """make_target(previews). Raises ValueError if its map is coarser than the mask."""
+    model.eval()                                             # a teacher's BatchNorm stays as it is
+    target = make_target(previews, model)
+    model.train()
+    (h, w), (gh, gw) = target.shape[-2:], model.grid
+    if h % gh or w % gw:
+        raise ValueError(f"make_target gives maps of {h}x{w}, the mask has {gh}x{gw} units; "
+                         f"interpolate the target, or use a larger --mask-size")
+    return target
 
 
 def read_held_out(samples: ImageDataset, settings: Settings, world: Distributed, model: A2MIM,
@@ -417,10 +441,10 @@ def read_held_out(samples: ImageDataset, settings: Settings, world: Distributed,
     held = HeldOut(images, masks, len(samples))
     if with_baselines:
         def mean_colour(images, mask):
-            return fill_hidden(images, mask, "mean")
+            return make_target(fill_hidden(images, mask, "mean"), model)
 
         def blur(images, mask):
-            return fill_hidden(images, mask, "blur")
+            return make_target(fill_hidden(images, mask, "blur"), model)
         held.mean_colour = held_out_loss(mean_colour, held, settings, world, model)
         held.blur = held_out_loss(blur, held, settings, world, model)
     return held
@@ -438,7 +462,8 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
     """What is trained, on what, and how. from_step: of a resumed run."""
     model, plan = state.model, state.plan
     peak = settings.peak_lr
-    if peak * plan.total < 0.1:                              # about as far as AdamW moves a weight
+    # the sum of the learning rates is about as far as AdamW moves a weight
+    if peak * plan.total < 0.1 and not settings.quick:
         cure = "raise --lr (per 512 images) or --epochs"
         cure += ", or use --recipe small" if settings.recipe != "small" else ""
         world.print0(f"peak lr {peak:.1e} x {plan.total} steps = {peak * plan.total:.1g}: no "
@@ -449,7 +474,7 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
     is_vit = get_family(settings.arch).name == "vit"
     patches = f", patches of {settings.patch_size} px" if is_vit else ""
     units = math.prod(model.grid)
-    hidden = hidden_count(units, settings.mask_ratio)
+    mask = draw_masks(1, model.grid, settings.mask_ratio, world.device, settings.seed)
     images = len(state.unreadable.source)
     resumed = f", from step {from_step}" if from_step is not None else ""
     is_chosen = settings.recipe == "small" and "recipe" not in settings.typed
@@ -458,7 +483,7 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
         f"{settings.arch}: {millions:.1f} M parameters{stem}{patches}, "
         f"token before stage {model.token_stage}\n"
         f"{settings.data}: {images} images at {format_size(settings.image_size)}, "
-        f"{hidden} of {units} mask units hidden ({settings.mask_size} px)\n"
+        f"{int(mask.sum())} of {units} mask units hidden ({settings.mask_size} px)\n"
         f"{world.size} x {world.device.type}, amp {settings.amp}, {settings.workers} workers each; "
         f"global batch {settings.global_batch}, peak lr {peak:.2e}, {settings.epochs:g} epochs of "
         f"{plan.per_epoch} steps{resumed}\n"
@@ -482,12 +507,12 @@ def print_length(step: int, settings: Settings, world: Distributed, plan: StepPl
                  f"{longer * minutes:.0f} minutes here: --epochs {LONG_EPOCHS}")
 
 
-def print_end(settings: Settings, world: Distributed, held: HeldOut | None) -> None:
+def print_end(settings: Settings, world: Distributed, held: HeldOut | None,
+              has_pictures: bool) -> None:
     pictures = ""
-    if settings.sheets:
+    if settings.sheets and has_pictures:
         pictures = f", {settings.out}/reconstruction-*.png show its reconstructions"
-    said_already = held is not None and held.blur is not None
-    after = "" if said_already else f"\n{next_step(True, settings)}"
+    after = "" if held else f"\n{next_step(True, settings)}"
     world.print0(f"done: {settings.out}/backbone.pt holds the encoder{pictures}{after}")
 
 

@@ -170,6 +170,8 @@ def steps_per_epoch(images: int, global_batch: int) -> int:
 # ---- during the run ----
 
 NOT_FINITE = "the weights are not finite"
+# what a checkpoint holds beside the objects that a run saves
+RESERVED = ("step", "per_epoch", "world", "args", "skipped", "means", "path")
 
 
 class Checkpointer:
@@ -189,7 +191,13 @@ class Checkpointer:
         """saved    name -> an object with state_dict and load_state_dict that checkpoints hold
 
         checkpoint  fills them, to resume
-        exports     file name -> a function that gives its content, written with every checkpoint"""
+        exports     file name -> a function that gives its content, written with every checkpoint
+
+        Raises ValueError if a name in `saved` is one of RESERVED."""
+        taken = sorted({*saved} & {*RESERVED})
+        if taken:
+            raise ValueError(f"{taken[0]!r} is a name of the checkpoint's own (one of "
+                             f"{', '.join(RESERVED)}); save the object under another name")
         self.settings = settings
         self.world = world
         self.plan = plan
@@ -325,20 +333,37 @@ class Checkpointer:
         typed = [{name: group[name] for name in of_now if name in group}
                   for group in optimizer.param_groups]
         same_amp = checkpoint["args"].get("amp") == self.settings.amp
+        for name, kept in self.saved.items():
+            # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
+            if name != "scaler" or same_amp:
+                self.load_one(name, kept, checkpoint)
         try:
-            for name, kept in self.saved.items():
-                # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
-                if name != "scaler" or same_amp:
-                    kept.load_state_dict(checkpoint[name])
             put_moments_in_memory_order(optimizer)
             for group, values in zip(optimizer.param_groups, typed):
                 group.update(values)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            made = checkpoint["args"]
-            size = format_size(made.get("image_size", 0))
-            raise ValueError(f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at "
-                             f"{size}); resume with the run's own flags, or choose another "
-                             f"--out") from None
+            raise ValueError(self.of_another_model(checkpoint)) from None
+
+    def load_one(self, name: str, kept, checkpoint: dict) -> None:
+        """Puts one object back. Raises ValueError, with its name, if that fails."""
+        if name not in checkpoint:
+            raise ValueError(f"{self.out}/checkpoint.pt: holds no {name!r}, which this program "
+                             f"saves; it is of another version of the program, choose another "
+                             f"--out")
+        try:
+            kept.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            if name in ("model", "optimizer"):
+                raise ValueError(self.of_another_model(checkpoint)) from None
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+            raise ValueError(f"{self.out}/checkpoint.pt: its {name!r} cannot be resumed "
+                             f"({reason}); choose another --out") from None
+
+    def of_another_model(self, checkpoint: dict) -> str:
+        made = checkpoint["args"]
+        size = format_size(made.get("image_size", 0))
+        return (f"{self.out}/checkpoint.pt: of another model ({made.get('arch')} at {size}); "
+                f"resume with the run's own flags, or choose another --out")
 
     def keep_best(self, best: dict, name: str, value: float, weights: dict,
                   description: dict | None = None) -> None:

@@ -12,7 +12,8 @@ import data
 import masking
 import model
 import pretrain
-from engine.testing import checkerboard, read_log
+from engine import checkpointer
+from engine.testing import checkerboard, complaint, read_log
 from model import A2MIM
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -227,3 +228,65 @@ def test_fork_mask_ratio_with_a_schedule_is_resumed_exactly(few_images, tmp_path
     pretrain.main(["--out", str(tmp_path / "cut"), "--resume"])
     again = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_fork_normalised_patches_are_judged_by_baselines_with_the_same_target(
+        few_images, tmp_path, monkeypatch, capsys):
+    """MAE's target: each patch minus its mean, divided by its deviation. It has an image's shape."""
+    def normalised(images, model=None):
+        patches = images.unfold(2, 8, 8).unfold(3, 8, 8)     # (B, C, gh, gw, 8, 8)
+        patches = patches - patches.mean((4, 5), keepdim=True)
+        patches = patches / (patches.square().mean((4, 5), keepdim=True) + 1e-6).sqrt()
+        return patches.permute(0, 1, 2, 4, 3, 5).reshape(images.shape)
+
+    monkeypatch.setattr(pretrain, "make_target", normalised)
+    fork(tmp_path / "run", "--val", "0.25", "--sheets", "2", "--fourier-weight", "0")
+    line = [line for line in read_log(tmp_path / "run") if "held_out" in line][-1]
+    # a patch of one colour is 0 after normalisation, and |x| (2 sigmoid(0.2 |x|) - 1) remains
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=generator).abs()
+    of_zero = (x * (2 * torch.sigmoid(0.2 * x) - 1)).mean().item()
+    assert 0.5 * of_zero < line["mean_colour"] < 2 * of_zero
+    assert not list((tmp_path / "run").glob("reconstruction-*"))             # it is no picture
+    assert "reconstruction" not in capsys.readouterr().err.split("done:")[1]
+
+
+def test_a_target_that_is_coarser_than_the_mask_gets_one_line(few_images, tmp_path, monkeypatch,
+                                                              capsys):
+    def pooled(images, model=None):
+        return nn.functional.avg_pool2d(images, 16)          # 2 x 2, the mask has 4 x 4
+
+    monkeypatch.setattr(pretrain, "make_target", pooled)
+    code, said = complaint(capsys, *FORK.split(), "--out", tmp_path / "run")
+    assert code == 2 and "make_target gives maps of 2x2, the mask has 4x4 units" in said
+
+
+class Counter:
+    """An object of a fork, with a state."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_an_object_that_cannot_be_resumed_is_named(few_images, tmp_path, monkeypatch, capsys):
+    init = checkpointer.Checkpointer.__init__
+
+    def with_an_object(name):
+        def saving(self, settings, world, plan, saved, *rest):
+            init(self, settings, world, plan, {**saved, name: Counter()}, *rest)
+        monkeypatch.setattr(checkpointer.Checkpointer, "__init__", saving)
+
+    fork(tmp_path / "run")
+    resume = ["--out", tmp_path / "run", "--resume", "--epochs", "2"]
+    with_an_object("ratio")                                  # the checkpoint is from before
+    code, said = complaint(capsys, *resume)
+    assert code == 2 and "checkpoint.pt: holds no 'ratio'" in said
+    with_an_object("skipped")                                # the checkpoint holds a number there
+    code, said = complaint(capsys, *resume)
+    assert code == 2 and "'skipped' is a name of the checkpoint's own" in said
