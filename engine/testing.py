@@ -1,4 +1,4 @@
-"""What several files of tests use: small runs, what they wrote and said, masks, and image files.
+"""What several files of tests use: small runs, what they wrote and printed, masks, image files.
 
 The fixtures are in conftest.py.
 """
@@ -51,15 +51,15 @@ def tune(out, *flags):
 
 
 def settings_of(capsys, out, *flags):
-    """(args.json, what was said) of a run of one step."""
+    """(args.json, what was printed) of a short run."""
     pretrain.main([*flags, "--out", str(out), *"--workers 0 --amp off --sheets 0".split()])
     return json.loads((out / "args.json").read_text()), capsys.readouterr().err
 
 
 def resolved(stage, *flags, images=1_281_167, **processes):
     """The settings of a run of pretrain or finetune with so many images."""
-    world = SimpleNamespace(**dict(size=1, local_size=1, on_gpu=False, default_amp=lambda: "off"))
-    vars(world).update(processes)
+    one_process = dict(size=1, local_size=1, on_gpu=False, default_amp=lambda: "off")
+    world = SimpleNamespace(**{**one_process, **processes})
     typed = stage.parse([*map(str, flags)])
     return stage.resolve(stage.ask(typed), images, world)
 
@@ -75,7 +75,7 @@ def prepared(stage, flags: str, world):
 
 
 def complaint(capsys, *flags, main=pretrain.main):
-    """Runs main with flags that must be refused; returns (exit code, what stderr said)."""
+    """Runs main with flags that must be refused; returns (exit code, stderr)."""
     with pytest.raises(SystemExit) as exit:
         main([*map(str, flags)])
     return exit.value.code, capsys.readouterr().err
@@ -89,7 +89,7 @@ def torchrun(*arguments, processes=2, **options):
                           env=environment, **options)
 
 
-# ---- what a run wrote and said ----
+# ---- what a run wrote and printed ----
 
 CLOCK = ("time", "images_per_s", "data_wait", "peak_memory_mb")           # differ from run to run
 
@@ -121,7 +121,7 @@ def pixels(mask, image):
 
 
 def checkerboard(batch=1, gh=2, gw=2):
-    """A mask that hides every other cell."""
+    """A mask (batch, gh, gw) that hides every other mask unit."""
     sums = torch.arange(gh)[:, None] + torch.arange(gw)[None]
     return sums.remainder(2).eq(0).expand(batch, gh, gw)
 
@@ -144,7 +144,7 @@ def paint(path, mode="RGB", colour=(200, 40, 90), size=(40, 30), **options):
 
 
 def labelled_folder(root, sizes):
-    """root/<split>/<class>/*.png, noise in another brightness per class."""
+    """Writes root/<split>/<class>/*.png: noise, brighter from class to class."""
     rng = np.random.default_rng(0)
     for split, counts in sizes.items():
         for label, count in enumerate(counts):
@@ -156,7 +156,7 @@ def labelled_folder(root, sizes):
 
 
 def spoil(folder):
-    """Five kinds of files that are no images, among good ones."""
+    """Writes one good image and six files that are no images; returns the names of the six."""
     good = paint(folder / "good.jpg", size=(64, 64))
     (folder / "cut.jpg").write_bytes(Path(good).read_bytes()[:400])
     (folder / "empty.png").touch()
@@ -172,7 +172,7 @@ def spoil(folder):
 
 
 def flip_a_byte(path):
-    """In the largest tensor of a torch.save file."""
+    """Damages a torch.save file in the middle, where its tensors are."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)

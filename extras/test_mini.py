@@ -1,4 +1,4 @@
-"""The one-page version against the full one: the same loss, the same gradients, a backbone that loads."""
+"""The one-page version has the loss and gradients of the full one, and its backbone loads."""
 
 import sys
 from pathlib import Path
@@ -22,26 +22,27 @@ def test_one_page_is_the_whole_method():
     torch.manual_seed(0)
     page = mini.MiniA2MIM().train()
     full = A2MIM(build_encoder("resnet18"), image_size=64, mask_size=8, token_stage=3).train()
-    own = page.state_dict()
-    names = {"token": "mask_token.token", "gamma": "mask_token.gamma"}
-    state = {}
-    for name, value in own.items():
-        new = names.get(name, f"encoder.{name}" if name.startswith("backbone.") else name)
-        state[new] = value.flatten() if name in names else value
+    names = {}                                               # of the page -> of the full version
+    for name in page.state_dict():
+        names[name] = f"encoder.{name}" if name.startswith("backbone.") else name
+    names |= {"token": "mask_token.token", "gamma": "mask_token.gamma"}
+    state = {names[name]: value for name, value in page.state_dict().items()}
+    for name in ("mask_token.token", "mask_token.gamma"):
+        state[name] = state[name].flatten()
     full.load_state_dict(state)
 
     images, mask = torch.randn(8, 3, 64, 64), mini.random_mask(8)
     hidden = resize_mask(mask[:, 0].bool(), (64, 64))
     short = mini.loss(page(images, mask), images, hidden.float())
-    long, _ = a2mim_loss(full(images, mask[:, 0]), images, hidden, visible_weight=0.0,
-                         spectrum="image")
+    reconstruction = full(images, mask[:, 0])
+    long, _ = a2mim_loss(reconstruction, images, hidden, visible_weight=0.0, spectrum="image")
     close(short, long, atol=1e-6, rtol=1e-6)
     short.backward()
     long.backward()
     gradients = {name: p.grad for name, p in full.named_parameters()}
     for name, parameter in page.named_parameters():
-        new = names.get(name, f"encoder.{name}" if name.startswith("backbone.") else name)
-        close(parameter.grad.flatten(), gradients[new].flatten(), atol=1e-6, rtol=1e-4)
+        gradient = gradients[names[name]]
+        close(parameter.grad.flatten(), gradient.flatten(), atol=1e-6, rtol=1e-4)
 
 
 def test_sixty_percent_of_the_units_are_hidden():
@@ -58,8 +59,8 @@ def test_it_learns_on_a_folder_and_leaves_a_backbone(tmp_path, monkeypatch, caps
     monkeypatch.setattr(mini, "STEPS", 12)
     monkeypatch.setattr(mini, "BATCH", 8)
     mini.main("photos")
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()
-              if line.startswith("step")]
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert losses[-1] < losses[0]
     state = torch.load(tmp_path / "backbone.pt", weights_only=True)
     found = torchvision.models.resnet18().load_state_dict(state, strict=False)
