@@ -29,9 +29,9 @@ from engine.files import printable
 from engine.flags import Parser, defaults, number, path, format_size
 from engine.shapes import Shapes
 from extras.output import check_file, free_name, writing
-from extras.paint import load_model, read_photo
+from extras.paint import choose_masks, load_model, read_photo
 from loss import residual
-from masking import fill_hidden, random_mask, resize_mask
+from masking import fill_hidden, resize_mask
 from model import A2MIM, get_family
 
 INK, GRAY, BLUE, ORANGE = "#1b1f24", "#59636e", "#1f5fbf", "#f28c1e"
@@ -342,12 +342,12 @@ def draw(args: SimpleNamespace, world: Distributed) -> None:
 
 
 def method(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Image:
+    """method.png, of a drawn image or of --image."""
     if args.image:
         image = eval_transform(model.image_size)(read_photo(args.image))
     else:
         image = Shapes("val", model.image_size).read(args.index)
-    generator = torch.Generator().manual_seed(args.seed)
-    mask = random_mask(1, model.grid, run.mask_ratio, generator=generator)
+    mask = choose_masks(args, run.mask_ratio, 1, model.grid)
     return draw_page(moves(model, run, normalise(image[None]), mask), model.token_stage)
 
 
@@ -360,8 +360,7 @@ def why(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Imag
     size = tuple(units * model.stride for units in model.grid)
     model, _ = load_model(args.checkpoint, size, mask_size=model.stride)
     image = eval_transform(size)(read_photo(args.image or PHOTO))
-    generator = torch.Generator().manual_seed(args.seed)
-    mask = random_mask(1, model.grid, run.mask_ratio, generator=generator)
+    mask = choose_masks(args, run.mask_ratio, 1, model.grid)
     return draw_why(model, normalise(image[None]), mask)
 
 

@@ -16,8 +16,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pretrain
 from extras import figure, paint
+from extras.testing import short_run
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, Classifier, VITS, build_encoder
 
@@ -208,10 +208,8 @@ def test_a_place_that_is_the_token_is_orange_and_others_keep_their_colour():
 def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_path, monkeypatch,
                                                                            capsys):
     monkeypatch.chdir(tmp_path)
-    flags = "--data shapes --image-size 64 --mask-size 16 --token-stage 2 --batch-size 4"
-    flags += " --epochs 0.001 --workers 0 --sheets 0 --val 0"
     for arch in ("resnet18", "mobilenet_v2"):
-        pretrain.main([*flags.split(), "--arch", arch, "--out", arch])
+        short_run(Path(arch), f"--arch {arch} --mask-size 16 --token-stage 2")
     capsys.readouterr()
     call = ["--figure", "why"]
     figure.main([*call, "resnet18/checkpoint.pt"])           # a grid of 4 x 4 units of 32 px
@@ -231,10 +229,7 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
 def checkpoint(tmp_path_factory) -> str:
     """Of a run of one or two steps: a ResNet-18 at 64 px, a grid of 4 x 4 mask units."""
     out = tmp_path_factory.mktemp("paint") / "run"
-    flags = "--data shapes --arch resnet18 --image-size 64 --mask-size 16 --token-stage 2"
-    flags += " --batch-size 4 --epochs 0.001 --workers 0 --sheets 0 --val 0"
-    pretrain.main([*flags.split(), "--out", str(out)])
-    return str(out / "checkpoint.pt")
+    return short_run(out, "--arch resnet18 --mask-size 16 --token-stage 2")
 
 
 def pixels(file: str) -> torch.Tensor:
