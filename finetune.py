@@ -391,13 +391,13 @@ def start(typed: dict, world: Distributed) -> tuple:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
                                 world_size=world.size)
-    asked = ask(typed)
+    asked = asked_for(typed)
     kind = "eval" if asked["eval_only"] else asked["recipe"]
     kind += "-scratch" if asked["init"] and not asked["eval_only"] else ""
     name = f"{Path(asked['data'] or '').resolve().name}-{asked['arch']}-{kind}"
     out, checkpoint = open_run(typed, world, "finetune.py", name, FLAGS)
     if checkpoint:
-        asked = ask_again(typed, checkpoint["args"])
+        asked = asked_for_again(typed, checkpoint["args"])
     asked["out"] = out
     source, val = open_data(asked, world)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
@@ -469,7 +469,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
 def open_data(asked: dict, world: Distributed) -> tuple:
     """(images to train on, images for validation). `features` has one set, labelled or not.
 
-    asked: see `ask`. Raises ValueError if they do not fit each other or the flags."""
+    asked: see `asked_for`. Raises ValueError if they do not fit each other or the flags."""
     data, arch, test_crop = asked["data"], asked["arch"], asked["test_crop"]
     size = height_width(asked["image_size"])                 # (H, W)
     test_size = height_width(asked["test_size"] or asked["image_size"])
@@ -598,7 +598,7 @@ def parse(argv: list[str] | None) -> dict:
                          f"{', '.join(NAMED)}")
     if ("weights" in typed) == ("init" in typed):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
-    if ask(typed)["arch"] is None:
+    if asked_for(typed)["arch"] is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try "
                          "--arch resnet18")
     return typed
@@ -611,7 +611,7 @@ def make_parser() -> Parser:
 
 # ---- settings: resolved once, before the run begins ----
 
-def ask(typed: dict) -> dict:
+def asked_for(typed: dict) -> dict:
     """What is known of a new run before its images are counted. Each overrides those before it:
     defaults, the recipe, the settings of the run that wrote the weights, exceptions, what was
     typed."""
@@ -632,14 +632,14 @@ def ask(typed: dict) -> dict:
     return {**values, "typed": sorted(typed)}
 
 
-def ask_again(typed: dict, saved: dict) -> dict:
+def asked_for_again(typed: dict, saved: dict) -> dict:
     """The same of a resumed run: its own settings, then what is typed now."""
     names = sorted({*saved.get("typed", []), *typed})
     return {**DEFAULTS, **saved, **typed, "typed": names}
 
 
 def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
-    """The settings of a run, from `ask` or `ask_again`, the number of images and the processes.
+    """The settings of a run. asked: from `asked_for` or `asked_for_again`; images: their number.
 
     Nothing changes them afterwards."""
     values = dict(asked)

@@ -330,12 +330,12 @@ def start(typed: dict, world: Distributed) -> tuple:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
                                 world_size=world.size)
-    asked = ask(typed)
+    asked = asked_for(typed)
     name = f"{Path(asked['data']).resolve().name}-{asked['arch']}"
     name += f"-{asked['baseline']}" if asked["baseline"] else ""
     out, checkpoint = open_run(typed, world, "pretrain.py", name, FLAGS)
     if checkpoint:
-        asked = ask_again(typed, checkpoint["args"])
+        asked = asked_for_again(typed, checkpoint["args"])
     elif "data" not in typed and not asked["quick"]:
         world.print0("no --data given: running the demo on drawn shapes; the paper's run is\n"
                      "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
@@ -600,7 +600,7 @@ def parse(argv: list[str] | None) -> dict:
 
 # ---- settings: resolved once, before the run begins ----
 
-def ask(typed: dict) -> dict:
+def asked_for(typed: dict) -> dict:
     """What is known of a new run before its images are counted. Each overrides those before it:
     defaults, recipe of the backbone, exceptions, the demo, the baseline, what was typed."""
     demo = demo_of(typed)
@@ -615,7 +615,7 @@ def ask(typed: dict) -> dict:
     return {**DEFAULTS, "arch": arch, **recipe, **sized, **typed, "typed": sorted(typed)}
 
 
-def ask_again(typed: dict, saved: dict) -> dict:
+def asked_for_again(typed: dict, saved: dict) -> dict:
     """The same of a resumed run: its own settings, then what is typed now."""
     names = sorted({*saved.get("typed", []), *typed})
     return {**DEFAULTS, **DEFAULTS_OF_OLD_RUNS, **saved, **typed, "typed": names}
@@ -629,7 +629,7 @@ def demo_of(typed: dict) -> dict:
 
 
 def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
-    """The settings of a run, from `ask` or `ask_again`, the number of images and the processes.
+    """The settings of a run. asked: from `asked_for` or `asked_for_again`; images: their number.
 
     Nothing changes them afterwards. Raises ValueError if the mask does not fit the image."""
     values = dict(asked)

@@ -738,7 +738,7 @@ def test_held_out_images_are_never_trained_on_and_their_number_has_bounds(tmp_pa
         ("shapes", 0.5, 10_000, 2000),
     ):
         folder = tmp_path / given if given != "shapes" else given
-        asked = pretrain.ask(pretrain.parse(["--data", str(folder), "--val", str(share)]))
+        asked = pretrain.asked_for(pretrain.parse(["--data", str(folder), "--val", str(share)]))
         source, others = pretrain.hold_out(pretrain.open_source(asked), asked)
         assert len(source) == train, given
         assert (len(others) if others else 0) == held, given

@@ -232,7 +232,7 @@ def test_fork_mask_ratio_with_a_schedule_is_resumed_exactly(few_images, tmp_path
 
 def test_fork_normalised_patches_are_judged_by_baselines_with_the_same_target(
         few_images, tmp_path, monkeypatch, capsys):
-    """MAE's target: each patch minus its mean, divided by its deviation. It has an image's shape."""
+    """MAE's target, in the shape of an image: each patch minus its mean, over its deviation."""
     def normalised(images, model=None):
         patches = images.unfold(2, 8, 8).unfold(3, 8, 8)     # (B, C, gh, gw, 8, 8)
         patches = patches - patches.mean((4, 5), keepdim=True)

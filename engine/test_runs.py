@@ -162,7 +162,7 @@ def test_a_run_of_an_older_version_keeps_its_batch_and_lr():
     world = SimpleNamespace(size=2, on_gpu=False, local_size=1, default_amp=lambda: "off")
 
     def again(**saved):
-        asked = pretrain.ask_again({"resume": True}, files.with_new_names({**old, **saved}))
+        asked = pretrain.asked_for_again({"resume": True}, files.with_new_names({**old, **saved}))
         return pretrain.resolve(asked, 9_469, world, is_resumed=True)
 
     default = again(global_batch=None)

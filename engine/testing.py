@@ -61,7 +61,7 @@ def resolved(stage, *flags, images=1_281_167, **processes):
     one_process = dict(size=1, local_size=1, on_gpu=False, default_amp=lambda: "off")
     world = SimpleNamespace(**{**one_process, **processes})
     typed = stage.parse([*map(str, flags)])
-    return stage.resolve(stage.ask(typed), images, world)
+    return stage.resolve(stage.asked_for(typed), images, world)
 
 
 def prepared(stage, flags: str, world):

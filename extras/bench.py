@@ -114,7 +114,7 @@ def a2mim_step(args: SimpleNamespace, arch: str, batch: int, size: int):
         "--arch", arch, "--image-size", str(size), "--batch-size", str(batch),
         "--recipe", "imagenet", "--data", "shapes", "--workers", "0", "--amp", args.amp,
         "--val", "0", "--epochs", "1", "--out", "unused"])
-    asked = pretrain.ask(typed)
+    asked = pretrain.asked_for(typed)
     source = pretrain.open_source(asked)
     settings = pretrain.resolve(asked, len(source), WORLD)
     state, *_ = pretrain.prepare(settings, WORLD, None, source, None)

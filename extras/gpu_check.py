@@ -135,7 +135,7 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
         if not world.on_cuda:
             side, count = 64, 4
         torch.manual_seed(0)
-        asked = pretrain.ask(pretrain.parse(["--data", "shapes", "--arch", arch]))
+        asked = pretrain.asked_for(pretrain.parse(["--data", "shapes", "--arch", arch]))
         encoder = build_encoder(arch, (side, side))
         model = A2MIM(encoder, side, token=asked["token"], fill=asked["fill"])
         show_residual_branches(model)
@@ -165,7 +165,7 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
 def whole_step(program, flags: str, batch: int, side: int, world: Distributed):
     """The step of pretrain or finetune with what Checkpointer does around it, as a function."""
     words = f"--data shapes --workers 0 --batch-size {batch} --image-size {side} --out unused"
-    asked = program.ask(program.parse(f"{words} {flags}".split()))
+    asked = program.asked_for(program.parse(f"{words} {flags}".split()))
     if program is pretrain:
         images = (pretrain.open_source(asked), None)
     else:

@@ -41,7 +41,7 @@ from model import build_encoder
 
 def save_random_backbone(flags: list[str]) -> None:
     """backbone.pt and args.json as of pretrain.py with these flags, before its first step."""
-    asked = pretrain.ask(pretrain.parse(flags))
+    asked = pretrain.asked_for(pretrain.parse(flags))
     names = ("arch", "patch_size", "window", "stem", "image_size")
     settings = {name: asked[name] for name in names}
     size = height_width(asked["image_size"])

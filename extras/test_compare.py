@@ -236,7 +236,7 @@ def test_every_run_is_made_at_the_image_size_asked_for(size):
         if run.program == "finetune":
             assert finetune.make_parser().parse_args(run.argv).image_size == size
         else:
-            assert pretrain.ask(pretrain.parse(run.argv))["image_size"] == size
+            assert pretrain.asked_for(pretrain.parse(run.argv))["image_size"] == size
 
 
 def test_drawn_shapes_see_the_images_of_their_tables():
@@ -282,7 +282,7 @@ def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(ta
             assert [*runs].index(needs) < [*runs].index(f"{task}/{arm}-1")
             assert f"out/{needs}/backbone.pt" in runs[f"{task}/{arm}-1"].start
     assert arms["a2mim"] == arms["simmim"] == arms["scratch"]
-    a, b = (pretrain.ask(pretrain.parse(runs[f"pretrained/{arm}-0"].argv))
+    a, b = (pretrain.asked_for(pretrain.parse(runs[f"pretrained/{arm}-0"].argv))
             for arm in ("a2mim", "simmim"))
     assert a["data"] == b["data"] == "out/scenes" and a["epochs"] * plans.SCENES == 12_800
     assert (a["baseline"], b["baseline"]) == (None, "simmim")
