@@ -79,11 +79,11 @@ def in_turns(a, b, rounds: int, warm: int = 2) -> tuple[list[float], list[float]
 
 
 def row(what: str, against: str, a: list[float], b: list[float], unit: str) -> dict:
-    """A row of the table: the ratio a / b, and both values. Prints it, too."""
+    """A row of the table: the ratio a / b, and both values. It is printed, too."""
     ratios = [x / y for x, y in zip(a, b)]
+    note = f"{short(statistics.median(a))} against {short(statistics.median(b))} {unit}"
     found = dict(what=what, against=against, ratio=statistics.median(ratios), low=min(ratios),
-                 high=max(ratios),
-                 note=f"{short(statistics.median(a))} against {short(statistics.median(b))} {unit}")
+                 high=max(ratios), note=note)
     print(line(found), flush=True)
     return found
 
@@ -143,6 +143,7 @@ def bare_step(args: SimpleNamespace, arch: str, batch: int, size: int):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -169,6 +170,7 @@ def fourier(args: SimpleNamespace) -> list[dict]:
         def loss():
             pred.grad = None
             fourier_loss(pred, image, hidden, spectrum=spectrum).backward()
+
         a, b = in_turns(loss, whole, args.rounds)
         rows.append(row(f"Fourier loss, {spectrum} spectrum, forward + backward",
                         f"whole A2MIM step, {args.arch}, batch {B}", a, b, "s"))
@@ -177,10 +179,12 @@ def fourier(args: SimpleNamespace) -> list[dict]:
 
 def memory(args: SimpleNamespace) -> list[dict]:
     """What torch has allocated at the peak of two steps: weights, optimiser, activations."""
+
     def two_steps(make):
         step = make(args, args.arch, args.batch_size, args.image_size)
         step()
         step()
+
     a = allocated(lambda: two_steps(a2mim_step))
     b = allocated(lambda: two_steps(bare_step))
     return [row("peak memory of the step, allocated by torch", "bare step", [a], [b], "MB")]
@@ -231,12 +235,23 @@ def one_pass(source, count: int):
     def load():
         for _ in batches_in_this_process:
             pass
+
     return load
 
 
-def loader(args: SimpleNamespace) -> list[dict]:
+def images_per_second(a, b, count: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Speeds of a and of b, in turns, with one thread as in a loader worker.
+
+    Each call of a or b reads `count` images."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                 # as in a loader worker
+    torch.set_num_threads(1)
+    times = in_turns(a, b, rounds, warm=1)
+    torch.set_num_threads(threads)
+    a, b = ([count / seconds for seconds in side] for side in times)
+    return a, b
+
+
+def loader(args: SimpleNamespace) -> list[dict]:
     with jpeg_files(args.data) as (source, kind):
         count = min(320, len(source))
         names = [source.name(i) for i in range(count)]
@@ -244,25 +259,21 @@ def loader(args: SimpleNamespace) -> list[dict]:
         def decode():
             for name in names:
                 decode_image(name, ImageReadMode.RGB)
-        times = in_turns(one_pass(source, count), decode, args.rounds, warm=1)
-    torch.set_num_threads(threads)
-    a, b = ([count / seconds for seconds in side] for side in times)
+
+        a, b = images_per_second(one_pass(source, count), decode, count, args.rounds)
     return [row(f"loader on one core, {count} {kind}, crop 224", "decoding the files alone", a, b,
                 "images/s")]
 
 
 def shrunk(args: SimpleNamespace) -> list[dict]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                 # as in a loader worker
     with jpeg_files(args.data, (375, 500)) as (source, kind), \
             tempfile.TemporaryDirectory() as out:
         count = min(320, len(source))
         for name in source.names[:count]:
             shrink_file(os.fsdecode(name), str(source.root), out, side=256, quality=90)
         small = Folder(Path(out), "train")
-        times = in_turns(one_pass(small, count), one_pass(source, count), args.rounds, warm=1)
-    torch.set_num_threads(threads)
-    a, b = ([count / seconds for seconds in side] for side in times)
+        a, b = images_per_second(one_pass(small, count), one_pass(source, count), count,
+                                 args.rounds)
     return [row(f"loader on one core, {count} {kind} shrunk to 256 px, crop 224",
                 "the files as they are", a, b, "images/s")]
 
@@ -295,10 +306,12 @@ def processes(args: SimpleNamespace) -> list[dict]:
 
 def scaling(args: SimpleNamespace) -> dict[str, dict[str, list[float]]]:
     """What grows -> its value -> [images per second]. ResNet-18, batch 16 and 128 px otherwise."""
+
     def rate(arch: str = "resnet18", batch: int = 16, size: int = 128) -> list[float]:
         step = a2mim_step(args, arch, batch, size)
         step()
         return [batch / statistics.median(clock(step) for _ in range(5))]
+
     depths = ("resnet18", "resnet34", "resnet50", "resnet101")
     return {
         "batch (resnet18, 128 px)": {str(n): rate(batch=n) for n in (4, 16, 64)},

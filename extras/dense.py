@@ -2,9 +2,9 @@
 
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
-    resume_or_start, plan_steps, rate, layout_for, optimizer_for
+    resume_or_start, plan_steps, rate, is_evaluated, start_encoder, layout_for, optimizer_for
               a run counted in iterations, as the released recipes are
-    some_usable, left_out, read_state, load_state
+    some_usable, left_out, read_state, load_state, describe_recipe
               what both programs check and print
 """
 
@@ -32,13 +32,14 @@ from data import default_workers
 from engine.shapes import SHAPES, draw_shape, texture
 from engine.command import Distributed
 from engine.files import load_checked, printable
-from engine.flags import MAX_EPOCHS, number
+from engine.flags import MAX_EPOCHS, height_width, number
 from engine.images import reason
 from engine.checkpointer import StepPlan, open_run, steps_per_epoch
 from engine.optim import layer_groups, lr_at, momentum_sgd
 from engine.settings import resolve_batch
 from engine.step import memory_format
-from model import Encoder, get_family
+from engine.weights import load_backbone, summary_of
+from model import Encoder, build_encoder, get_family
 
 # ---- four maps of any encoder ----
 
@@ -114,7 +115,9 @@ class Maps(nn.Module):
 def pyramid(C: int) -> nn.ModuleList:
     """A map of stride 16 -> 4, 8, 16, 32. LayerNorm, as in ViTDet, where mmsegmentation has
     SyncBN."""
-    up = lambda: nn.ConvTranspose2d(C, C, 2, stride=2)
+    def up():
+        return nn.ConvTranspose2d(C, C, 2, stride=2)
+
     finest = nn.Sequential(up(), LayerNorm2d(C, eps=1e-6), nn.GELU(), up())
     return nn.ModuleList([finest, up(), nn.Identity(), nn.MaxPool2d(2)])
 
@@ -190,8 +193,10 @@ class Semantic(Scenes):
 
 def stacked(samples: list) -> list:
     """Batches for segmentation: images (B, 3, H, W), classes (B, H, W), index (B,), broken (B,)."""
-    plain = lambda pair: (x.as_subclass(Tensor) for x in pair)
-    return default_collate([(*plain(pair), index, broken) for pair, index, broken in samples])
+    plain = []
+    for (image, classes), index, broken in samples:
+        plain.append((image.as_subclass(Tensor), classes.as_subclass(Tensor), index, broken))
+    return default_collate(plain)
 
 
 def listed(samples: list) -> list:
@@ -372,6 +377,31 @@ def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> floa
     if args.schedule == "poly":
         return ramp * (floor + (base - floor) * (1 - step / T) ** args.power)
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
+
+
+def is_evaluated(done: int, plan: StepPlan, every: int) -> bool:
+    """After `done` steps: at the end of every `every` epochs, and of the run."""
+    epoch, inside = divmod(done, plan.per_epoch)
+    is_due = inside == 0 and epoch % every == 0
+    return done > 0 and (is_due or done >= plan.total)
+
+
+def describe_recipe(args: SimpleNamespace) -> str:
+    """The recipe, and whether it was chosen for the number of images."""
+    if args.eval_only:
+        return "evaluation only"
+    chosen = args.recipe == "small" and "recipe" not in args.typed and not args.resume
+    return f"recipe {args.recipe}" + (f" (under {FEW_IMAGES:,} images)" if chosen else "")
+
+
+def start_encoder(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> Encoder:
+    """The encoder, with --weights unless they come later: with a checkpoint, or to be evaluated."""
+    encoder = build_encoder(args.arch, height_width(args.image_size), args.drop_path,
+                            args.patch_size, args.window, args.stem)
+    if args.weights and not checkpoint and not args.eval_only:
+        found = load_backbone(encoder, args.weights)
+        world.print0(f"{args.weights}: {summary_of(found)}")
+    return encoder
 
 
 def layout_for(args: SimpleNamespace, world: Distributed) -> torch.memory_format:

@@ -50,14 +50,14 @@ from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, P
 from engine.images import UnreadableImages
 from engine.pictures import save_sheet
 from engine.step import make_scaler, take_step, wrap
-from engine.weights import load_backbone, summary_of
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, evenly_spaced, layout_for,
-                          left_out, listed, load_state, optimizer_for, plan_steps, rate,
-                          read_state, resume_or_start, same_size, some_usable)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, describe_recipe,
+                          evenly_spaced, is_evaluated, layout_for, left_out, listed, load_state,
+                          optimizer_for, plan_steps, rate, read_state, resume_or_start, same_size,
+                          some_usable, start_encoder)
 from extras.mask_rcnn import detector
-from model import build_encoder, get_family
+from model import get_family
 
 # ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images
 # of a step ----
@@ -165,7 +165,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     state = prepare(args, world, checkpoint)
     world.print0(f"{args.arch}, {args.neck}, {args.init or args.weights}; {args.data}: "
                  f"{len(state.classes)} classes, {len(state.val)} images for validation\n"
-                 f"{told_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
+                 f"{describe_recipe(args)}; {world.size} x {world.device.type}, amp {args.amp}; "
                  f"writing {args.out}/")
     if args.eval_only:
         make_folder(args, world)
@@ -184,10 +184,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     description = description_of(args, state)
 
     def evaluate_after(done: int) -> None:
-        """At the end of every --eval-every epochs, and of the run."""
-        epoch, inside = divmod(done, plan.per_epoch)
-        is_due = inside == 0 and epoch % args.eval_every == 0
-        if done == 0 or done < plan.total and not is_due:
+        if not is_evaluated(done, plan, args.eval_every):
             return
         now, found[:] = evaluate(state.model, args, world, state)
         result.update(now)
@@ -208,13 +205,6 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
             evaluate_after(step + 1)
     checkpointer.finish("best.pt", "model.json")             # raises Failed if a file is missing
     report(result, found, args, world, state, best_AP=best["AP"], best_epoch=best.get("epoch"))
-
-
-def told_recipe(args: SimpleNamespace) -> str:
-    if args.eval_only:
-        return "evaluation only"
-    chosen = args.recipe == "small" and "recipe" not in args.typed and not args.resume
-    return f"recipe {args.recipe}" + f" (under {FEW_IMAGES:,} images)" * chosen
 
 
 def open_scenes(args: SimpleNamespace, split: str):
@@ -267,23 +257,20 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
+        flip = v2.RandomHorizontalFlip(0.5)                  # image, boxes and masks together
         batches = ResumableBatchSampler(len(source), plan.batch, args.accum, world.size,
                                         world.rank, args.seed, plan.start, plan.total)
-        flip = v2.RandomHorizontalFlip(0.5)                  # image, boxes and masks together
         samples = ImageDataset(source, flip, args.seed)
         loader = make_loader(samples, batches, args.workers, world, listed)
     # photographs differ in size: in a batch they would be padded, which changes what is found
-    val_batches = every_image_once(len(val), 8 if args.data == "shapes" else 1, world)
+    at_once = 8 if args.data == "shapes" else 1
+    val_batches = every_image_once(len(val), at_once, world)
     val_samples = ImageDataset(val, nn.Identity(), args.seed)
     val_loader = make_loader(val_samples, val_batches, args.workers, world, listed,
                              persistent=not args.eval_only)
 
     torch.manual_seed(seed_for(args.seed))                   # all processes: the same heads
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
-                            args.stem)
-    if args.weights and not checkpoint and not args.eval_only:
-        found = load_backbone(encoder, args.weights)
-        world.print0(f"{args.weights}: {summary_of(found)}")
+    encoder = start_encoder(args, world, checkpoint)
     weights = read_state(args.weights, NO_DETECTOR) if args.eval_only else {}
     with_masks = bool(getattr(source, "outlines", True))
     if args.eval_only:                                       # as the detector was trained

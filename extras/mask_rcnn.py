@@ -1,11 +1,12 @@
-"""The detector: torchvision's Mask R-CNN around any encoder, with a feature pyramid or, for ResNet,
-C4 (as released).
+"""The detector: torchvision's Mask R-CNN around any encoder, with one of two necks, as released.
 
-Without outlines to learn from it is Faster R-CNN: the same without the head of masks.
+    fpn   a feature pyramid: four maps and a fifth pooled one, each with one size of anchors
+          (Lin et al. 2017)
+    c4    for ResNet: one map of stride 16, and stage 4 runs on every region
+          (Ren et al. 2015, He et al. 2017)
 
-FPN (Lin et al. 2017): four maps and a fifth pooled one, an anchor size each. C4 (Ren et al. 2015,
-He et al. 2017): one map of stride 16; stage 4 runs on every region. All layers learn, and
-BatchNorm's statistics are live: those gathered in pre-training are of images with 60 % hidden. """
+Without outlines to learn from it is Faster R-CNN, the same without the head of masks. All layers
+learn, BatchNorm too: its statistics from pre-training are of images with 60 % hidden."""
 
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -29,13 +30,15 @@ from model import Encoder, get_family
 
 
 class FirstStages(nn.Module):
-    """Stem to stage 3 of a ResNet, one map of stride 16; stage 4 is kept, for the regions."""
+    """Stem to stage 3 of a ResNet: one map of stride 16. Stage 4 is for the regions."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.channels = encoder, [encoder.backbone.layer3[-1].conv3.out_channels]
+        self.encoder = encoder
+        self.channels = [encoder.backbone.layer3[-1].conv3.out_channels]
 
-    def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> [(B, 1024, H/16, W/16)]
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [(B, 1024, H/16, W/16)]."""
         z = images
         for stage in range(4):
             z = self.encoder.run_stage(stage, z)
@@ -43,14 +46,16 @@ class FirstStages(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Normalised images (B, 3, H, W) -> {name: map (B, C, h, w), float32}, which the heads look at.
+    """Normalised images (B, 3, H, W) -> {name: map (B, C, h, w), float32}, for the heads.
 
-    Autocast is in here and not around the detector: there it would round boxes to 8 bits, at 600 px
-    to steps of 4."""
+    Autocast is here and not around the detector, where it would round boxes to 8 bits: at 600 px to
+    steps of 4."""
 
     def __init__(self, encoder: Encoder, args: SimpleNamespace, world: Distributed):
         super().__init__()
-        self.amp, self.memory_format, self.fpn = args.amp, layout_for(args, world), None
+        self.amp = args.amp
+        self.memory_format = layout_for(args, world)
+        self.fpn = None
         self.maps = FirstStages(encoder) if args.neck == "c4" else Maps(encoder)
         if args.neck == "fpn":
             self.fpn = FeaturePyramidNetwork(self.maps.channels, args.width, LastLevelMaxPool(),
@@ -61,8 +66,8 @@ class Backbone(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, AMP[self.amp], enabled=self.amp != "off"):
             maps = OrderedDict((str(i), z) for i, z in enumerate(self.maps(images)))
-            # FPN: "0" to "3" of strides 4 to 32, and "pool" of 64
-            maps = self.fpn(maps) if self.fpn else maps
+            if self.fpn:                                     # "0" to "3": strides 4 to 32; "pool"
+                maps = self.fpn(maps)
         return OrderedDict((name, z.float()) for name, z in maps.items())
 
 
@@ -78,7 +83,7 @@ def mask_loss(logits: Tensor, regions: list[Tensor], masks: list[Tensor], labels
     return torchvision_mask_loss(logits[torch.cat(known)], regions, masks, labels, matched)
 
 
-# torchvision's RoIHeads looks this function up by its name, and has no other place for one's own
+# torchvision's RoIHeads calls this function by its name, and has no argument to replace it
 torchvision_mask_loss, roi_heads.maskrcnn_loss = roi_heads.maskrcnn_loss, mask_loss
 
 
@@ -86,9 +91,9 @@ def region_pool(names: list[str], strides: tuple[int, ...], side: int,
                 canonical: int) -> MultiScaleRoIAlign:
     """RoIAlign to side x side from the maps of these names and strides.
 
-    A region of `canonical` px is looked at on the map of stride 16. torchvision would infer the
-    strides from the first image that it sees. It would be wrong if most of a side is padding: 65 px
-    are padded to 96."""
+    A region of `canonical` px is taken from the map of stride 16. torchvision would infer the
+    strides from the first image. It would be wrong if much of a side is padding: 65 px are padded
+    to 96."""
     pool = MultiScaleRoIAlign(names, side, 2, canonical_scale=canonical)
     pool.scales = [1 / stride for stride in strides]
     levels = [stride.bit_length() - 1 for stride in strides]                 # 4 is 2**2
@@ -107,31 +112,35 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
     if args.neck == "c4" and not isinstance(last_block, Bottleneck):
         raise ValueError(f"--neck c4: its head is stage 4 of a ResNet of 50 or more layers, not "
                          f"{args.arch}; use fpn")
-    backbone, n = Backbone(encoder, args, world), args.proposals
-    sizes, C = tuple(args.anchor * 2**i for i in range(5)), args.width
-    if args.neck == "c4":                                    # five sizes of anchors at one stride
+    backbone = Backbone(encoder, args, world)
+    n, C = args.proposals, args.width
+    anchors = tuple(args.anchor * 2**i for i in range(5))
+    if args.neck == "c4":
+        sizes = (anchors,)                                   # five sizes at one stride
+        names, strides = ["0"], (16,)
+        box_side = mask_side = 14                            # of a region
         wide, hidden = 2 * backbone.out_channels, 256
-        sizes, names, pooled = (sizes,), ["0"], (14, 14)
         # the extra norm is the authors'
         mask_head = nn.Sequential(encoder.backbone.layer4, nn.BatchNorm2d(wide))
         box_head = nn.Sequential(mask_head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         before, before_test, after = 12 * n, 6 * n, 2 * n
-    else:                                                    # one size a level
+    else:
+        sizes = tuple((side,) for side in anchors)           # one size at each stride
+        names, strides = ["0", "1", "2", "3"], (4, 8, 16, 32)
+        box_side, mask_side = 7, 14                          # of a region
         wide, hidden = 4 * C, C
-        sizes, names = tuple((side,) for side in sizes), ["0", "1", "2", "3"]
-        pooled = (7, 14)                                     # sides of regions: of boxes, of masks
         box_head = FastRCNNConvFCHead((C, 7, 7), [C] * args.convs, [wide], nn.BatchNorm2d)
         mask_head = MaskRCNNHeads(C, [C] * args.convs, 1, nn.BatchNorm2d)
         before, before_test, after = 2 * n, n, n
     most = args.image_size
     shorter, longer, multiple = range(args.smallest, most, 32), args.longest, 32
-    # one grid of positions: a square, padded by mean colour
     if get_family(args.arch).name == "vit":
+        # one grid of positions: each image becomes a square, padded by the mean colour
         shorter, longer, multiple = (), most, most
         after = 2 * n                                        # 2,000 in training, as released
-    # a region of 7 anchors' side, 224 px as released, is looked at on the map of stride 16
-    strides = (16,) if args.neck == "c4" else (4, 8, 16, 32)
-    box_pool, mask_pool = (region_pool(names, strides, side, 7 * args.anchor) for side in pooled)
+    # a region of 7 anchors' side, 224 px as released, is taken from the map of stride 16
+    box_pool = region_pool(names, strides, box_side, 7 * args.anchor)
+    mask_pool = region_pool(names, strides, mask_side, 7 * args.anchor)
     settings = {
         "min_size": (*shorter, most), "max_size": longer, "size_divisible": multiple,
         "image_mean": MEAN, "image_std": STD,

@@ -1,4 +1,4 @@
-"""Paint my image: what a pre-trained model makes of photographs whose parts are hidden.
+"""Hides parts of my photographs and shows what a pre-trained model reconstructs.
 
     python extras/paint.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
     python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."
@@ -6,19 +6,19 @@
     python extras/paint.py runs/x/checkpoint.pt photo.jpg --full-size tiled
                                                                     at the photograph's own size
 
-Writes painted-<name>.png for each: image, what the encoder sees, reconstruction, reconstruction in
-hidden cells, and a blur of the visible pixels, which is what mere interpolation paints. The shorter
-side becomes that of pre-training, and both become multiples of what the model needs; the image need
-not be square. Each panel is then enlarged by a whole number, until its longer side reaches the
-photograph's or 512 pixels.
+Writes painted-<name>.png for each photograph, a row of five panels: image, what the encoder sees,
+reconstruction, image with only its hidden patches reconstructed, and a blur of the visible pixels,
+a baseline that learns nothing. The shorter side is resized to the shorter side of pre-training, and
+both sides become multiples of what the model needs. The image need not be square. Each panel is
+then enlarged by a whole number, until its longer side reaches the photograph's or 512 pixels.
 
 With --full-size there are three files for each photograph, all at its own size: -seen,
 -reconstruction, and -pasted, which is the photograph with its hidden patches replaced.
 
-    resized   the model sees the photograph at the size of pre-training; the reconstruction is
-              enlarged, so it is blurry
-    tiled     the photograph is cut into tiles of the size of pre-training, with a mask each; what
-              is hidden in a tile is reconstructed from that tile alone
+    resized   The model sees the photograph at the size of pre-training. The reconstruction is
+              enlarged, so it is blurry.
+    tiled     The photograph is cut into tiles of the size of pre-training, and each tile has its
+              own mask. Hidden patches are reconstructed from their own tile alone.
 
 No file is overwritten: if the name is taken, the picture is called painted-<name>-2.png, and so on.
 """
@@ -67,19 +67,21 @@ def load_model(path: str, size: tuple[int, int] | None = None,
 
     Raises ValueError if the file is no checkpoint of pre-training, or the size does not fit."""
     name = printable(str(path))
-    if not os.path.isfile(path):                             # a pipe would be waited for
+    if not os.path.isfile(path):                             # opening a pipe would block
         raise ValueError(f"{name}: no such file, or no regular file; give the checkpoint.pt of a "
                          "run of pretrain.py")
     try:
         state = load_checked(path)
-        run, weights = SimpleNamespace(**with_new_names(state["args"])), state["model"]
-        form = {key: value for key, value in weights.items() if not key.startswith("encoder.")}
-        assert "mask_token.token" in form
-    except Exception:                                        # of no one type for a broken file
+        run = SimpleNamespace(**with_new_names(state["args"]))
+        weights = state["model"]
+        beside_encoder = {key: value for key, value in weights.items()
+                          if not key.startswith("encoder.")}
+        assert "mask_token.token" in beside_encoder
+    except Exception:                                        # a broken file may raise any type
         raise ValueError(f"{name}: not a checkpoint.pt of pretrain.py") from None
     try:
         model = build_model(run, size, mask_size)
-        model.load_state_dict(form, strict=False)
+        model.load_state_dict(beside_encoder, strict=False)
     except (AttributeError, TypeError, RuntimeError):        # settings that fit no weights
         raise ValueError(f"{name}: not a checkpoint.pt of this version of pretrain.py") from None
     load_backbone(model.encoder, path, run.image_size)       # position tables take another size
@@ -95,7 +97,7 @@ def read_photo(file: str) -> Tensor:
         image = read_image(file)
     except MemoryError:
         raise
-    except Exception as error:                               # of no one type for a broken file
+    except Exception as error:                               # a broken file may raise any type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
     h, w = image.shape[-2:]
@@ -107,7 +109,7 @@ def read_photo(file: str) -> Tensor:
 
 def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None,
                 mask_size: int | None = None) -> A2MIM:
-    """The model of a run's settings, with random weights: as the run itself makes it."""
+    """The model of a run's settings, with random weights, built as the run builds it."""
     size = size or height_width(run.image_size)
     encoder = build_encoder(run.arch, size, run.drop_path, run.patch_size, run.window,
                             getattr(run, "stem", None))         # older runs have no stem
@@ -115,8 +117,8 @@ def build_model(run: SimpleNamespace, size: tuple[int, int] | None = None,
 
 
 def fitted(image: Tensor, side: int, unit: int) -> Tensor:
-    """(3, h, w) -> the shorter side `side`, both multiples of `unit`: as much of the middle as
-    fits."""
+    """(3, h, w) -> (3, H, W): the shorter side is resized to about `side`. Then the largest centre
+    crop is taken whose sides are multiples of `unit`."""
     scale = side / min(image.shape[-2:])
     h, w = (max(unit, round(s * scale)) for s in image.shape[-2:])
     image = tvf.resize(image, [h, w], antialias=True)
@@ -124,10 +126,10 @@ def fitted(image: Tensor, side: int, unit: int) -> Tensor:
 
 
 def drawn(text: str, grid: tuple[int, int]) -> Tensor:
-    """'..##/.##.' -> a mask (1, gh, gw), True = hidden where there is a #; a coarser drawing is
-    enlarged.
+    """'..##/.##.' -> a mask (1, gh, gw), True = hidden where there is a #.
 
-    Raises ValueError if it is no drawing, or finer than the grid."""
+    A drawing that is coarser than the grid is enlarged. Raises ValueError if the text is no
+    drawing, or finer than the grid."""
     rows = text.strip("/").split("/")
     if {*text} - {*"#./"} or len({len(row) for row in rows}) != 1 or "#" not in text:
         raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / "
@@ -135,7 +137,21 @@ def drawn(text: str, grid: tuple[int, int]) -> Tensor:
     if len(rows) > grid[0] or len(rows[0]) > grid[1]:
         raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} cells "
                          "of this image")
-    return resize_mask(torch.tensor([[[c == "#" for c in row] for row in rows]]), grid)[:, 0]
+    is_hidden = torch.tensor([[character == "#" for character in row] for row in rows])
+    return resize_mask(is_hidden[None], grid)[:, 0]
+
+
+def choose_masks(args: SimpleNamespace, ratio: float, count: int, grid: tuple[int, int]) -> Tensor:
+    """Random masks (count, gh, gw) by the seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return random_mask(count, grid, ratio, generator=generator)
+
+
+def mask_for(args: SimpleNamespace, ratio: float, grid: tuple[int, int]) -> Tensor:
+    """The mask (1, gh, gw) of an image: drawn by hand with --mask, otherwise random."""
+    if args.mask:
+        return drawn(args.mask, grid)
+    return choose_masks(args, ratio, 1, grid)
 
 
 def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
@@ -152,17 +168,11 @@ def enlarged(panel: Tensor, photo: Tensor) -> Tensor:
 AT_ONCE = 16                                                 # tiles of a forward pass
 
 
-def choose_masks(args: SimpleNamespace, ratio: float, count: int, grid: tuple[int, int]) -> Tensor:
-    """Random masks (count, gh, gw) by the seed."""
-    generator = torch.Generator().manual_seed(args.seed)
-    return random_mask(count, grid, ratio, generator=generator)
-
-
 def resized(photo: Tensor, args: SimpleNamespace, run: SimpleNamespace, ratio: float,
             unit: int) -> dict[str, Tensor]:
-    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8; one forward pass.
+    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8, in one forward pass.
 
-    For it both sides become multiples of `unit`, so the image is stretched a little."""
+    Both sides are resized to multiples of `unit`, so the image is stretched a little."""
     h, w = photo.shape[-2:]
     scale = min(height_width(run.image_size)) / min(h, w)
     size = tuple(max(unit, round(side * scale / unit) * unit) for side in (h, w))
@@ -170,10 +180,7 @@ def resized(photo: Tensor, args: SimpleNamespace, run: SimpleNamespace, ratio: f
     if h < model.grid[0] or w < model.grid[1]:
         raise ValueError(f"--full-size resized: a photograph of {w} x {h} pixels is too small for "
                          f"a mask of {model.grid[1]} x {model.grid[0]} patches; leave the flag out")
-    if args.mask:
-        mask = drawn(args.mask, model.grid)
-    else:
-        mask = choose_masks(args, ratio, 1, model.grid)
+    mask = mask_for(args, ratio, model.grid)
     image = normalise(tvf.resize(photo, list(size), antialias=True)[None])
     _, reconstruction, _ = model.reconstruct(image, mask)
     reconstruction = tvf.resize(denormalise(reconstruction), [h, w],
@@ -186,9 +193,10 @@ def resized(photo: Tensor, args: SimpleNamespace, run: SimpleNamespace, ratio: f
 
 
 def tiled(photo: Tensor, args: SimpleNamespace, model: A2MIM, ratio: float) -> dict[str, Tensor]:
-    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8; tile by tile.
+    """photo (3, h, w) -> pictures (3, h, w) by their names, all uint8, tile by tile.
 
-    At the right and at the bottom the edge is repeated until whole tiles fit, and cut off again."""
+    At the right and at the bottom the edge is repeated until whole tiles fit. What was added is cut
+    off again."""
     h, w = photo.shape[-2:]
     H, W = model.image_size
     rows, columns = math.ceil(h / H), math.ceil(w / W)
@@ -249,31 +257,28 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
         check_folder(out)
     plain, run = load_model(args.checkpoint)
     ratio = run.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    unit = math.lcm(run.mask_size, plain.stride, 32)         # 32: what every backbone can take
+    unit = math.lcm(run.mask_size, plain.stride, 32)         # 32: every backbone accepts it
 
     for name in args.images:
         photo = read_photo(name)
+        wanted = out if one_file else out / f"painted-{Path(name).stem}.png"
         if args.full_size:
             if args.full_size == "tiled":
                 pictures = tiled(photo, args, plain, ratio)
             else:
                 pictures = resized(photo, args, run, ratio, unit)
-            files = save_full_size(pictures, out if one_file else
-                                   out / f"painted-{Path(name).stem}.png")
+            files = save_full_size(pictures, wanted)
             names = ", ".join(printable(str(file)) for file in files)
             print(f"{names}: {photo.shape[-2]} x {photo.shape[-1]} px")
             continue
         image = fitted(photo, min(height_width(run.image_size)), unit)
         model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
-        if args.mask:
-            mask = drawn(args.mask, model.grid)
-        else:
-            mask = choose_masks(args, ratio, 1, model.grid)
+        mask = mask_for(args, ratio, model.grid)
         image = normalise(image[None])                       # (1, 3, H, W)
         columns = (image, *model.reconstruct(image, mask), fill_hidden(image, mask, "blur"))
         panels = {title: enlarged(denormalise(x), photo) for title, x in zip(TITLES, columns)}
 
-        file = free_name(out if one_file else out / f"painted-{Path(name).stem}.png")
+        file = free_name(wanted)
         with writing(file):
             save_sheet(file, panels)
         hidden = f"{int(mask.sum())} of {mask.numel()} cells hidden"

@@ -129,8 +129,9 @@ class Segmenter(nn.Module):
 def last_layer(width: int, classes: int, dropout: float) -> nn.Sequential:
     """Dropout, and a 1x1 convolution from features to logits.
 
-    Its weights start with std 0.01, as released. In a narrow head that would hand next to no
-    gradient to the backbone, and a short run would learn no class."""
+    Its weights start with std 0.01, as released. In a head narrower than 256 that would pass almost
+    no gradient to the backbone, and a short run would learn no class: there the std is
+    1 / sqrt(width)."""
     last = nn.Conv2d(width, classes, 1)
     nn.init.normal_(last.weight, std=0.01 if width >= 256 else width**-0.5)
     nn.init.zeros_(last.bias)
@@ -348,7 +349,10 @@ def part_folders(root: Path, part: str, held_out: str | None = None) -> tuple[Pa
                          f"or voc, or shapes")
     images, labels = root / "images", root / "annotations"
     is_camvid = not images.is_dir() and any(root.glob("*annot"))
-    asked = [part] if part == "train" else [held_out] if held_out else ["val", "test"]
+    if part == "train":
+        asked = ["train"]
+    else:
+        asked = [held_out] if held_out else ["val", "test"]
     for name in asked:
         if is_camvid:
             found = [folder for folder in folders_named(root, name)
@@ -381,8 +385,8 @@ def folders_named(root: Path, name: str) -> list[Path]:
 
 
 def has_few_images(root: Path) -> bool:
-    """Are there fewer than FEW_IMAGES to train on? False if there is nothing to count; what is
-    wrong is told when the folder is opened."""
+    """Are there fewer than FEW_IMAGES to train on? False for a folder that cannot be used: opening
+    it later gives the reason."""
     with contextlib.suppress(ValueError, OSError):
         images, _ = part_folders(root, "train")
         return len(list_images(images)) < FEW_IMAGES
@@ -395,8 +399,7 @@ def find_code(root: Path, files: list[Path],
               args: SimpleNamespace) -> tuple[LabelCode, list[int]]:
     """How the label pictures write their classes, and the classes that no picture holds.
 
-    Raises ValueError unless the pictures hold two classes: with one there is nothing to tell
-    apart."""
+    Raises ValueError unless the pictures hold two classes or more."""
     code = listed_code(root, args)
     if code and code.colours:
         held = find_values(files, code.read, set(range(len(code.names))))
@@ -429,8 +432,12 @@ def trained_code(root: Path, args: SimpleNamespace, count: int) -> LabelCode:
 def numbered_code(numbers: Sequence[int], args: SimpleNamespace) -> LabelCode:
     """Of a set without names: its classes are called by their numbers."""
     numbers = [number for number in numbers if number not in args.ignore]
-    ignored = [*args.ignore, *[0] * args.zero_is_other]
-    return LabelCode([str(number) for number in numbers], numbers, ignored)
+    return LabelCode([str(number) for number in numbers], numbers, ignored_numbers(args))
+
+
+def ignored_numbers(args: SimpleNamespace) -> list[int]:
+    """The numbers in a label picture that mean unlabelled, besides 255."""
+    return [*args.ignore, 0] if args.zero_is_other else list(args.ignore)
 
 
 def listed_code(root: Path, args: SimpleNamespace) -> LabelCode | None:
@@ -445,14 +452,13 @@ def listed_code(root: Path, args: SimpleNamespace) -> LabelCode | None:
             raise ValueError(f"--ignore: is for numbers, but {root}/classes.txt lists colours; "
                              f"take the colour that means unlabelled off the list")
         return LabelCode(names, list(range(len(names))), (), colours)
-    named = [(number, name) for number, name in enumerate(names, first)
-             if number not in args.ignore]
-    numbers, names = [number for number, _ in named], [name for _, name in named]
-    return LabelCode(names, numbers, [*args.ignore, *[0] * args.zero_is_other])
+    name_of = {number: name for number, name in enumerate(names, first)
+               if number not in args.ignore}
+    return LabelCode(list(name_of.values()), list(name_of), ignored_numbers(args))
 
 
 def describe_classes(code: LabelCode, labels: list[int]) -> str:
-    """The first three of some classes, as "1 (road), ..."."""
+    """The first three of these classes, as "1 (road), ..."."""
     texts = []
     for label in labels[:3]:
         name = printable(code.names[label])
@@ -463,7 +469,7 @@ def describe_classes(code: LabelCode, labels: list[int]) -> str:
 
 
 def find_values(files: list[Path], read: Callable, wanted: set[int] | None) -> set[int]:
-    """What the label pictures hold, without 255; they are read until `wanted` is found."""
+    """The values in the label pictures, without 255. Reading stops when all `wanted` are found."""
     found = set()
     for file in files:
         with contextlib.suppress(OSError, ValueError, SyntaxError):          # named as broken later
@@ -529,8 +535,8 @@ def colour_of(match: re.Match, names: list[str], file: Path) -> tuple[int, int]:
 # ---- what is done to an image and its classes ----
 
 class ScaleCropFlip:
-    """Resized by a random share of --image-size, cropped to it, flipped. Colours (uint8) and
-    classes together.
+    """Resizes to a random multiple of --image-size, crops to --image-size, flips: colours (uint8)
+    and classes together.
 
     A crop is drawn again, up to ten times, while one class holds more than `same` of its known
     pixels. As released."""
@@ -622,8 +628,8 @@ def save_labels(file: Path, predicted: Tensor, numbers: Sequence[int], colours: 
 
 def overlay(image: Tensor, predicted: Tensor, colours: np.ndarray) -> Tensor:
     """uint8 image (3, H, W) and classes (H, W) -> both in equal shares, uint8 (3, H, W)."""
-    painted = torch.from_numpy(colours)[predicted.cpu().long()].permute(2, 0, 1)
-    return ((image.short() + painted) // 2).byte()
+    coloured = torch.from_numpy(colours)[predicted.cpu().long()].permute(2, 0, 1)
+    return ((image.short() + coloured) // 2).byte()
 
 
 def legend(classes: Sequence[str], colours: np.ndarray, labels: Sequence[int],

@@ -48,13 +48,13 @@ from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH,
 from engine.images import UnreadableImages
 from engine.pictures import save_confusion, sheet
 from engine.step import make_scaler, take_step, wrap
-from engine.weights import load_backbone, summary_of
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, evenly_spaced, layout_for, left_out,
-                          load_state, optimizer_for, plan_steps, rate, read_state,
-                          resume_or_start, same_size, some_usable, stacked)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, describe_recipe, evenly_spaced,
+                          is_evaluated, layout_for, left_out, load_state, optimizer_for,
+                          plan_steps, rate, read_state, resume_or_start, same_size, some_usable,
+                          stacked, start_encoder)
 from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_few_images, legend,
                            open_pairs, resize, save_labels, whole)
-from model import build_encoder, get_family
+from model import get_family
 
 # ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of a step ----
 
@@ -171,10 +171,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     description = description_of(args, state)
 
     def evaluate_after(done: int) -> None:
-        """At the end of every --eval-every epochs, and of the run."""
-        epoch, inside = divmod(done, plan.per_epoch)
-        is_due = inside == 0 and epoch % args.eval_every == 0
-        if done == 0 or done < plan.total and not is_due:
+        if not is_evaluated(done, plan, args.eval_every):
             return
         result.update(evaluate(args, world, state, done == plan.total))
         miou = result["miou"]
@@ -196,13 +193,10 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
 
 
 def print_start(args: SimpleNamespace, world: Distributed, state: TrainState) -> None:
-    chosen = args.recipe == "small" and "recipe" not in args.typed and not args.resume
-    few = f" (under {FEW_IMAGES:,} images)" if chosen else ""
-    how = "evaluation only" if args.eval_only else f"recipe {args.recipe}{few}"
     images = "" if args.eval_only else f"{len(state.loader.dataset)} images for training, "
     world.print0(f"{args.arch}, {args.init or args.weights}; {args.data}: {images}"
                  f"{len(state.classes)} classes, {len(state.val)} images for validation\n"
-                 f"{how}, {args.head}, {format_size(args.image_size)}; "
+                 f"{describe_recipe(args)}, {args.head}, {format_size(args.image_size)}; "
                  f"{world.size} x {world.device.type}, amp {args.amp}; writing {args.out}/")
     if args.demo and not args.weights:
         world.print0(f"no {DEMO} (python pretrain.py makes it): from random weights")
@@ -225,17 +219,13 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
         loader = make_loader(samples, batches, args.workers, world, stacked)
     at_once = 32 if args.data == "shapes" else 1             # other images differ in size
     val_batches = every_image_once(len(val), at_once, world)
-    size = height_width(args.image_size)
-    val_samples = ImageDataset(val, partial(whole, side=min(size)), args.seed)
+    resized = partial(whole, side=min(height_width(args.image_size)))
+    val_samples = ImageDataset(val, resized, args.seed)
     val_loader = make_loader(val_samples, val_batches, args.workers, world, stacked,
                              persistent=not args.eval_only)
 
     torch.manual_seed(seed_for(args.seed))                   # all processes: the same head
-    encoder = build_encoder(args.arch, size, args.drop_path, args.patch_size, args.window,
-                            args.stem)
-    if args.weights and not checkpoint and not args.eval_only:
-        found = load_backbone(encoder, args.weights)
-        world.print0(f"{args.weights}: {summary_of(found)}")
+    encoder = start_encoder(args, world, checkpoint)
     model = Segmenter(encoder, args.head, args.width, len(classes), args.dropout, args.aux > 0)
     if args.eval_only:
         load_state(model, weights, args.weights, NO_SEGMENTER)
