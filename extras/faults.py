@@ -3,8 +3,9 @@
     python extras/faults.py
     python extras/faults.py --only same_folder damaged       some parts only
 
-Prints, and writes to --out: kills survived, finals that are bit-identical to the uninterrupted run, and a table of bad
-input: what was given, what was printed, exit code. Exit code 1 if anything is not as it should be.
+Prints the results and writes them to --out: how many kills lost no checkpoint, how many final
+states are bit-identical to the uninterrupted run, and a table of bad input (given, printed, exit
+code). The exit code is 1 if anything is not as it should be.
 """
 
 import json
@@ -32,53 +33,39 @@ from engine.command import Failed, Distributed, command_line
 from engine.flags import Parser, defaults, number, path
 from extras.output import check_folder, writing
 
-PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 --epochs 6 --log-every 1 "
-       "--sheets 0 --amp off --workers 2 --save-every 1 --val 0")
-TUNE = ("--data {classes} --init scratch --arch resnet18 --image-size 32 --batch-size 8 --epochs 6 --log-every 1 "
-        "--amp off --workers 2 --save-every 1 --ema 0.9 --mixup 0.5")
+PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 --epochs 6 "
+       "--log-every 1 --sheets 0 --amp off --workers 2 --save-every 1 --val 0")
+TUNE = ("--data {classes} --init scratch --arch resnet18 --image-size 32 --batch-size 8 --epochs 6 "
+        "--log-every 1 --amp off --workers 2 --save-every 1 --ema 0.9 --mixup 0.5")
 SMALL = ("--arch shufflenet_v2_x0_5 --image-size 64 --batch-size 8 --log-every 1 --amp off "
          "--workers 0 --save-every 1")
 PRE_SMALL = f"--data {{images}} {SMALL} --sheets 0 --val 0"              # both: 5 steps an epoch
 TUNE_SMALL = f"--data {{classes}} --init scratch {SMALL}"
 
 
-def start(program: str, flags: str, world: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
+def start(program: str, flags: str, world: int = 1, restarts: int = 0,
+          **options) -> subprocess.Popen:
     """A run as a user starts it, in a process group of its own."""
-    launch = (
-        [sys.executable]
-        if world == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={world}",
-            f"--max-restarts={restarts}",
-        ]
-    )
+    launch = [sys.executable]
+    if world > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                   f"--max-restarts={restarts}"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(
-        [*launch, program, *flags.split()],
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **{**streams, **options},
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, program, *flags.split()], cwd=ROOT, text=True,
+                            start_new_session=True, env=environment, **{**streams, **options})
 
 
 def finish(run: subprocess.Popen, limit: float = 300) -> tuple[int, str]:
-    """(exit code, what it said, without the progress bar). After `limit` seconds it is killed."""
+    """(exit code, what it printed, without the progress bar). It is killed after `limit` s."""
     try:
         said, _ = run.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         kill(run)
         return -signal.SIGKILL, f"did not end in {limit:g} s"
-    return run.returncode, "\n".join(
-        line
-        for part in (said or "").split("\n")
-        if (line := part.split("\r")[-1]) and "step/s" not in line and "s/step" not in line
-    )
+    lines = [line.split("\r")[-1] for line in (said or "").split("\n")]
+    lines = [line for line in lines if line and "step/s" not in line and "s/step" not in line]
+    return run.returncode, "\n".join(lines)
 
 
 def kill(run: subprocess.Popen) -> None:
@@ -86,22 +73,23 @@ def kill(run: subprocess.Popen) -> None:
     run.communicate()
 
 
+CLOCK = ("time", "images_per_s", "data_wait", "peak_memory_mb")           # differ from run to run
+
+
 def log_of(out: Path) -> list[dict]:
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_s", "data_wait", "peak_memory_mb")}
-        for line in (out / "log.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def weights_of(out: Path) -> dict:
+    """The weights of checkpoint.pt, or of their moving average if there is one, and the step."""
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return {name: tensor for part in ("model", "ema") for name, tensor in saved.get(part, {}).items()} | {
-        "step": torch.tensor(saved["step"])
-    }
+    step = {"step": torch.tensor(saved["step"])}
+    return {**saved.get("model", {}), **saved.get("ema", {}), **step}
 
 
 def whole_run(work: Path, program: str, flags: str) -> Path:
-    """The folder of a run that nothing disturbs; it is made once."""
+    """The folder of a run that nothing disturbs. The run is made once."""
     out = work / f"whole-{program}"
     if not out.exists():
         code, said = finish(start(program, f"{flags} --out {out}"))
@@ -110,7 +98,7 @@ def whole_run(work: Path, program: str, flags: str) -> Path:
 
 
 def one_line(said: str, program: str) -> bool:
-    """Is one line of all that was said the program's, and none a traceback's?"""
+    """Does exactly one printed line come from the program, and no line from a traceback?"""
     lines = [line for line in said.splitlines() if line.startswith(f"{program}: ")]
     return len(lines) == 1 and "Traceback" not in said
 
@@ -119,7 +107,7 @@ def usable(file: Path) -> bool:
     """Is it a file that torch loads, and are all its weights finite?"""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:                                        # of no one type for a broken file
+    except Exception:                                        # a broken file raises various types
         return False
     weights = saved.get("model", saved)
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, torch.Tensor)]
@@ -127,30 +115,30 @@ def usable(file: Path) -> bool:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Bit by bit: every weight, and every line of the log."""
+    """Is every weight the same, bit by bit, and every line of the log?"""
     first, second = weights_of(a), weights_of(b)
-    return (
-        set(first) == set(second)
-        and all(torch.equal(v, second[k]) for k, v in first.items())
-        and log_of(a) == log_of(b)
-    )
+    if set(first) != set(second) or log_of(a) != log_of(b):
+        return False
+    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 # ---- runs that are killed ----
 
 def kills(work: Path, rng: random.Random, count: int) -> tuple[int, int, int]:
-    """SIGKILL at random moments until the run is through: (kills, loadable after, identical finals)."""
+    """SIGKILL at random moments until the run has ended, and then another run.
+
+    Returns (kills, loadable checkpoints after a kill, identical final states - runs)."""
     done, loadable, identical, runs = 0, 0, 0, 0
     while done < count:
         program, flags = (("pretrain.py", PRE), ("finetune.py", TUNE))[runs % 2]
         whole, cut = whole_run(work, program, flags), work / f"cut-{runs}"
+        log = cut / "log.jsonl"
         while True:
             run = start(program, f"{flags} --out {cut} --resume")
-            before = (cut / "log.jsonl").stat().st_mtime if (cut / "log.jsonl").exists() else 0.0
-            while run.poll() is None and not (
-                (cut / "log.jsonl").exists() and (cut / "log.jsonl").stat().st_mtime > before
-            ):
-                time.sleep(0.05)  # until it trains; from then on, any moment
+            before = log.stat().st_mtime if log.exists() else 0.0
+            # it is killed at a random moment after its first step
+            while run.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+                time.sleep(0.05)
             try:
                 run.wait(timeout=rng.uniform(0.0, 2.0))
                 break
@@ -161,111 +149,113 @@ def kills(work: Path, rng: random.Random, count: int) -> tuple[int, int, int]:
                     weights_of(cut)
                     loadable += 1
                 except FileNotFoundError:
-                    loadable += 1  # killed before the first was there: none is lost
+                    loadable += 1        # killed before the first checkpoint: none is lost
                 except (RuntimeError, EOFError, OSError) as error:
                     print(f"  {cut}: not loadable: {error}")
         code, said = finish(run)
         runs += 1
-        identical += code == 0 and same(whole, cut)
-        print(f"  {program}: {done} kills so far, final {'identical' if same(whole, cut) else 'DIFFERENT'}", flush=True)
+        is_same = same(whole, cut)
+        identical += code == 0 and is_same
+        word = "identical" if is_same else "DIFFERENT"
+        print(f"  {program}: {done} kills so far, final {word}", flush=True)
     return done, loadable, identical - runs
 
 
 def preemption(work: Path) -> list[tuple[str, bool]]:
-    """SIGTERM and SIGINT to a run and its workers, one process and two; a rank that dies under --max-restarts."""
+    """SIGTERM and SIGINT to a run and its workers, with one process and with two; and a rank that
+    is killed under --max-restarts."""
     checks = []
     for world in (1, 2):
         whole = work / f"whole-{world}"
         code, said = finish(start("pretrain.py", f"{PRE} --out {whole}", world))
         assert code == 0, said
-        for number in (signal.SIGTERM, signal.SIGINT):
-            cut = work / f"signal-{world}-{number.name}"
+        for sent in (signal.SIGTERM, signal.SIGINT):
+            cut = work / f"signal-{world}-{sent.name}"
             run = start("pretrain.py", f"{PRE} --out {cut}", world)
             while run.poll() is None and not (cut / "log.jsonl").exists():
                 time.sleep(0.05)
             time.sleep(1.0)
-            os.killpg(run.pid, number)  # as a terminal does it: everyone gets it
+            os.killpg(run.pid, sent)                         # as a terminal does, to all processes
             code, said = finish(run)
-            told = f"stopped by {number.name} after step" in said
             finish(start("pretrain.py", f"{PRE} --out {cut} --resume", world))
-            checks.append(
-                (
-                    f"{number.name}, {world} process{'es' * (world > 1)}: exit {code}, says how to resume, "
-                    "resumed run identical",
-                    told and (code == 128 + number if world == 1 else code != 0) and same(whole, cut),
-                )
-            )
+            what = (f"{sent.name}, {world} process{'es' * (world > 1)}: exit {code}, says how to "
+                    "resume, resumed run identical")
+            fine = code == 128 + sent if world == 1 else code != 0         # torchrun's own code
+            fine = fine and f"stopped by {sent.name} after step" in said and same(whole, cut)
+            checks.append((what, fine))
+
     cut = work / "restart"
     run = start("pretrain.py", f"{PRE} --out {cut} --resume", 2, restarts=3)
     while run.poll() is None and not (cut / "checkpoint.pt").exists():
         time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-f", f"pretrain.py.*{cut}"], capture_output=True, text=True).stdout.split()
-    victims = [
-        int(p) for p in ranks if int(p) != run.pid and Path(f"/proc/{p}/stat").read_text().split()[3] == str(run.pid)
-    ]
-    os.kill(victims[-1], signal.SIGKILL)
+    os.kill(ranks_of(run, cut)[-1], signal.SIGKILL)
     code, said = finish(run)
-    checks.append(
-        (
-            "a rank killed under torchrun --max-restarts=3 --resume: recovers by itself, identical",
-            code == 0 and same(work / "whole-2", cut),
-        )
-    )
+    what = "a rank killed under torchrun --max-restarts=3 --resume: recovers by itself, identical"
+    checks.append((what, code == 0 and same(work / "whole-2", cut)))
     return checks
+
+
+def ranks_of(run: subprocess.Popen, out: Path) -> list[int]:
+    """The processes that torchrun has started, without their workers."""
+    call = ["pgrep", "-f", f"pretrain.py.*{out}"]
+    found = subprocess.run(call, capture_output=True, text=True).stdout.split()
+    ranks = []
+    for process in map(int, found):
+        if process != run.pid:
+            parent = Path(f"/proc/{process}/stat").read_text().split()[3]
+            if parent == str(run.pid):
+                ranks.append(process)
+    return ranks
 
 
 # ---- a disk that fills up, memory that grows ----
 
 def full_disk(work: Path) -> tuple[str, bool]:
-    """A limit on the size of a file, reached in a run: it says so, keeps the old checkpoint, is not called done."""
+    """A limit on the size of files, reached in a run: it says so, keeps the old checkpoint, and is
+    not called done."""
     out = work / "full"
     flags = PRE.replace("--epochs 6", "--epochs 2")
     code, said = finish(start("pretrain.py", f"{flags} --out {out}"))
     before = (out / "checkpoint.pt").read_bytes()
-    run = start(
-        "pretrain.py",
-        f"{flags} --epochs 3 --out {out} --resume",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
-    )
-    code, said = finish(run)
-    return (
-        f"no room for the last checkpoint: exit {code}, says so, the old one is kept",
-        code == 1 and "checkpoint not written" in said and "make room, then go on with" in said
-        and (out / "checkpoint.pt").read_bytes() == before,
-    )
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    flags = f"{flags} --epochs 3 --out {out} --resume"
+    code, said = finish(start("pretrain.py", flags, preexec_fn=limit_files))
+    what = f"no room for the last checkpoint: exit {code}, says so, the old one is kept"
+    told = "checkpoint.pt not written" in said and "make room, then go on with" in said
+    kept = (out / "checkpoint.pt").read_bytes() == before
+    return what, code == 1 and told and kept
 
 
 def memory(work: Path) -> tuple[str, bool]:
     """Resident memory of all processes of a run, after 200 steps and after 2,000."""
     out = work / "long"
-    run = start(
-        "pretrain.py", f"{PRE} --out {out} --epochs 500 --image-size 32 --patch-size 16 --save-every 500 --log-every 20"
-    )
-    at = {}
-    # or its pipe would fill up, and the run wait
+    log = out / "log.jsonl"
+    run = start("pretrain.py", f"{PRE} --out {out} --epochs 500 --image-size 32 --patch-size 16 "
+                               "--save-every 500 --log-every 20")
+    # without a reader the pipe would fill up, and the run would wait
     threading.Thread(target=run.stdout.read, daemon=True).start()
+    at = {}                                                  # step -> MB
     while run.poll() is None and 2000 not in at:
         time.sleep(0.2)
-        step = (
-            json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
-            if (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size
-            else 0
-        )
+        step = 0
+        if log.exists() and log.stat().st_size:
+            step = json.loads(log.read_text().splitlines()[-1])["step"]
         for mark in (200, 2000):
             if step >= mark and mark not in at:
-                group = subprocess.run(
-                    ["ps", "-o", "rss=", "-g", str(run.pid)], capture_output=True, text=True
-                ).stdout.split()
-                at[mark] = sum(map(int, group)) / 1024
+                call = ["ps", "-o", "rss=", "-g", str(run.pid)]
+                sizes = subprocess.run(call, capture_output=True, text=True).stdout.split()
+                at[mark] = sum(map(int, sizes)) / 1024
     os.killpg(run.pid, signal.SIGKILL)
-    return (
-        f"resident memory with workers: {at.get(200, 0):.0f} MB after 200 steps, {at.get(2000, 0):.0f} MB after 2,000",
-        2000 in at and at[2000] <= 1.05 * at[200],
-    )
+    what = (f"resident memory with workers: {at.get(200, 0):.0f} MB after 200 steps, "
+            f"{at.get(2000, 0):.0f} MB after 2,000")
+    return what, 2000 in at and at[2000] <= 1.05 * at[200]
 
 
 def full_terminal(work: Path) -> list[tuple[str, bool]]:
-    """What a run says cannot be written: from the start, or after its disk has filled up."""
+    """A run whose messages cannot be written: from the start, or after its disk has filled up."""
     whole, checks = work / "told", []
     code, said = finish(start("pretrain.py", f"{PRE_SMALL} --epochs 4 --out {whole}"))
     assert code == 0, said
@@ -274,8 +264,14 @@ def full_terminal(work: Path) -> list[tuple[str, bool]]:
     log = work / "slurm.out"
     log.touch()
     os.truncate(log, limit - 2000)                           # room for 2,000 characters
-    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    cases = (("stderr is /dev/full", "/dev/full", None), ("stderr's disk fills up", log, limited))
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    cases = (
+        ("stderr is /dev/full", "/dev/full", None),
+        ("stderr's disk fills up", log, limit_files),
+    )
     for what, file, before in cases:
         out = work / f"told-{Path(file).name}"
         flags = f"{PRE_SMALL} --epochs 4 --out {out}"
@@ -424,51 +420,48 @@ def paint(folder: Path, count: int, size: int = 48) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
 
 
 class Evil:
+    """An object whose pickle calls a function when it is read."""
+
     def __reduce__(self):
         return print, ("THIS MUST NEVER RUN",)
 
 
 def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, str]]:
-    """(program, flags, words that must be in the one line of complaint)."""
+    """(program, flags, words that the one line must have)."""
     (work / "empty").mkdir()
-    paint(work / "train_only/train/a", 2), paint(work / "train_only/train/b", 2)
-    (
-        paint(work / "odd/train/a", 2),
-        paint(work / "odd/train/b", 2),
-        paint(work / "odd/val/a", 2),
-        paint(work / "odd/val/c", 2),
-    )
-    paint(work / "hollow/a", 3), (work / "hollow/b").mkdir()
-    paint(work / "one_class/a", 3)
-    for i in range(20):
-        (images / f"bad{i}.jpg").unlink(missing_ok=True)
+    (work / "file").write_text("")
+    for folder, count in (
+        ("train_only/train/a", 2), ("train_only/train/b", 2),
+        ("odd/train/a", 2), ("odd/train/b", 2), ("odd/val/a", 2), ("odd/val/c", 2),
+        ("hollow/a", 3),
+        ("one_class/a", 3),
+    ):
+        paint(work / folder, count)
+    (work / "hollow/b").mkdir()
     shutil.copytree(images, work / "half_bad")
     for i in range(20):
         (work / "half_bad" / f"bad{i}.jpg").write_text("no image")
+
     good = whole_run(work, "pretrain.py", PRE)
-    run = lambda name: shutil.copytree(good, work / name)
-    (
-        (run("corrupt") / "checkpoint.pt").write_bytes(b"junk"),
-        (work / "corrupt/checkpoint-previous.pt").write_bytes(b"junk"),
-    )
-    (
-        (run("cut") / "checkpoint.pt").write_bytes((good / "checkpoint.pt").read_bytes()[:9999]),
-        (work / "cut/checkpoint-previous.pt").unlink(),
-    )
-    torch.save(Evil(), run("evil") / "checkpoint.pt"), (work / "evil/checkpoint-previous.pt").unlink()
-    (
-        torch.save(Evil(), work / "evil.pt"),
-        torch.save([1, 2], work / "list.pt"),
-        (work / "text.pt").write_text("hello"),
-        (work / "cut.pt").write_bytes((good / "backbone.pt").read_bytes()[:9999]),
-    )
-    (work / "file").write_text("")
-    p, w = f"--data {images}", f"--weights {good}/backbone.pt"
-    fresh = (f"--out {work}/fresh-{i}" for i in range(100))
+    for name in ("corrupt", "cut", "evil"):
+        shutil.copytree(good, work / name)
+    (work / "corrupt/checkpoint.pt").write_bytes(b"junk")
+    (work / "corrupt/checkpoint-previous.pt").write_bytes(b"junk")
+    (work / "cut/checkpoint.pt").write_bytes((good / "checkpoint.pt").read_bytes()[:9999])
+    (work / "cut/checkpoint-previous.pt").unlink()
+    torch.save(Evil(), work / "evil/checkpoint.pt")
+    (work / "evil/checkpoint-previous.pt").unlink()
+
+    torch.save(Evil(), work / "evil.pt")
+    torch.save([1, 2], work / "list.pt")
+    (work / "text.pt").write_text("hello")
+    (work / "cut.pt").write_bytes((good / "backbone.pt").read_bytes()[:9999])
+    c, w = f"--data {classes}", f"--weights {good}/backbone.pt"
     table = [
         ("pretrain.py", "--arch resnet51", "--arch"),
         ("pretrain.py", "--lr -1", "--lr"),
@@ -480,10 +473,11 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
         ("pretrain.py", "--mask-ratio 0", "mask ratio"),
         ("pretrain.py", "--mask-ratio 1", "mask ratio"),
         ("pretrain.py", "--mask-size 0", "--mask-size"),
-        ("pretrain.py", "--image-size 100", "not a multiple of the 32-pixel mask cell"),
+        ("pretrain.py", "--image-size 100", "not a multiple of the 32-pixel mask unit"),
         ("pretrain.py", "--arch deit_tiny --image-size 96 --patch-size 20", "patch"),
-        ("pretrain.py", "--image-size 64 --mask-size 8 --token-stage 4", "mask cell is smaller than the stride"),
-        ("pretrain.py", "--token-stage 7 --image-size 64", "mask stage 7"),
+        ("pretrain.py", "--image-size 64 --mask-size 8 --token-stage 4",
+         "mask unit is smaller than the stride"),
+        ("pretrain.py", "--token-stage 7 --image-size 64", "token stage 7"),
         ("pretrain.py", "--token glue", "--token"),
         ("pretrain.py", "--fill red", "--fill"),
         ("pretrain.py", "--spectrum all", "--spectrum"),
@@ -501,7 +495,7 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
         ("pretrain.py", f"--data {work}/nowhere", "no such folder"),
         ("pretrain.py", f"--data {work}/empty", "no images below"),
         ("pretrain.py", f"--data {work}/file", "no such folder"),
-        ("pretrain.py", "--data cifar10 --data-root " + str(work), "add --download"),
+        ("pretrain.py", f"--data cifar10 --data-root {work}", "add --download"),
         ("pretrain.py", f"--data {work}/half_bad --image-size 64 --batch-size 8", "cannot be read"),
         ("pretrain.py", f"--out {work}/file/run", "cannot be written"),
         ("pretrain.py", "--out /proc/run", "cannot be written"),
@@ -512,50 +506,49 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
         ("pretrain.py", f"--out {good} --resume --arch deit_small", "of another model"),
         ("finetune.py", f"--out {good} --resume", "of another model"),
         ("finetune.py", w, "--data is missing"),
-        ("finetune.py", f"--data {classes}", "give --weights FILE"),
-        ("finetune.py", f"--data {classes} --init scratch", "--arch is missing"),
-        ("finetune.py", f"--data {classes} --weights {work}/no.pt --arch resnet18", "no such file"),
-        ("finetune.py", f"--data {classes} --weights {work}/text.pt --arch resnet18", "not a file of weights"),
-        ("finetune.py", f"--data {classes} --weights {work}/cut.pt --arch deit_tiny", "not a file of weights"),
-        ("finetune.py", f"--data {classes} --weights {work}/evil.pt --arch resnet18", "code to run"),
-        ("finetune.py", f"--data {classes} --weights {work}/list.pt --arch resnet18", "holds no weights"),
-        ("finetune.py", f"--data {classes} {w} --arch resnet18", "another architecture"),
-        ("finetune.py", f"--data {classes} {w} --labels none", "--labels none"),
-        ("finetune.py", f"--data {classes} {w} --labels 500/class", "--labels 500/class"),
-        ("finetune.py", f"--data {classes} {w} --recipe best", "--recipe"),
+        ("finetune.py", c, "give --weights FILE"),
+        ("finetune.py", f"{c} --init scratch", "--arch is missing"),
+        ("finetune.py", f"{c} --weights {work}/no.pt --arch resnet18", "no such file"),
+        ("finetune.py", f"{c} --weights {work}/text.pt --arch resnet18", "not a file of weights"),
+        ("finetune.py", f"{c} --weights {work}/cut.pt --arch deit_tiny", "not a file of weights"),
+        ("finetune.py", f"{c} --weights {work}/evil.pt --arch resnet18", "code to run"),
+        ("finetune.py", f"{c} --weights {work}/list.pt --arch resnet18", "holds no weights"),
+        ("finetune.py", f"{c} {w} --arch resnet18", "another architecture"),
+        ("finetune.py", f"{c} {w} --labels none", "--labels none"),
+        ("finetune.py", f"{c} {w} --labels 500/class", "--labels 500/class"),
+        ("finetune.py", f"{c} {w} --recipe best", "--recipe"),
         ("finetune.py", f"--data {work}/train_only {w}", "no val/"),
         ("finetune.py", f"--data {work}/odd {w}", "different classes"),
         ("finetune.py", f"--data {work}/hollow {w}", "holds no images"),
         ("finetune.py", f"--data {work}/one_class {w}", "a folder for each class"),
-        ("finetune.py", f"--data {classes} {w} --eval-only", "no classification head"),
+        ("finetune.py", f"{c} {w} --eval-only", "no classification head"),
     ]
-    return [
-        (
-            program,
-            (flags if "--data" in flags or program == "finetune.py" else f"{p} {flags}")
-            + ("" if "--out" in flags else f" {next(fresh)}"),
-            words,
-        )
-        for program, flags, words in table
-    ]
+    inputs = []
+    for program, flags, words in table:
+        if program == "pretrain.py" and "--data" not in flags:
+            flags = f"--data {images} {flags}"
+        if "--out" not in flags:
+            flags = f"{flags} --out {work}/fresh-{len(inputs)}"
+        inputs.append((program, flags, words))
+    return inputs
 
 
-def answer(program: str, flags: str, words: str, work: Path, world: int = 1) -> tuple[str, str, int, bool]:
+def answer(program: str, flags: str, words: str, work: Path,
+           world: int = 1) -> tuple[str, str, int, bool]:
+    """(given, printed, exit code, as it should be) of a bad input."""
     code, said = finish(start(program, flags, world), 120)
     lines = [line for line in said.splitlines() if line.startswith(f"{program}: ")]
+    right_code = 1 if world > 1 or "half_bad" in flags else 2        # 1: torchrun's, a failed run's
     fine = (
         len(lines) == 1
         and words in lines[0]
         and "Traceback" not in said.split("torch/distributed")[0]
         and "MUST NEVER" not in said
-        and code == (1 if world > 1 or "half_bad" in flags else 2)
+        and code == right_code
     )
-    return (
-        f"{program} {flags}".replace(str(work) + "/", "").split(" --out fresh")[0],
-        (lines or said.splitlines() or ["nothing"])[-1].replace(str(work) + "/", ""),
-        code,
-        fine,
-    )
+    given = f"{program} {flags}".replace(f"{work}/", "").split(" --out fresh")[0]
+    last = (lines or said.splitlines() or ["nothing"])[-1]
+    return given, last.replace(f"{work}/", ""), code, fine
 
 
 # ---- the command ----
@@ -575,7 +568,7 @@ def mistakes(work: Path) -> list[tuple[str, str, int, bool]]:
     return [*rows, (f"torchrun, 2 processes: {given}", *rest)]
 
 
-PARTS = {  # name -> checks, each (what happened, as it should be)
+PARTS = {                                # name -> checks, each (what happened, as it should be)
     "kills": killed,
     "preemption": lambda work, args: preemption(work),
     "full_disk": lambda work, args: [full_disk(work)],
@@ -586,7 +579,7 @@ PARTS = {  # name -> checks, each (what happened, as it should be)
     "damaged": lambda work, args: damaged(work),
     "memory": lambda work, args: [memory(work)],
 }
-MISTAKES = "mistakes"                                        # and one part that gives a table
+MISTAKES = "mistakes"                                        # a part that gives a table
 
 
 def faults(args: SimpleNamespace, world: Distributed) -> None:
@@ -598,7 +591,9 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         global PRE, TUNE, PRE_SMALL, TUNE_SMALL
-        paint(work / "images", 40), paint(work / "classes/a", 20), paint(work / "classes/b", 20)
+        paint(work / "images", 40)
+        paint(work / "classes/a", 20)
+        paint(work / "classes/b", 20)
         places = dict(images=work / "images", classes=work / "classes")
         PRE, PRE_SMALL = PRE.format(**places), PRE_SMALL.format(**places)
         TUNE, TUNE_SMALL = TUNE.format(**places), TUNE_SMALL.format(**places)
@@ -632,14 +627,16 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
 FLAGS = {
     "what is done": {
         "kills": (20, number(int, 1), "how many SIGKILLs at random moments"),
-        "seed": (0, number(int, 0), "of the moments")},
+        "seed": (0, number(int, 0), "of the moments"),
+    },
     "where it goes": {
-        "out": ("runs/faults", path("DIR"), "faults.md in this folder is replaced")},
+        "out": ("runs/faults", path("DIR"), "faults.md in this folder is replaced"),
+    },
 }
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
-    """Raises ValueError for a value that is off."""
+    """The flags. Raises ValueError for a mistake."""
     parser = Parser("faults.py", "%(prog)s [--only PART ...] [options]", __doc__, FLAGS, {})
     parser.epilog = None
     parts = [*PARTS, MISTAKES]
