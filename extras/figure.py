@@ -4,6 +4,7 @@
     python extras/figure.py                  the three ideas on one drawn image: method.png
     python extras/figure.py --figure why     what goes wrong without them, on a photograph: why.png
     python extras/figure.py runs/x/checkpoint.pt --image FILE    another run, another photograph
+    python extras/figure.py runs/x/checkpoint.pt --measure DIR   why.png's numbers, on 100 images
     python extras/figure.py --out assets/method.png      replaces the picture of the README
 
 A name that is taken gets a number (method-2.png), unless --out gives it.
@@ -19,11 +20,12 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import SUFFIXES, denormalise, eval_transform, normalise
+from data import SUFFIXES, Folder, denormalise, eval_transform, normalise
 from engine.command import Distributed, command_line
 from engine.files import printable
 from engine.flags import Parser, defaults, number, path, format_size
@@ -31,7 +33,7 @@ from engine.shapes import Shapes
 from extras.output import check_file, free_name, writing
 from extras.paint import choose_masks, load_model, read_photo
 from loss import residual
-from masking import fill_hidden, resize_mask
+from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, get_family
 
 INK, GRAY, BLUE, ORANGE = "#1b1f24", "#59636e", "#1f5fbf", "#f28c1e"
@@ -310,7 +312,9 @@ FLAGS = {
                        "of a CNN, made by pretrain.py"),
         "image": (None, path("FILE"), "a photograph (method: a drawn image; why: assets/dogs.jpg)"),
         "index": (4, number(int, 0, len(Shapes("val", (32, 32))) - 1), "which drawn image"),
-        "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
+        "seed": (0, number(int, 0, 2**63 - 1), "of the random mask"),
+        "measure": (None, path("DIR"), "print a table over the images of a folder (its val/ if it "
+                    "has train/), and draw nothing")},
     "where it goes": {
         "out": (None, path("FILE"), f"ends in {', '.join(ENDINGS)}; a file of this name is "
                 "replaced (method.png or why.png, numbered if taken)")},
@@ -332,6 +336,10 @@ def draw(args: SimpleNamespace, world: Distributed) -> None:
         raise ValueError(f"{checkpoint}: of {format_size(model.image_size)}; the figure has square "
                          "pictures")
 
+    if args.measure:
+        check_stages(args, run)
+        print(measure(args, model, run))
+        return
     if args.figure == "why":
         page = why(args, model, run)
     else:
@@ -354,14 +362,55 @@ def method(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.I
 def why(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Image:
     """The grid of mask units is that of pre-training. A unit gets as many pixels as the encoder's
     stride, so that it is one feature of the last stage."""
-    if get_family(run.arch).name not in ("resnet", "convnext"):
-        raise ValueError(f"{printable(args.checkpoint)}: holds {run.arch}; --figure why shows the "
-                         f"four stages of a ResNet or a ConvNeXt")
-    size = tuple(units * model.stride for units in model.grid)
-    model, _ = load_model(args.checkpoint, size, mask_size=model.stride)
+    check_stages(args, run)
+    model, size = enlarged(args, model)
     image = eval_transform(size)(read_photo(args.image or PHOTO))
     mask = choose_masks(args, run.mask_ratio, 1, model.grid)
     return draw_why(model, normalise(image[None]), mask)
+
+
+def check_stages(args: SimpleNamespace, run: SimpleNamespace) -> None:
+    if get_family(run.arch).name not in ("resnet", "convnext"):
+        raise ValueError(f"{printable(args.checkpoint)}: holds {run.arch}; --figure why and "
+                         f"--measure need the four stages of a ResNet or a ConvNeXt")
+
+
+def enlarged(args: SimpleNamespace, model: A2MIM) -> tuple[A2MIM, tuple[int, int]]:
+    """The model for an image in which a mask unit is one feature of the last stage, and its
+    (H, W)."""
+    size = tuple(units * model.stride for units in model.grid)
+    model, _ = load_model(args.checkpoint, size, mask_size=model.stride)
+    return model, size
+
+
+# ---- the numbers of why.png on many images ----
+
+def measure(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> str:
+    """A table of the means over 100 images of --measure (all, if it has fewer), evenly spaced,
+    each under a random mask of its own. Raises ValueError if the folder has no images."""
+    model, size = enlarged(args, model)
+    source = Folder(Path(args.measure), "val")
+    indices = np.linspace(0, len(source) - 1, min(100, len(source))).round().astype(int)
+    generator = torch.Generator().manual_seed(args.seed)
+    masks = random_mask(len(indices), model.grid, run.mask_ratio, generator=generator)
+    found = []                                               # (images, measures, 3 rows, stages)
+    for index, mask in zip(tqdm(indices, unit="image"), masks):
+        image = normalise(eval_transform(size)(source.read(int(index)))[None])
+        whole, *others = (row[1:] for row in stages_of(model, image, mask[None]))
+        off_by, explained = [], []
+        for row in others:
+            hidden = [resize_mask(mask[None], z.shape[-2:])[0, 0] for z in row]
+            off_by.append([change(z, w, ~at) for z, w, at in zip(row, whole, hidden)])
+            explained.append([share_of_mask(z, at) for z, at in zip(row, hidden)])
+        found.append([off_by, explained])
+    means = np.array(found).mean(0)
+    lines = ["| after stage | " + " | ".join(map(str, STAGES)) + " |", "|---" * 5 + "|"]
+    titles = [title.replace("\n", " ") for title in ROWS][1:]
+    for name, of_rows in zip(("visible parts off by", "mask explains"), means):
+        for title, values in zip(titles, of_rows):
+            numbers = " | ".join(f"{value:.2f}" for value in values)
+            lines.append(f"| {name}: {title} | {numbers} |")
+    return "\n".join([f"means over {len(found)} images", "", *lines])
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:

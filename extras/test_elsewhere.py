@@ -16,6 +16,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data import MEAN, STD
 from extras import figure, paint
 from extras.testing import short_run
 from masking import fill_hidden, random_mask, resize_mask
@@ -220,7 +221,7 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
     with pytest.raises(SystemExit) as exit:
         figure.main([*call, "mobilenet_v2/checkpoint.pt"])
     said = capsys.readouterr().err
-    assert exit.value.code == 2 and said.count("\n") == 1 and "--figure why shows" in said
+    assert exit.value.code == 2 and said.count("\n") == 1 and "--figure why and --measure need" in said
 
 
 # ---- paint.py at the photograph's own size ----
@@ -303,3 +304,27 @@ def test_full_size_by_resizing_pastes_into_the_photograph_and_overwrites_nothing
         paint.main([checkpoint, "tiny.png", "--full-size", "resized"])
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.count("\n") == 1 and "3 x 3 pixels is too small" in said
+
+
+def test_the_table_over_a_folder_has_the_numbers_of_each_picture(tmp_path, capsys):
+    """Of one image twice under one mask, the mean is the number of that image."""
+    checkpoint = short_run(tmp_path / "run", "--arch resnet18 --mask-size 16 --token-stage 2")
+    (tmp_path / "set").mkdir()
+    picture = Image.effect_noise((128, 128), 80).convert("RGB")
+    picture.save(tmp_path / "set" / "a.png")
+    figure.main([checkpoint, "--measure", str(tmp_path / "set"), "--seed", "3"])
+    printed = capsys.readouterr().out
+    assert "means over 1 images" in printed
+
+    model, run = figure.load_model(checkpoint, (128, 128), mask_size=32)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
+    image = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+    mask = random_mask(1, (4, 4), 0.6, generator=torch.Generator().manual_seed(3))
+    whole, _, filled, _ = figure.stages_of(model, image[None], mask)
+    visible = ~mask[0].repeat_interleave(8, 0).repeat_interleave(8, 1)       # at stride 4
+    z, w = filled[1][:, visible], whole[1]
+    spread = w.flatten(1).var(1, unbiased=False).sum()
+    off_by = ((z - w[:, visible]).square().sum(0).mean() / spread).sqrt()
+    line = next(line for line in printed.splitlines() if line.startswith("| visible parts off by: "
+                                                                         "mean colour |"))
+    assert float(line.split("|")[2]) == pytest.approx(off_by.item(), abs=0.006)
