@@ -297,8 +297,8 @@ def test_validation_workers_start_once(few_images, tmp_path):
     world = Distributed()
     world.use("cpu")
     flags = "--data shapes --init scratch --arch resnet18 --image-size 64 --batch-size 8 --amp off"
-    settings = finetune.parse([*flags.split(), "--workers", "1", "--out", str(tmp_path)])
-    loader = finetune.prepare(settings, world, None).val_loader
+    _, state = prepared(finetune, f"{flags} --workers 1 --out {tmp_path}", world)
+    loader = state.val_loader
     passes, workers = [], []
     for _ in range(2):
         passes.append([(images.clone(), index) for images, index, _ in loader])

@@ -990,10 +990,10 @@ def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
     losses = [line["loss"] for line in log if "loss" in line]
     means = [statistics.mean(part) for part in (losses[:4], losses[4:])]
     assert [float(line[3]) for line in lines] == pytest.approx(means, abs=6e-5)
-    readme = (HERE / "README.md").read_text()
+    page = (HERE / "docs" / "robustness.md").read_text()
     for line in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()):
         assert started - 1 < line["time"] < time.time() + 1
-        assert all(f"`{key}`" in readme for key in line)
+        assert all(f"`{key}`" in page for key in line)
 
 
 def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(capsys, monkeypatch):
