@@ -16,7 +16,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import MEAN, STD
+from data import MEAN, STD, eval_transform
 from extras import figure, paint
 from extras.testing import short_run
 from masking import fill_hidden, random_mask, resize_mask
@@ -317,8 +317,9 @@ def test_the_table_over_a_folder_has_the_numbers_of_each_picture(tmp_path, capsy
     assert "means over 1 images" in printed
 
     model, run = figure.load_model(checkpoint, (128, 128), mask_size=32)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)            # uint8
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
-    image = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std
+    image = (eval_transform((128, 128))(pixels) / 255 - mean) / std
     mask = random_mask(1, (4, 4), 0.6, generator=torch.Generator().manual_seed(3))
     whole, _, filled, _ = figure.stages_of(model, image[None], mask)
     visible = ~mask[0].repeat_interleave(8, 0).repeat_interleave(8, 1)       # at stride 4
