@@ -49,7 +49,7 @@ from extras.output import check_file, check_folder, free_name, writing
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, build_encoder
 
-TITLES = ("image", "encoder sees", "reconstruction", "hidden cells pasted",
+TITLES = ("image", "encoder sees", "reconstruction", "hidden patches pasted",
           "a blur of what is seen")
 PANEL = 512                                                  # pixels, the longer side of a panel
 MAX_RATIO = 10                                               # of a photograph's sides
@@ -135,8 +135,8 @@ def drawn(text: str, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / "
                          "between them, such as ..##/.##.")
     if len(rows) > grid[0] or len(rows[0]) > grid[1]:
-        raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} cells "
-                         "of this image")
+        raise ValueError(f"--mask {printable(text)}: is finer than the {grid[0]} x {grid[1]} mask "
+                         "units of this image")
     is_hidden = torch.tensor([[character == "#" for character in row] for row in rows])
     return resize_mask(is_hidden[None], grid)[:, 0]
 
@@ -281,13 +281,14 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
         file = free_name(wanted)
         with writing(file):
             save_sheet(file, panels)
-        hidden = f"{int(mask.sum())} of {mask.numel()} cells hidden"
+        hidden = f"{int(mask.sum())} of {mask.numel()} mask units hidden"
         print(f"{printable(str(file))}: {hidden}, {image.shape[-2]} x {image.shape[-1]} px")
 
 
 FLAGS = {
     "what is hidden": {
-        "mask_ratio": (None, number(float, 0, 1), "share of cells hidden (as in pre-training)"),
+        "mask_ratio": (None, number(float, 0, 1), "share of hidden mask units (as in "
+                       "pre-training)"),
         "mask": (None, path("TEXT"), "a mask drawn by hand: rows of . and #, # is hidden"),
         "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
     "where it goes": {

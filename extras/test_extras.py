@@ -59,11 +59,11 @@ def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, tmp_path, capsys):
     call = [checkpoint, str(tmp_path / "wide.jpg"), "--out", str(tmp_path / "painted")]
     paint.main([*call, "--mask", ".#/##"])
     printed = capsys.readouterr().out
-    assert "24 of 24" not in printed and "18 of 24 cells hidden, 64 x 96 px" in printed
+    assert "24 of 24" not in printed and "18 of 24 mask units hidden, 64 x 96 px" in printed
     sheet = Image.open(tmp_path / "painted" / "painted-wide.png")
     assert sheet.width > 5 * 96                              # five columns
     paint.main([*call, "--mask-ratio", "0.25"])
-    assert "6 of 24 cells hidden" in capsys.readouterr().out
+    assert "6 of 24 mask units hidden" in capsys.readouterr().out
     for flag, value, words in (
             ("--mask", "#x/..", "must be rows of . and #"),
             ("--mask", "#" * 9, "finer than the 4 x 6"),
