@@ -37,7 +37,8 @@ from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_F
 from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at, momentum_sgd
 from engine.results import report, score, write_features
-from engine.settings import all_defaults, resolve_batch, resolve_warmup, settings_class
+from engine.settings import (all_defaults, resolve_batch, resolve_warmup, resumed,
+                             settings_class)
 from engine.step import make_scaler, memory_format, take_step, wrap
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
@@ -397,7 +398,7 @@ def start(typed: dict, world: Distributed) -> tuple:
     name = f"{Path(asked['data'] or '').resolve().name}-{asked['arch']}-{kind}"
     out, checkpoint = open_run(typed, world, "finetune.py", name, FLAGS)
     if checkpoint:
-        asked = asked_for_again(typed, checkpoint["args"])
+        asked = resumed(DEFAULTS, checkpoint["args"], typed)
     asked["out"] = out
     source, val = open_data(asked, world)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
@@ -477,7 +478,7 @@ def open_data(asked: dict, world: Distributed) -> tuple:
     one_set = asked["recipe"] == "features"
     is_named = data in NAMED
     opened = partial(open_images, data, root=asked["data_root"], labelled=is_named or not one_set)
-    if asked["download"]:                                        # one process fetches for all
+    if asked["download"]:                                    # one process fetches for all
         world.broadcast_from_rank0(lambda: len(opened("train", size, download=True)))
     smallest_crop = asked["crop_min"] if training else test_crop**2
     split = "all" if one_set and not is_named else "train"
@@ -622,7 +623,7 @@ def asked_for(typed: dict) -> dict:
         as_pre_trained.append("image_size")
     if "eval_only" in typed:
         as_pre_trained += ["test_size", "test_crop"]
-    values |= remembered(typed.get("weights"), make_parser(), as_pre_trained)
+    values |= remembered(typed.get("weights"), FLAGS, as_pre_trained)
     arch = typed.get("arch", values["arch"])
     values |= EXCEPTIONS.get((recipe, arch), {})
     values |= typed
@@ -632,14 +633,8 @@ def asked_for(typed: dict) -> dict:
     return {**values, "typed": sorted(typed)}
 
 
-def asked_for_again(typed: dict, saved: dict) -> dict:
-    """The same of a resumed run: its own settings, then what is typed now."""
-    names = sorted({*saved.get("typed", []), *typed})
-    return {**DEFAULTS, **saved, **typed, "typed": names}
-
-
 def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
-    """The settings of a run. asked: from `asked_for` or `asked_for_again`; images: their number.
+    """The settings of a run. asked: from `asked_for` or `resumed`; images: their number.
 
     Nothing changes them afterwards."""
     values = dict(asked)

@@ -16,6 +16,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Container
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_F
 from engine.images import UnreadableImages
 from engine.optim import lr_at, parameter_groups
 from engine.pictures import save_sheet
-from engine.settings import all_defaults, resolve_batch, resolve_warmup, settings_class
+from engine.settings import (all_defaults, resolve_batch, resolve_warmup, resumed,
+                             settings_class)
 from engine.weights import load_backbone, summary_of
 from loss import SPECTRA, STAND_INS, a2mim_loss, skill, spatial_loss
 from masking import fill_hidden, hidden_count, mask_grid, random_mask, resize_mask
@@ -335,7 +337,7 @@ def start(typed: dict, world: Distributed) -> tuple:
     name += f"-{asked['baseline']}" if asked["baseline"] else ""
     out, checkpoint = open_run(typed, world, "pretrain.py", name, FLAGS)
     if checkpoint:
-        asked = asked_for_again(typed, checkpoint["args"])
+        asked = resumed({**DEFAULTS, **DEFAULTS_OF_OLD_RUNS}, checkpoint["args"], typed)
     elif "data" not in typed and not asked["quick"]:
         world.print0("no --data given: running the demo on drawn shapes; the paper's run is\n"
                      "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
@@ -476,7 +478,7 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
     units = math.prod(model.grid)
     mask = draw_masks(1, model.grid, settings.mask_ratio, world.device, settings.seed)
     images = len(state.unreadable.source)
-    resumed = f", from step {from_step}" if from_step is not None else ""
+    resume = f", from step {from_step}" if from_step is not None else ""
     is_chosen = settings.recipe == "small" and "recipe" not in settings.typed
     reason = f" (small: under {FEW_IMAGES:,} images)" if is_chosen else ""
     world.print0(
@@ -486,7 +488,7 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
         f"{int(mask.sum())} of {units} mask units hidden ({settings.mask_size} px)\n"
         f"{world.size} x {world.device.type}, amp {settings.amp}, {settings.workers} workers each; "
         f"global batch {settings.global_batch}, peak lr {peak:.2e}, {settings.epochs:g} epochs of "
-        f"{plan.per_epoch} steps{resumed}\n"
+        f"{plan.per_epoch} steps{resume}\n"
         f"recipe {settings.recipe}{reason}; writing {settings.out}/")
 
 
@@ -615,13 +617,7 @@ def asked_for(typed: dict) -> dict:
     return {**DEFAULTS, "arch": arch, **recipe, **sized, **typed, "typed": sorted(typed)}
 
 
-def asked_for_again(typed: dict, saved: dict) -> dict:
-    """The same of a resumed run: its own settings, then what is typed now."""
-    names = sorted({*saved.get("typed", []), *typed})
-    return {**DEFAULTS, **DEFAULTS_OF_OLD_RUNS, **saved, **typed, "typed": names}
-
-
-def demo_of(typed: dict) -> dict:
+def demo_of(typed: Container[str]) -> dict:
     """The settings of the demo if no data were typed, otherwise {}."""
     if "data" in typed:
         return {}
@@ -629,7 +625,7 @@ def demo_of(typed: dict) -> dict:
 
 
 def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = False) -> Settings:
-    """The settings of a run. asked: from `asked_for` or `asked_for_again`; images: their number.
+    """The settings of a run. asked: from `asked_for` or `resumed`; images: their number.
 
     Nothing changes them afterwards. Raises ValueError if the mask does not fit the image."""
     values = dict(asked)
@@ -647,7 +643,7 @@ def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = Fal
         fixed = {*values["typed"]}
         if values["baseline"]:
             fixed |= {*SIMMIM}
-        fixed |= {*demo_of(dict.fromkeys(values["typed"]))}
+        fixed |= {*demo_of(values["typed"])}
         for name, value in chosen_for(values, images).items():
             if name not in fixed:
                 values[name] = value

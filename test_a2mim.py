@@ -1078,7 +1078,8 @@ def test_bf16_stays_close_to_fp32(few_images, tmp_path):
 
 def test_the_loss_falls_and_every_output_is_there(few_images, tmp_path):
     out = tmp_path / "run"
-    flags = "--epochs 15 --sheets 3 --arch resnet18 --batch-size 16 --lr 0.1 --val 0.25 --save-every 20"
+    flags = ("--epochs 15 --sheets 3 --arch resnet18 --batch-size 16 --lr 0.1 --val 0.25 "
+             "--save-every 20")
     log, _ = run(out, *flags.split())
     log = [line for line in log if "loss" in line]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]

@@ -217,11 +217,11 @@ def defaults(flags: dict) -> dict:
     return values
 
 
-def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> dict:
+def remembered(weights: str | None, flags: dict, names: Sequence[str]) -> dict:
     """The flags `names` of the run that wrote `weights`, from args.json beside the file.
 
-    {} if there is no args.json. Raises ValueError if it cannot be read, or if it holds a value that
-    the flag would refuse."""
+    flags: the program's table. {} if there is no args.json. Raises ValueError if it cannot be read,
+    or if it holds a value that the flag would refuse."""
     file = Path(weights or "").parent / "args.json"
     if not weights or not file.is_file():
         return {}
@@ -232,7 +232,7 @@ def remembered(weights: str | None, parser: Parser, names: tuple[str, ...]) -> d
         raise ValueError(f"{file}: cannot be read as the settings of a run; move it away and give "
                          f"--arch") from None
     for name, value in found.items():
-        if not accepts(parser.flags, name, value):
+        if not accepts(flags, name, value):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{file}: {name} is {value!r}, which {flag} would refuse; repair it, "
                              f"or move the file away and give the flags")

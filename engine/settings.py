@@ -3,10 +3,11 @@
     settings_class    a program's frozen dataclass: a field for each flag, and those below
     resolve_batch     images of a step, from what was asked, the device and the processes
     resolve_warmup    epochs of warm-up
+    resumed           the settings of a resumed run
     to_save           what args.json and a checkpoint hold
 """
 
-from dataclasses import asdict, make_dataclass
+from dataclasses import make_dataclass
 
 from .command import Distributed
 from .flags import defaults
@@ -74,10 +75,17 @@ def resolve_warmup(asked: dict) -> float:
     return min(10, epochs / 10)
 
 
+def resumed(own: dict, saved: dict, typed: dict) -> dict:
+    """The settings of a resumed run. Each overrides those before it: the program's `own` defaults,
+    what the run was saved with, what is typed now."""
+    names = sorted({*saved.get("typed", []), *typed})
+    return {**own, **saved, **typed, "typed": names}
+
+
 def to_save(settings) -> dict:
     """The settings that a resumed run takes over. The number of workers is one of them only if it
     was typed, because the run may be resumed on another machine."""
-    values = asdict(settings) if hasattr(settings, "__dataclass_fields__") else vars(settings)
+    values = vars(settings)
     left_out = {*OF_THIS_START}
     if "workers" not in values["typed"]:
         left_out.add("workers")

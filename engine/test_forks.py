@@ -13,7 +13,7 @@ import masking
 import model
 import pretrain
 from engine import checkpointer
-from engine.testing import checkerboard, complaint, read_log
+from engine.testing import checkerboard, complaint, failing_at, read_log
 from model import A2MIM
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -31,15 +31,6 @@ def fork(out, *flags):
     log = [line for line in read_log(out) if "loss" in line]
     assert len(log) == 4 and log[-1]["loss"] < log[0]["loss"]
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def failing_at(number, step):
-    """A train_step that raises at step `number`."""
-    def until_then(at, *rest):
-        if at == number:
-            raise RuntimeError("the power fails")
-        return step(at, *rest)
-    return until_then
 
 
 def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):

@@ -26,27 +26,14 @@ import finetune
 import model
 import pretrain
 from engine import checkpointer, command, files, progress, results, weights
-from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, flip_a_byte, labelled_folder,
-                            paint, prepared, read_log, run, same_weights, settings_of, torchrun,
-                            tune,
-                            verdict_of)
+from engine.settings import resumed
+from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, failing_at, flip_a_byte,
+                            labelled_folder, paint, prepared, read_log, run, same_weights,
+                            settings_of, torchrun, tune, verdict_of)
 from model import build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 close = torch.testing.assert_close
-
-
-class PowerFailure(Exception):
-    pass
-
-
-def failing_at(number, step):
-    """A train_step that raises at step `number`."""
-    def until_then(at, *rest):
-        if at == number:
-            raise PowerFailure("the power fails")
-        return step(at, *rest)
-    return until_then
 
 
 # ---- the same run again, cut, resumed ----
@@ -162,7 +149,8 @@ def test_a_run_of_an_older_version_keeps_its_batch_and_lr():
     world = SimpleNamespace(size=2, on_gpu=False, local_size=1, default_amp=lambda: "off")
 
     def again(**saved):
-        asked = pretrain.asked_for_again({"resume": True}, files.with_new_names({**old, **saved}))
+        own = {**pretrain.DEFAULTS, **pretrain.DEFAULTS_OF_OLD_RUNS}
+        asked = resumed(own, files.with_new_names({**old, **saved}), {"resume": True})
         return pretrain.resolve(asked, 9_469, world, is_resumed=True)
 
     default = again(global_batch=None)

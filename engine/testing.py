@@ -64,6 +64,19 @@ def resolved(stage, *flags, images=1_281_167, **processes):
     return stage.resolve(stage.asked_for(typed), images, world)
 
 
+class PowerFailure(Exception):
+    pass
+
+
+def failing_at(number, step):
+    """A train_step that raises at step `number`."""
+    def until_then(at, *rest):
+        if at == number:
+            raise PowerFailure("the power fails")
+        return step(at, *rest)
+    return until_then
+
+
 def prepared(stage, flags: str, world):
     """(settings, state) of a run of pretrain or finetune on drawn shapes, before its first step."""
     settings = resolved(stage, *flags.split(), images=10_000)

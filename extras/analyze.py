@@ -527,11 +527,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
                          "start, comes by itself")
     typed = {name: given[name] for name in names if name in given}
     by_default = dict(patch_size=16, window=7, stem=None)
-    # a parser that takes one flag, without those that are required
-    alone = Parser("analyze.py", "", "", FLAGS, {})
     args.settings = {}
     for file in files:
-        args.settings[file] = by_default | remembered(file, alone, names) | typed
+        args.settings[file] = by_default | remembered(file, FLAGS, names) | typed
     if files:
         first = args.settings[files[0]]
     else:

@@ -108,17 +108,26 @@ def endless(batch: int, size: int):
     return itertools.repeat((images, torch.arange(batch), torch.full((batch,), -1)))
 
 
+def prepared(program, flags: str, world: Distributed) -> tuple:
+    """(settings, state) of a run of pretrain or finetune, before its first step."""
+    asked = program.asked_for(program.parse(flags.split()))
+    if program is pretrain:
+        images = (pretrain.open_source(asked), None)
+        settings = pretrain.resolve(asked, len(images[0]), world)
+        state, *_ = pretrain.prepare(settings, world, None, *images)
+    else:
+        images = finetune.open_data(asked, world)            # to train on, for validation
+        settings = finetune.resolve(asked, len(images[0]), world)
+        state = finetune.prepare(settings, world, None, *images)
+    state.model.train()
+    return settings, state
+
+
 def a2mim_step(args: SimpleNamespace, arch: str, batch: int, size: int):
     """The step of pretrain.py, as a function without arguments."""
-    typed = pretrain.parse([
-        "--arch", arch, "--image-size", str(size), "--batch-size", str(batch),
-        "--recipe", "imagenet", "--data", "shapes", "--workers", "0", "--amp", args.amp,
-        "--val", "0", "--epochs", "1", "--out", "unused"])
-    asked = pretrain.asked_for(typed)
-    source = pretrain.open_source(asked)
-    settings = pretrain.resolve(asked, len(source), WORLD)
-    state, *_ = pretrain.prepare(settings, WORLD, None, source, None)
-    state.model.train()
+    flags = (f"--arch {arch} --image-size {size} --batch-size {batch} --recipe imagenet "
+             f"--data shapes --workers 0 --amp {args.amp} --val 0 --epochs 1 --out unused")
+    settings, state = prepared(pretrain, flags, WORLD)
     batches = endless(batch, size)
     numbers = itertools.count()
     return lambda: pretrain.train_step(next(numbers), batches, settings, WORLD, state)

@@ -36,7 +36,7 @@ from engine.flags import MAX_EPOCHS, height_width, number
 from engine.images import reason
 from engine.checkpointer import StepPlan, open_run, steps_per_epoch
 from engine.optim import layer_groups, lr_at, momentum_sgd
-from engine.settings import resolve_batch
+from engine.settings import resolve_batch, resumed
 from engine.step import memory_format
 from engine.weights import load_backbone, summary_of
 from model import Encoder, build_encoder, get_family
@@ -332,10 +332,8 @@ def resume_or_start(args: SimpleNamespace, world: Distributed, own: dict, name: 
     own: the program's default settings. A resumed run has its own settings, then what was typed."""
     args.out, checkpoint = open_run(args.given, world, args.program, name, flags)
     if checkpoint:
-        saved = checkpoint["args"]
         recent = dict(given=args.given, demo=False, out=args.out)
-        args = SimpleNamespace(**{"typed": [], **own, **saved, **args.given, **recent})
-        args.typed = sorted({*args.typed, *args.given})
+        args = SimpleNamespace(**{**resumed(own, checkpoint["args"], args.given), **recent})
     args.amp = args.amp or world.default_amp()
     if args.workers is None:
         args.workers = default_workers(world)

@@ -542,7 +542,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     names = ["arch", "patch_size", "window", "stem"]
     names += DETECTOR if "eval_only" in given else []
     weights = given.get("weights", demo.get("weights"))
-    known = {**demo, **remembered(weights, parser, names), **given}
+    known = {**demo, **remembered(weights, FLAGS, names), **given}
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, **about, demo=bool(demo))

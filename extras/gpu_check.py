@@ -50,7 +50,7 @@ from engine.command import Distributed, Failed, command_line
 from engine.flags import Parser, defaults, number, path
 from engine.progress import RunningMeans
 from engine.shapes import Shapes
-from extras.bench import bare_step, endless
+from extras.bench import bare_step, endless, prepared
 from extras.output import check_folder, free_name
 from loss import a2mim_loss
 from masking import random_mask
@@ -165,15 +165,7 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
 def whole_step(program, flags: str, batch: int, side: int, world: Distributed):
     """The step of pretrain or finetune with what Checkpointer does around it, as a function."""
     words = f"--data shapes --workers 0 --batch-size {batch} --image-size {side} --out unused"
-    asked = program.asked_for(program.parse(f"{words} {flags}".split()))
-    if program is pretrain:
-        images = (pretrain.open_source(asked), None)
-    else:
-        images = finetune.open_data(asked, world)            # to train on, for validation
-    settings = program.resolve(asked, len(images[0]), world)
-    prepared = program.prepare(settings, world, None, *images)
-    state = prepared[0] if isinstance(prepared, tuple) else prepared
-    state.model.train()
+    settings, state = prepared(program, f"{words} {flags}", world)
     statistics = Snapshot([b for b in state.model.buffers() if b.is_floating_point()])
     means = RunningMeans(world)
     batches = endless(batch, side)

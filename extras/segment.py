@@ -566,7 +566,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     weights = given.get("weights", start.get("weights"))
     names = ["arch", "patch_size", "window", "stem"]         # as pre-trained; to evaluate, all
     names += SEGMENTER if "eval_only" in given else []
-    start = {**start, **remembered(weights, parser, names), **given}
+    start = {**start, **remembered(weights, FLAGS, names), **given}
     if (weights is None) == ("init" not in start):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
     if "arch" not in start:

@@ -221,7 +221,8 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
     with pytest.raises(SystemExit) as exit:
         figure.main([*call, "mobilenet_v2/checkpoint.pt"])
     said = capsys.readouterr().err
-    assert exit.value.code == 2 and said.count("\n") == 1 and "--figure why and --measure need" in said
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert "--figure why and --measure need" in said
 
 
 # ---- paint.py at the photograph's own size ----
