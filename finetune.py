@@ -32,8 +32,9 @@ from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment
 from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
 from engine.command import Distributed, command_line
 from engine.description import describe
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
-                          Parser, checked, format_size, height_width, number, path, remembered)
+from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
+                          SIDES, STAGE_FLAGS, SWITCH, Parser, checked, format_size, height_width,
+                          number, path, remembered)
 from engine.images import UnreadableImages, name_some
 from engine.optim import Lamb, MovingAverage, layer_groups, lr_at, momentum_sgd
 from engine.results import report, score, write_features
@@ -519,7 +520,6 @@ def print_start(settings: Settings, world: Distributed, state: TrainState) -> No
 
 # ---- flags: name -> (default, kind, help). A recipe overrides a default, a typed flag both ----
 
-yes_no, share, positive, count = bool, number(float, 0, 1), number(float, 0), number(int, 1)
 FLAGS = {
     "data": {
         "data": (None, path("DIR"), "labelled images (train/ and val/, or class folders), or "
@@ -535,12 +535,12 @@ FLAGS = {
     "augmentation": {
         "crop_min": (0.5, number(float, 0.01, 1), "smallest area of the random crop"),
         "randaug": (0.0, number(float, 0, 10), "RandAugment's magnitude, 0 to 10; 0 = none"),
-        "jitter": (0.0, share, "colour jitter, 0 to 1"),
-        "erasing": (0.0, share, "probability of random erasing, by noise"),
-        "mixup": (0.0, positive, "alpha of mixup, 0 = none; with --cutmix too, one of the two per "
-                  "batch"),
-        "cutmix": (0.0, positive, "alpha of cutmix, 0 = none"),
-        "repeats": (1, count, "augmentations of each image in a batch")},
+        "jitter": (0.0, FRACTION, "colour jitter, 0 to 1"),
+        "erasing": (0.0, FRACTION, "probability of random erasing, by noise"),
+        "mixup": (0.0, NONNEGATIVE, "alpha of mixup, 0 = none; with --cutmix too, one of the two "
+                  "per batch"),
+        "cutmix": (0.0, NONNEGATIVE, "alpha of cutmix, 0 = none"),
+        "repeats": (1, COUNT, "augmentations of each image in a batch")},
     "model": {
         "weights": (None, path("FILE"), "backbone.pt, checkpoint.pt, best.pt, torchvision's or a "
                     "released checkpoint"),
@@ -548,8 +548,8 @@ FLAGS = {
         "arch": (None, checked("NAME", get_family), "backbone, table: docs/recipes.md (from "
                  "args.json beside the weights)"),
         "drop_path": (0.0, number(float, 0, 0.99), "stochastic depth of the deepest block"),
-        "patch_size": (16, count, "ViT only (as pre-trained)"),
-        "window": (7, count, "Swin only (as pre-trained)"),
+        "patch_size": (16, COUNT, "ViT only (as pre-trained)"),
+        "window": (7, COUNT, "Swin only (as pre-trained)"),
         "stem": (None, STEMS, "ResNet only (as pre-trained; from scratch: small below 64 px, "
                  "otherwise imagenet)"),
         **STAGE_FLAGS},
@@ -560,28 +560,28 @@ FLAGS = {
                       "probes on ImageNet"),
         "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the labelled images; a "
                    "fraction too"),
-        "batch_size": (None, count, "images per process and forward pass (default recipe: 16 in "
+        "batch_size": (None, COUNT, "images per process and forward pass (default recipe: 16 in "
                        "all; GPU 256, CPU 32)"),
-        "accum": (1, count, "forward passes per optimiser step"),
-        "lr": (1e-3, positive, "per --lr-batch images of the global batch"),
-        "lr_batch": (16, count, "see --lr"),
+        "accum": (1, COUNT, "forward passes per optimiser step"),
+        "lr": (1e-3, NONNEGATIVE, "per --lr-batch images of the global batch"),
+        "lr_batch": (16, COUNT, "see --lr"),
         "layer_decay": (1.0, number(float, 0.01, 1), "factor on the lr, from each stage (ViT: "
                         "block) to the one before it"),
         "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
-        "clip_grad": (0.0, positive, "largest gradient norm, 0 = none"),
+        "clip_grad": (0.0, NONNEGATIVE, "largest gradient norm, 0 = none"),
         "schedule": ("cosine", ("cosine", "cosine-by-epoch", "cosine-from-0", "probe"), "see "
                      "engine/optim.py, lr_at"),
-        "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
-        "min_lr": (1e-6, positive, "floor of the cosine"),
+        "warmup_epochs": (None, NONNEGATIVE, "10, or a tenth of a run shorter than 100"),
+        "min_lr": (1e-6, NONNEGATIVE, "floor of the cosine"),
         "loss": ("ce", ("ce", "bce"), "cross-entropy, or binary cross-entropy per class"),
-        "smoothing": (0.1, share, "label smoothing of ce"),
-        "ema": (0.0, share, "decay of the weights' moving average, which is evaluated and saved; "
-                "0 = none"),
-        "frozen": (False, yes_no, "train the head alone"),
-        "neighbours": (20, count, "of the knn recipe")},
+        "smoothing": (0.1, FRACTION, "label smoothing of ce"),
+        "ema": (0.0, FRACTION, "decay of the weights' moving average, which is evaluated and "
+                "saved; 0 = none"),
+        "frozen": (False, bool, "train the head alone"),
+        "neighbours": (20, COUNT, "of the knn recipe")},
     "run": {
         **RUN_FLAGS,
-        "eval_every": (10, count, "epochs between evaluations; the last epoch is always evaluated"),
+        "eval_every": (10, COUNT, "epochs between evaluations; the last epoch is always evaluated"),
         "eval_only": (False, SWITCH, "evaluate --weights that hold a head (best.pt), and stop")},
 }
 Settings = settings_class(FLAGS)                             # frozen, with a field for each flag

@@ -39,11 +39,12 @@ def spatial_loss(pred: Tensor, image: Tensor, hidden: Tensor, focal: bool = True
 
 def residual(pred: Tensor, image: Tensor, hidden: Tensor, stand_in: str,
              visible_weight: float) -> Tensor:
-    """p - image, (B, 3, H, W), where p is the prediction at hidden pixels.
+    """The error that the FFT sees, p - image, (B, 3, H, W).
 
-    An FFT needs every pixel, but the network should not be trained on pixels that it was shown. So
-    at visible pixels p = visible_weight * prediction + (1 - visible_weight) * constant, and the
-    constant has no gradient:
+    At hidden pixels p is the prediction. An FFT needs the visible pixels as well, but the network
+    should not be trained on pixels that it was shown. So at visible pixels
+    p = visible_weight * prediction + (1 - visible_weight) * constant, and the constant has no
+    gradient:
 
     'mixed'       (prediction + image) / 2, as released
     'prediction'  the prediction, as in the paper
@@ -67,12 +68,12 @@ def fourier_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, stand_in: str =
 
     stand_in        at visible pixels, see `residual`
     visible_weight  share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (the others)
-    spectrum        'batch' (default, as released): D is the mean over the batch of the process,
-                    and the maximum is over all of it. Errors of different images cancel, so use
-                    'image' for small batches. 'image' (the paper): one D and one maximum per image
-                    and channel
-    focal           False: no weight w. The loss is the mean of focal_l1(|D|), as in the released
-                    ResNet-101 config, which reuses its pixel criterion
+    spectrum        'batch' (default, as released): p - image is averaged over the images of the
+                    process, which gives one D per channel and one maximum over all channels. What
+                    differs from image to image cancels. 'image' (the paper): one D and one maximum
+                    per image and channel
+    focal           False: no weight w. The loss is the mean of focal_l1(|D|), because the released
+                    ResNet-101 config takes its pixel loss here as well
 
     Raises ValueError for another stand-in or spectrum. Source: focal frequency loss (Jiang et al.
     2021), with A2MIM's rule for visible pixels."""

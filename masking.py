@@ -128,8 +128,8 @@ def expand_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
 
     layout 'nchw': (B, C, h, w) -> (B, 1, h, w)
     layout 'nhwc': (B, h, w, C) -> (B, h, w, 1), Swin
-    a sequence:    (B, N, C) -> (B, N, 1). N = gh gw s^2, with s patches across a mask unit, or one
-                   more: a class token, which stands first and is never hidden
+    a sequence:    (B, N, C) -> (B, N, 1). N = gh gw s^2 patches, with s patches across a mask
+                   unit; N + 1 with a class token, which stands first and is never hidden
 
     Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:

@@ -36,9 +36,11 @@ class A2MIM(nn.Module):
     encoder      an Encoder, or a plain list of nn.Module stages
     image_size   pixels, one side or (H, W); every stride and the mask size must divide it
     mask_size    side of a mask unit in pixels; at least the stride where the token enters
-    token_stage  the token enters before this stage of the encoder. 0: the image itself, 1: after
-                 the stem or the patch embedding, 4: before the last stage of a CNN, None: the
-                 encoder's own place, as in most released configs (ResNet, ConvNeXt 4; ViT, Swin 1)
+    token_stage  the token enters before this stage of the encoder
+                     0     the image itself
+                     1     after the stem or the patch embedding
+                     4     before the last stage of a CNN
+                     None  as released, the encoder's own: ResNet and ConvNeXt 4, ViT and Swin 1
     token, fill  see masking.MaskToken and masking.fill_hidden
 
     Raises ValueError if the sizes do not fit. Source: paper, Fig. 3."""
@@ -113,7 +115,8 @@ class A2MIM(nn.Module):
         patches replaced). Raises ValueError if the model was trained for another target."""
         training = self.training
         self.eval()
-        reconstruction = self.forward(images, mask).float()  # self(...) may be compiled
+        # forward, because self(...) may be compiled for another batch size
+        reconstruction = self.forward(images, mask).float()
         self.train(training)
         if reconstruction.shape != images.shape:
             raise ValueError(f"this model reconstructs maps {tuple(reconstruction.shape[1:])}, and "
@@ -148,8 +151,8 @@ class Encoder(nn.Module):
     layout       of the features: 'nchw', or 'nhwc' for Swin
     levels       for layer-wise lr decay, groups of modules that share a learning rate, from input
                  to output (default: one group per stage)
-    head_name    attribute of torchvision's own head, restored for fine-tuning; '' = a new linear
-                 head is created
+    head_name    name of the head in torchvision's net, which Classifier puts back; '' = Classifier
+                 makes a linear head of its own
 
     A list of modules instead of a backbone makes each module a stage: Encoder([stem, block1,
     block2])."""
@@ -181,7 +184,8 @@ class Encoder(nn.Module):
         return self.run_modules(stage, z)
 
     def run_modules(self, stage: int, z: Tensor) -> Tensor:
-        for name in self.stages[stage]:                      # SyncBN or a fork may replace a module
+        for name in self.stages[stage]:
+            # found by name at each call, because SyncBN or a fork may have replaced the module
             z = attrgetter(name)(self.backbone)(z)
         return z
 

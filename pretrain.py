@@ -30,8 +30,9 @@ from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, defau
                   open_images, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, open_run, steps_per_epoch
 from engine.command import Distributed, command_line
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, STAGE_FLAGS, SWITCH,
-                          Parser, checked, format_size, height_width, number, path)
+from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
+                          SIDES, STAGE_FLAGS, SWITCH, Parser, checked, format_size, height_width,
+                          number, path)
 from engine.images import UnreadableImages
 from engine.optim import lr_at, parameter_groups
 from engine.pictures import save_sheet
@@ -43,7 +44,7 @@ from masking import fill_hidden, hidden_count, mask_grid, random_mask, resize_ma
 from model import (FEW_UNITS, STEMS, A2MIM, build_encoder, choose_mask_size_and_stage,
                    get_family, settings_for_size)
 
-# ---- recipes. Every value has a flag of the same name; lr is per 512 images of a step ----
+# ---- recipes. Every value has a flag of the same name. Peak lr = lr x global batch / 512 ----
 
 CNN = dict(image_size=224, crop_min=0.8, epochs=300, lr=3e-4, schedule="cosine", clip_grad=0.0,
            token_lr=0.1, token="gamma", focal_pixels=True)
@@ -66,14 +67,14 @@ EXCEPTIONS = {  # as released
     "deit_tiny": DEIT,
 }
 
-# --baseline simmim, the paper's comparison, differs from A2MIM in these five settings
+# --baseline simmim, the paper's comparison, differs from A2MIM in these five settings.
 SIMMIM = dict(token="replace", token_stage=1, fill="zero", fourier_weight=0.0, focal_pixels=False)
-# and on a CNN in these as well, as released; with --recipe small both are trained alike
+# On a CNN the released SimMIM also differs in these. With --recipe small it shares A2MIM's.
 SIMMIM_CNN = dict(lr=2e-4, token_lr=1.0, crop_min=0.67)
 
 # --recipe small is ours, for fewer than FEW_IMAGES images; it was tuned on photographs and clip
 # art. The lr is a peak for any batch size, because scaling it with a small batch makes it vanish.
-# The spectrum is per image, because the mean over a few residuals carries little signal.
+# One spectrum per image: in the batch's mean error, the errors of single images cancel.
 # SMALL_STEPS are a first look. Weights that are worth fine-tuning took LONG_EPOCHS.
 FEW_IMAGES = 100_000
 SMALL = dict(spectrum="image", token_lr=1.0, schedule="cosine")
@@ -182,7 +183,7 @@ def train(typed: dict, world: Distributed) -> None:
     began = time.time()
     with checkpointer:
         save_reconstructions(plan.start, settings, world, state, previews, checkpointer)
-        if not checkpointer.has("held_out"):                 # stopped between step and evaluation
+        if not checkpointer.has("held_out"):                 # the run stopped before its evaluation
             evaluate(plan.start, settings, world, state, held, checkpointer)
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
@@ -213,7 +214,7 @@ class HeldOut:
 
     mean_colour, blur  the loss of two baselines that learn nothing, (count,). None if the target
                        has another shape than the image
-    first              the model's loss at the first evaluation of this start"""
+    first              the model's loss at the first evaluation since the program was started"""
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
     count: int
@@ -520,7 +521,6 @@ def print_end(settings: Settings, world: Distributed, held: HeldOut | None,
 
 # ---- flags: name -> (default, kind, help). A recipe overrides a default, a typed flag both ----
 
-yes_no, share, positive, count = bool, number(float, 0, 1), number(float, 0), number(int, 1)
 FLAGS = {
     "data": {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), "
@@ -533,7 +533,7 @@ FLAGS = {
     "masking": {
         "mask_ratio": (0.6, number(float, -math.inf), "share of hidden patches, above 0 and below "
                        "1"),
-        "mask_size": (32, count, "side of a mask unit in pixels, at least the stride at the token"),
+        "mask_size": (32, COUNT, "side of a mask unit in pixels, at least the stride at the token"),
         "token_stage": (None, number(int, 0), "the token enters before stage N: 1 = after stem or "
                         "patch embedding (ViT: before block N), 4 = before the last stage of a "
                         "CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
@@ -548,37 +548,37 @@ FLAGS = {
                     "a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT "
                       "0.1, otherwise 0)"),
-        "patch_size": (16, count, "ViT only; 4 for images below 64 px"),
+        "patch_size": (16, COUNT, "ViT only; 4 for images below 64 px"),
         "stem": (None, STEMS, "ResNet only: imagenet (7x7, stride 2, pooling), or small (3x3, "
                  "stride 1), the default below 64 px"),
-        "window": (7, count, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 "
+        "window": (7, COUNT, "Swin only; 7 as in torchvision's weights, the authors use 6 at 192 "
                    "px"),
         **STAGE_FLAGS},
     "loss": {
-        "fourier_weight": (0.5, positive, "lambda, 0 = pixels only"),
+        "fourier_weight": (0.5, NONNEGATIVE, "lambda, 0 = pixels only"),
         "stand_in": ("mixed", STAND_INS, "constant at visible pixels in the Fourier loss: "
                      "mixed as released, prediction as in the paper"),
-        "visible_weight": (0.0, share, "share of the Fourier loss's gradient that visible "
+        "visible_weight": (0.0, FRACTION, "share of the Fourier loss's gradient that visible "
                            "pixels keep"),
         "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per "
                      "image as in the paper"),
-        "fourier_focal": (True, yes_no, "focal frequency loss, or mean focal L1 of |D|"),
-        "focal_pixels": (True, yes_no, "focal L1 over pixels, or plain L1")},
+        "fourier_focal": (True, bool, "focal frequency loss, or mean focal L1 of |D|"),
+        "focal_pixels": (True, bool, "focal L1 over pixels, or plain L1")},
     "optimiser": {
         "recipe": (None, ("imagenet", "small"), "as released, or for few images (< "
                    f"{FEW_IMAGES:,})"),
         "epochs": (300, number(float, 0.001, MAX_EPOCHS), "passes over the data; a fraction such "
                    "as 0.5 too"),
-        "batch_size": (None, count, "images per process and forward pass (GPU 256, CPU 32)"),
-        "accum": (1, count, "forward passes per optimiser step"),
-        "lr": (3e-4, positive, "AdamW's, per 512 images of the global batch"),
-        "token_lr": (0.1, positive, "factor on the lr of mask token and gamma"),
-        "min_lr": (1e-5, positive, "floor of the cosine, absolute"),
+        "batch_size": (None, COUNT, "images per process and forward pass (GPU 256, CPU 32)"),
+        "accum": (1, COUNT, "forward passes per optimiser step"),
+        "lr": (3e-4, NONNEGATIVE, "AdamW's, per 512 images of the global batch"),
+        "token_lr": (0.1, NONNEGATIVE, "factor on the lr of mask token and gamma"),
+        "min_lr": (1e-5, NONNEGATIVE, "floor of the cosine, absolute"),
         "schedule": ("cosine", ("cosine", "step"), "after warm-up: cosine, or constant and x0.1 "
                      "for the last eighth"),
-        "warmup_epochs": (None, positive, "10, or a tenth of a run shorter than 100"),
+        "warmup_epochs": (None, NONNEGATIVE, "10, or a tenth of a run shorter than 100"),
         "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
-        "clip_grad": (0.0, positive, "largest gradient norm, 0 = none")},
+        "clip_grad": (0.0, NONNEGATIVE, "largest gradient norm, 0 = none")},
     "run": {
         **RUN_FLAGS,
         "quick": (False, SWITCH, "100 steps on drawn shapes in under a minute, to try a change"),

@@ -111,12 +111,16 @@ def format_size(size: int | Sequence[int]) -> str:
 
 # ---- the flags of both stages ----
 
+COUNT = number(int, 1)
+FRACTION = number(float, 0, 1)
+NONNEGATIVE = number(float, 0)
+
 DATA_FLAGS = {
     "data_root": ("datasets", path("DIR"), "where torchvision's datasets are kept"),
     "download": (False, SWITCH, "fetch a torchvision dataset that is not there yet"),
     "workers": (None, number(int, 0, 256), "loader processes per process (cores per process - 1, "
                 "1 to 16)"),
-    "max_bad": (0.01, number(float, 0, 1), "stop if more than this share of the images cannot be "
+    "max_bad": (0.01, FRACTION, "stop if more than this share of the images cannot be "
                 "read"),
 }
 STAGE_FLAGS = {
