@@ -30,7 +30,7 @@ from engine.checkpointer import steps_per_epoch
 from engine.command import Distributed, Failed
 from engine.files import printable
 from engine.flags import height_width
-from engine.images import TorchvisionSet, name_some, print_once, reason
+from engine.images import UNREADABLE, TorchvisionSet, name_some, print_once, reason
 from engine.shapes import Shapes
 
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of Torch")
@@ -43,6 +43,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 MAX_WORKERS = 16                                             # of a process, by default
 MAX_PIXELS = 2**27                                           # more is a decompression bomb
+MAX_RATIO = 100                                              # of an image's sides
 
 
 def seed_for(*numbers: int) -> int:
@@ -112,7 +113,9 @@ class Folder:
                              f"ending in {', '.join(SUFFIXES)}")
         folders = []                                         # of the class of each image
         for name in names:
-            parts = name.split(os.sep)[is_split:-1]
+            parts = name.split(os.sep)[:-1]
+            if is_split:                                     # without train/ or val/
+                parts = parts[1:]
             folders.append(parts[0] if parts else "")
         classes = sorted(set(folders))
         self.classes = [printable(name, None) for name in classes]
@@ -134,7 +137,13 @@ class Folder:
         return printable(self.path(index), None)
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.path(index), self.min_side)
+        """The image, uint8 (3, H, W). Raises OSError as read_image does, and for an image so slim
+        that it would be enlarged enormously."""
+        image = read_image(self.path(index), self.min_side)
+        H, W = image.shape[1:]
+        if max(H, W) > MAX_RATIO * min(H, W):
+            raise OSError(f"{W} x {H} pixels are too slim")
+        return image
 
 
 class Subset:
@@ -161,8 +170,12 @@ def list_images(root: Path) -> list[str]:
 
     Links are followed, a loop of links once. If there are image files of other kinds, such as
     TIFF, their number is printed once."""
+    def tell(error: OSError) -> None:
+        print_once(f"{printable(str(error.filename))}: cannot be read ({error.strerror}); its "
+                   f"images are left out")
+
     found, others, seen = [], Counter(), set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=tell, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -239,13 +252,18 @@ def some_labels(source, labels: str | None, seed: int):
         return source
     count = re.fullmatch(r"(\d+)/class", labels)
     share = re.fullmatch(r"0?\.\d+|1(\.0*)?", labels)
-    if not (count and int(count[1]) or share and float(labels) > 0):
+    amount = 0.0
+    if count:
+        amount = int(count[1])
+    elif share:
+        amount = float(labels)
+    if amount <= 0:
         raise ValueError(f"--labels {printable(labels)}: must be a share such as 0.1, or a count "
                          f"such as 20/class")
     chosen = []
     for label, name in enumerate(source.classes):
         members = np.flatnonzero(source.labels == label)
-        k = int(count[1]) if count else max(1, round(float(labels) * len(members)))
+        k = amount if count else max(1, round(amount * len(members)))
         if k > len(members):
             raise ValueError(f"--labels {labels}: class {printable(name)} has {len(members)} "
                              f"images")
@@ -349,7 +367,8 @@ class RandAugment(nn.Module):
 
     Released: timm's 'rand-m<m>-mstd0.5-inc1'. The operations here are torchvision's, which grow
     with the magnitude too. They lack Invert and SolarizeAdd, have Identity, and 31 magnitudes.
-    Corners are filled with the mean colour."""
+    Corners are filled with (104, 116, 124), as released: the mean colour with red and blue
+    exchanged."""
 
     def __init__(self, magnitude: float):
         super().__init__()
@@ -400,11 +419,12 @@ class ImageDataset(Dataset):
         visit, index = key
         image, broken = None, -1
         tries = min(100, len(self))
-        for used in ((index + i) % len(self) for i in range(tries)):
+        for i in range(tries):
+            used = (index + i) % len(self)
             try:
                 image = self.source.read(used)
                 break
-            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except UNREADABLE:
                 broken = index
         if image is None:
             first = name_some(self.source, [index])

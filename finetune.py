@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,18 +28,18 @@ from torchvision.transforms import v2
 from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment, default_workers,
                   eval_transform, every_image_once, make_loader, normalise, open_images, seed_for,
                   some_labels)
-from engine.checkpointer import Checkpointer, StepPlan, make_folder, open_run
+from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder, open_run
 from engine.command import Distributed, command_line
 from engine.description import describe
 from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
                           SIDES, STAGE_FLAGS, SWITCH, Parser, checked, format_size, height_width,
                           number, path, remembered)
 from engine.images import UnreadableImages, name_some
-from engine.optim import Lamb, MovingAverage, layer_groups, lr_at, momentum_sgd
+from engine.optim import MovingAverage, layer_groups, lr_at, make_optimizer
 from engine.results import report, score, write_features
 from engine.settings import (all_defaults, resolve_batch, resolve_warmup, resumed,
                              settings_class)
-from engine.step import make_scaler, memory_format, take_step, wrap
+from engine.step import is_evaluated, make_scaler, memory_format, take_step, wrap
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
 
@@ -86,6 +85,7 @@ EXCEPTIONS = {  # as released: (recipe, arch) -> what differs
 # the peak at every batch size.
 LINEAR_SMALL = dict(optimizer="adamw", lr=1e-2, schedule="cosine", warmup_epochs=None)
 FEW_IMAGES = 100_000
+EMA_RAMP = 20                                                # epochs, as released
 
 
 # ---- one training step ----
@@ -277,9 +277,7 @@ def evaluate_epoch(done: int, settings: Settings, world: Distributed, state: Tra
                    best: BestEpoch, checkpointer: Checkpointer) -> dict | None:
     """At the end of every --eval-every epochs and of the run: the accuracies; keeps best.pt."""
     plan = state.plan
-    epoch, inside = divmod(done, plan.per_epoch)
-    is_due = inside == 0 and epoch % settings.eval_every == 0
-    if done == 0 or done < plan.total and not is_due:
+    if not is_evaluated(done, plan, settings.eval_every):
         return None
     result = evaluate(state.evaluated, settings, world, state)
     world.print0(f"epoch {done / plan.per_epoch:g}: top-1 {100 * result['top1']:.2f} %")
@@ -315,7 +313,9 @@ def outputs(f, loader: DataLoader, labels: Tensor, settings: Settings, world: Di
     parts, bad = [], [torch.zeros(0, dtype=torch.long)]
     for images, index, broken in loader:
         is_read = broken < 0
-        if not is_read.all():                                # the copy would not be pinned
+        # Indexing makes a copy in ordinary memory, which goes to the GPU more slowly. So it is
+        # done only where an image is missing.
+        if not is_read.all():
             images, index = images[is_read], index[is_read]
         bad.append(broken[~is_read])
         images = normalise(images, world.device).contiguous(memory_format=state.memory_format)
@@ -390,9 +390,7 @@ def start(typed: dict, world: Distributed) -> tuple:
 
     Returns (settings, checkpoint to resume from, images to train on, images for validation)."""
     world.set_device(typed.get("device"))
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
-                                world_size=world.size)
+    world.join()
     asked = asked_for(typed)
     kind = "eval" if asked["eval_only"] else asked["recipe"]
     kind += "-scratch" if asked["init"] and not asked["eval_only"] else ""
@@ -425,7 +423,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
         transform = augment(settings)
     else:
         batches = every_image_once(len(source), at_once, world)
-        transform = eval_transform(size, settings.test_crop)
+        transform = eval_transform(test_size, settings.test_crop)
     samples = ImageDataset(source, transform, settings.seed)
     loader = make_loader(samples, batches, settings.workers, world)
     val_batches = every_image_once(len(val), at_once, world)
@@ -457,10 +455,8 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     model, net = wrap(model, settings, world, layout)
 
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=not world.on_mps)
-    sgd = partial(momentum_sgd, fused=not world.on_mps)
-    optimizer = {"lamb": Lamb, "sgd": sgd, "adamw": adamw}[settings.optimizer](groups, lr=0.0)
-    ema = MovingAverage(model, settings.ema, 20 * plan.per_epoch) if settings.ema else None
+    optimizer = make_optimizer(settings.optimizer, groups, world)
+    ema = MovingAverage(model, settings.ema, EMA_RAMP * plan.per_epoch) if settings.ema else None
     unreadable = UnreadableImages(source, settings.max_bad, settings.out)
     labels = torch.from_numpy(source.labels).long()
     val_labels = torch.from_numpy(val.labels).long()
@@ -476,6 +472,8 @@ def open_data(asked: dict, world: Distributed) -> tuple:
     size = height_width(asked["image_size"])                 # (H, W)
     test_size = height_width(asked["test_size"] or asked["image_size"])
     training = trains(asked["recipe"], asked["eval_only"])
+    if not training:                                         # all images are seen as in tests
+        size = test_size
     one_set = asked["recipe"] == "features"
     is_named = data in NAMED
     opened = partial(open_images, data, root=asked["data_root"], labelled=is_named or not one_set)
@@ -592,13 +590,15 @@ def parse(argv: list[str] | None) -> dict:
     """The flags that were typed, with their values. Raises ValueError for a wrong or missing
     one."""
     typed = vars(make_parser().parse_args(argv))
-    if typed.get("resume") and "out" in typed:               # the rest is in the checkpoint
+    if is_remembered(typed):                                 # the rest is in the checkpoint
         return typed
     if "data" not in typed:
         raise ValueError(f"--data is missing: a folder of labelled images, or one of "
                          f"{', '.join(NAMED)}")
     if ("weights" in typed) == ("init" in typed):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
+    if "eval_only" in typed and "init" in typed:
+        raise ValueError("--eval-only: needs --weights, such as best.pt of a run")
     if asked_for(typed)["arch"] is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try "
                          "--arch resnet18")

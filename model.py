@@ -617,7 +617,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                  # (B, 1 + N, C) -> same
         B, N, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, -1)
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, 1 + N, C / heads)
         rows = self.relative_position_index.flatten()
         position = self.relative_position_bias_table.T.index_select(1, rows)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Container
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
@@ -330,9 +329,7 @@ def start(typed: dict, world: Distributed) -> tuple:
 
     Returns (settings, checkpoint to resume from, images to train on, held-out images)."""
     world.set_device(typed.get("device"))
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
-                                world_size=world.size)
+    world.join()
     asked = asked_for(typed)
     name = f"{Path(asked['data']).resolve().name}-{asked['arch']}"
     name += f"-{asked['baseline']}" if asked["baseline"] else ""

@@ -1373,6 +1373,13 @@ def test_classifiers_keep_torchvisions_names_and_outputs():
         close(net(images), reference(images), atol=1e-4, rtol=1e-4)
 
 
+def test_a_vit_takes_a_batch_without_images():
+    """Such as the last one of an evaluation, if its only image cannot be read."""
+    classifier = model.Classifier("deit_tiny", build_encoder("deit_tiny", 64), 3)
+    with torch.no_grad():
+        assert classifier(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
+
+
 def test_a_vit_classifier_averages_patches_under_a_fresh_norm():
     encoder = build_encoder("deit_tiny", 64)
     with torch.no_grad():
@@ -1496,7 +1503,8 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(
     net.load_state_dict(torch.load(backbone))
     net.eval().fc = nn.Identity()                            # what is left is pooled
     crop = tvf.InterpolationMode.BICUBIC
-    flags = ["--weights", str(backbone), "--image-size", "48", "32"]
+    # frozen features are those of the test size
+    flags = ["--weights", str(backbone), "--image-size", "96", "--test-size", "48", "32"]
     flags += "--arch resnet18 --recipe features --workers 0 --amp off".split()
     for name, labels, classes in (
         # test/c0/0.png, train/c0/0.png ... val/c0/1.png

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from torch import Tensor
 from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .description import write_description
-from .files import (all_finite, append_line, lock_folder, make_and_lock, peak_memory_mb, printable,
-                    read_checkpoint, read_lines, refuse_odd_files, save_atomically,
-                    trim_log, write_text_atomically)
+from .files import (all_finite, append_line, check_folder, lock_folder, make_and_lock,
+                    peak_memory_mb, printable, read_checkpoint, read_lines, refuse_odd_files,
+                    save_atomically, trim_log, write_text_atomically)
 from .flags import accepts, format_size
 from .pictures import save_curve
 from .progress import Progress, RunningMeans, TimedBatches
@@ -57,6 +56,16 @@ def open_run(typed: dict, world: Distributed, program: str, name: str,
                              f"--out, or --data and the flags of the run to start it")
         world.print0(f"{out}: no checkpoint yet, starting from the beginning")
     return out, checkpoint
+
+
+def is_remembered(typed: dict) -> bool:
+    """Does a checkpoint hold the settings of a run, so that no flag has to be typed?
+
+    True without --data, too: `open_run` then says that there is no checkpoint."""
+    if not typed.get("resume") or "out" not in typed:
+        return False
+    files = ("checkpoint.pt", "checkpoint-previous.pt")
+    return "data" not in typed or any((Path(typed["out"]) / file).exists() for file in files)
 
 
 def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
@@ -99,14 +108,7 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
     there = [file for file in results if (out / file).exists()]
     if there and not begun:
         raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
-    try:                                                     # can a file be written there?
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        for folder in made:
-            folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
+    check_folder(out)
     return str(out)
 
 
@@ -298,7 +300,7 @@ class Checkpointer:
     # ---- files ----
 
     def write(self, name: str, action, *given) -> bool:
-        """Writes the file `name` by action(*given). True if that failed.
+        """Writes the file `name` by action(*given). False if that failed.
 
         A full disk does not end the run: the old file is kept, and `finish` fails unless the file
         is written later."""
@@ -307,9 +309,9 @@ class Checkpointer:
         except OSError as error:
             self.world.print0(f"step {self.done}: {name} not written ({error})")
             self.not_written[name] = str(error)
-            return True
+            return False
         self.not_written.pop(name, None)
-        return False
+        return True
 
     def save(self) -> None:
         """Writes `exports`, checkpoint.pt and loss.png. Raises OSError if that fails."""
@@ -329,9 +331,10 @@ class Checkpointer:
         """Puts a checkpoint back. The scale of the lr, the weight decay and `fused` are those of
         this start, and not the checkpoint's."""
         optimizer = self.saved["optimizer"]
-        of_now = ("scale", "weight_decay", "fused")
-        typed = [{name: group[name] for name in of_now if name in group}
-                  for group in optimizer.param_groups]
+        of_this_start = []
+        for group in optimizer.param_groups:
+            names = [name for name in ("scale", "weight_decay", "fused") if name in group]
+            of_this_start.append({name: group[name] for name in names})
         same_amp = checkpoint["args"].get("amp") == self.settings.amp
         for name, kept in self.saved.items():
             # a scale that was fixed at 1 for bf16 would let the gradients of fp16 underflow
@@ -339,7 +342,7 @@ class Checkpointer:
                 self.load_one(name, kept, checkpoint)
         try:
             put_moments_in_memory_order(optimizer)
-            for group, values in zip(optimizer.param_groups, typed):
+            for group, values in zip(optimizer.param_groups, of_this_start):
                 group.update(values)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(self.of_another_model(checkpoint)) from None
@@ -379,8 +382,10 @@ class Checkpointer:
         is_missing = self.world.broadcast_from_rank0(lambda: not file.is_file())
         if value <= best[name] and not is_missing:
             return
-        failed = self.world.rank == 0 and self.write("best.pt", save_atomically, weights, file)
-        if not any(self.world.all_reduce_max(int(failed))):
+        is_written = True
+        if self.world.rank == 0:
+            is_written = self.write("best.pt", save_atomically, weights, file)
+        if not any(self.world.all_reduce_max(int(not is_written))):
             best.update({name: value, "epoch": self.done / self.plan.per_epoch})
 
     def save_whole_steps(self, error: Exception) -> None:

@@ -102,6 +102,12 @@ class Distributed:
             torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = self.on_cuda and fixed_sizes
 
+    def join(self) -> None:
+        """Joins the processes of torchrun. Does nothing for a process alone."""
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group(self.backend, store=self.rendezvous_store(), rank=self.rank,
+                                    world_size=self.size)
+
     def rendezvous_store(self):
         """The store in which the processes find one another.
 
@@ -160,11 +166,15 @@ class Distributed:
             raise ValueError(error)
         return result
 
-    def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes. All take part."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in place. All take part."""
         if self.size > 1:
             dist.all_reduce(values)
-        return values / self.size
+        return values
+
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes. All take part."""
+        return self.all_reduce_sum(values) / self.size
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
         """The maximum of each number over the processes. All take part."""

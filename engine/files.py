@@ -1,6 +1,7 @@
 """Everything a run writes: its folder and the lock on it, checkpoints, log lines.
 
     lock_folder         one run at a time in a folder
+    check_folder        can files be written into a folder?
     load_checked        torch.load for files that may be damaged
     replace_atomically  a file is the old one or the new one, never half of either
     read_checkpoint     the last checkpoint that is whole
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Iterator
@@ -62,6 +64,22 @@ def lock_folder(out: Path) -> None:
               file=sys.stderr)
         return
     locks[key] = file
+
+
+def check_folder(out: Path) -> None:
+    """Makes the folder, writes into it, and removes both again. Raises ValueError if that fails."""
+    made = []
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {printable(str(out))}: cannot be written ({error.strerror}); "
+                         "choose another folder") from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def release_locks() -> None:
@@ -137,7 +155,7 @@ def disk_error(error: OSError, folder: Path) -> str:
 def write_text_atomically(path: Path, text: str, fix: str = "") -> None:
     """Writes a text by `replace_atomically`."""
     with replace_atomically(path, fix) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> None:
@@ -177,7 +195,12 @@ def read_checkpoint(out: Path) -> dict | None:
         try:
             state = load_checked(path)
             is_whole = is_checkpoint(state)
-        except Exception:                                    # torch.load raises many types
+        except MemoryError:
+            raise
+        except Exception as error:                           # torch.load raises many types
+            if isinstance(error, PermissionError):
+                raise ValueError(f"{printable(str(path))}: cannot be opened ({error.strerror})"
+                                 ) from None
             is_whole = False
         if is_whole:
             return dict(state, args=with_new_names(state["args"]), path=str(path))

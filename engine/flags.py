@@ -38,8 +38,10 @@ def number(kind: type, low: float, high: float = math.inf):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             what = "an integer" if kind is int else "a number"
-            limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{printable(text)}: must be {what} {limits}")
+            limits = f" of at least {low}" if low > -math.inf else ""
+            if high < math.inf:
+                limits = f" from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{printable(text)}: must be {what}{limits}")
         return value
     read.metavar = "N" if kind is int else "X"
     return read
@@ -141,7 +143,7 @@ RUN_FLAGS = {
     "channels_last": (True, bool, "memory format of CNNs"),
     "tensorboard": (False, bool, "write the numbers of log.jsonl and the pictures for TensorBoard, "
                     "too"),
-    "log_every": (10, number(int, 1), "steps between lines of log.jsonl"),
+    "log_every": (10, COUNT, "steps between lines of log.jsonl"),
     "save_every": ("10m", how_often, "steps, or minutes such as 10m, between checkpoints; the run "
                    "ends with a checkpoint, too"),
 }

@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.datasets as tvd
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from .command import Distributed, Failed
 from .files import printable
+
+
+# what reading an image raises; Pillow has no one type for damage
+UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def reason(error: BaseException) -> str:
@@ -49,6 +54,9 @@ class TorchvisionSet:
         try:
             self.data = open_torchvision(name, split, root, download, labelled)
         except RuntimeError:
+            if download:
+                raise ValueError(f"--data {name}: the files in --data-root {shown} are damaged; "
+                                 f"remove them, and give the command again") from None
             raise ValueError(f"--data {name}: not found in --data-root {shown}; add --download to "
                              f"fetch it") from None
         except OSError as error:                             # also if the network does not answer
@@ -155,4 +163,5 @@ class UnreadableImages:
 
     def write_list(self) -> None:
         names = [self.source.name(index) for index in sorted(self.seen)]
-        (self.out / "broken.txt").write_text("".join(f"{name}\n" for name in names))
+        text = "".join(f"{name}\n" for name in names)
+        (self.out / "broken.txt").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
     lr_at              the learning rate of a step
     parameter_groups   pre-training: the mask token has an lr of its own
     layer_groups       fine-tuning: layer-wise lr decay
+    make_optimizer     AdamW, SGD or LAMB, by name
     momentum_sgd       torch's SGD, safe to start
     Lamb               an optimiser that torch lacks
     MovingAverage      of the weights (EMA)
@@ -13,6 +14,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from .command import Distributed
 
 # ---- learning rates ----
 
@@ -116,7 +119,17 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float,
     return rows
 
 
-# ---- SGD and LAMB ----
+# ---- AdamW, SGD and LAMB ----
+
+def make_optimizer(name: str, groups: list[dict], world: Distributed) -> torch.optim.Optimizer:
+    """'adamw', 'sgd' or 'lamb' over parameter groups. The lr is set before each step."""
+    if name == "lamb":
+        return Lamb(groups, lr=0.0)
+    fused = not world.on_mps
+    if name == "sgd":
+        return momentum_sgd(groups, lr=0.0, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
 
 def momentum_sgd(groups: list[dict], lr: float, fused: bool) -> torch.optim.SGD:
     """SGD with momentum 0.9. If it is fused, GradScaler can skip a step without waiting for a GPU.

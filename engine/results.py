@@ -28,8 +28,8 @@ def score(best: Tensor, labels: Tensor, classes: int, world: Distributed) -> dic
     All processes take part, each with its own images."""
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
     in_top5 = (best == labels[:, None]).sum()
-    counts = torch.cat([confusion, in_top5[None]]).cpu().double()            # (C * C + 1,)
-    counts = (world.all_reduce_mean(counts) * world.size).round().long()     # the sum
+    counts = torch.cat([confusion, in_top5[None]]).cpu()     # (C * C + 1,)
+    counts = world.all_reduce_sum(counts)
     confusion = counts[:-1].view(classes, classes)
     images = confusion.sum().item()
     top1 = confusion.diag().sum().item() / images

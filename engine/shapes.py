@@ -135,8 +135,8 @@ class Shapes:
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
         canvas = texture(rng, x, y, ground)
-        with_second = rng.random() < 0.5
-        for main in (False, True) if with_second else (True,):
+        has_second = rng.random() < 0.5
+        for main in ([False, True] if has_second else [True]):
             kind = self.labels[index] if main else rng.integers(len(SHAPES))
             radius = rng.uniform(0.30, 0.42) if main else rng.uniform(0.09, 0.16)
             reach = 0.1 if main else 0.5                     # from the middle, in image sides

@@ -4,14 +4,16 @@
     wrap             device, SyncBN, torch.compile and DDP around a model
     make_scaler      the GradScaler
     take_step        the optimiser's step, after the backward passes
+    is_evaluated     is there an evaluation after this step?
 
-pretrain.py has the same lines in plain sight, and imports nothing from here.
+pretrain.py has its own lines in plain sight, and imports nothing from here.
 """
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from .checkpointer import StepPlan
 from .command import Distributed
 
 
@@ -52,3 +54,10 @@ def take_step(state, settings) -> None:
     state.scaler.step(state.optimizer)
     state.scaler.update(None if settings.amp == "fp16" else 1.0)             # adapts for fp16 only
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def is_evaluated(done: int, plan: StepPlan, every: int) -> bool:
+    """After `done` steps: at the end of every `every` epochs, and of the run."""
+    epoch, inside = divmod(done, plan.per_epoch)
+    is_due = inside == 0 and epoch % every == 0
+    return done > 0 and (is_due or done >= plan.total)

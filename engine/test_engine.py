@@ -61,6 +61,7 @@ def test_of_several_processes_each_test_is_run_by_one(tmp_path):
     ("--arch resnet51", "argument --arch: arch 'resnet51': must be one of resnet18"),
     ("--lr -1", "argument --lr: -1: must be a number of at least 0"),
     ("--lr nan", "argument --lr: nan: must be a number"),
+    ("--mask-ratio half", "argument --mask-ratio: half: must be a number; see --help"),
     ("--epochs 0", "argument --epochs: 0: must be a number from 0.001 to 100000"),
     ("--epochs 1e18", "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
     ("--sheets 2000000000", "argument --sheets: 2000000000: must be an integer from 0 to 1000"),
@@ -185,6 +186,9 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
         (["--data", "flat", *resnet], "needs a folder for each class, at least two"),
         ([*shapes, *resnet, "--eval-only"], "its head tells 1000 classes apart, the data has 10"),
         (["--resume"], "--data is missing"),
+        (["--resume", "--out", "new", *shapes, "--arch", "resnet18"], "give --weights FILE"),
+        ([*shapes, "--init", "scratch", "--arch", "resnet18", "--eval-only"],
+         "--eval-only: needs --weights"),
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2, said

@@ -565,6 +565,33 @@ def test_image_files_of_other_kinds_are_counted_and_named_once(tmp_path, capsys)
 
 # ---- images that cannot be read ----
 
+def test_a_folder_that_may_not_be_read_is_named_and_its_images_are_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paint(tmp_path / name / "0.png")
+    scan = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "a":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert data.list_images(tmp_path) == ["b/0.png"]
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}/a: cannot be read (Permission denied); its images are left out\n"
+
+
+def test_an_image_so_slim_that_a_crop_would_enlarge_it_enormously_is_refused(tmp_path):
+    Image.new("RGB", (2, 202)).save(tmp_path / "slim.png")
+    Image.new("RGB", (2, 200)).save(tmp_path / "thin.png")
+    source = data.Folder(tmp_path, "train")
+    with pytest.raises(OSError, match="^2 x 202 pixels are too slim$"):
+        source.read(0)
+    assert source.read(1).shape == (3, 200, 2)
+
+
 def test_whatever_is_wrong_with_an_image_is_an_oserror_of_one_line(tmp_path):
     said = {}
     for name in spoil(tmp_path):

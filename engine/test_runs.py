@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -825,6 +826,14 @@ def test_a_checkpoint_with_weights_that_are_nan_is_not_resumed(few_images, capsy
     torch.save(state, tmp_path / "checkpoint.pt")
     code, said = complaint(capsys, "--out", tmp_path, "--resume")
     assert code == 2 and "weights that are NaN" in said
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint.pt").touch()
+    refused = PermissionError(13, "Permission denied")
+    monkeypatch.setattr(files, "load_checked", Mock(side_effect=refused))
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be opened .Permission denied."):
+        files.read_checkpoint(tmp_path)
 
 
 # ---- faults: losses and weights that are not finite ----

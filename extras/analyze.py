@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import NAMED, normalise, seed_for
 from engine.command import Failed, Distributed, command_line
 from engine.files import printable
-from engine.flags import (RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults, format_size,
-                          height_width, number, path, remembered)
+from engine.flags import (COUNT, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defaults,
+                          format_size, height_width, number, path, remembered)
 from extras import inside
 from extras.chart import Panel, charts, check_matplotlib
 from extras.output import check_folder, free_name, writing
@@ -284,12 +283,12 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
         hits = {name: torch.zeros(len(part), 4, SEEDS, len(counts)) for name in nets}
 
         @torch.no_grad()
-        def see(x: Tensor, kind: int | slice, seed: int | slice, step: int) -> None:
+        def is_right(net, x: Tensor) -> Tensor:              # (B,)
+            return (net(x).argmax(1) == labels).float().cpu()
+
+        def see(x: Tensor, kind: int, seed: int, step: int) -> None:
             for name, net in nets.items():                   # the same images for all weights
-                hit = (net(x).argmax(1) == labels).float().cpu()
-                if isinstance(kind, slice):
-                    hit = hit[:, None, None]
-                hits[name][:, kind, seed, step] = hit
+                hits[name][:, kind, seed, step] = is_right(net, x)
             bar.update()
 
         def noise(seed: int, count: int) -> Tensor:
@@ -306,7 +305,10 @@ def occlusion(args: SimpleNamespace, world: Distributed) -> Result:
                 return torch.where(resize_mask(mask, size), black, images)
             return fill_hidden(images, mask, args.fill)
 
-        see(images, slice(None), slice(None), 0)             # nothing hidden, nothing moved
+        # nothing hidden, nothing moved: the same for all kinds and seeds
+        for name, net in nets.items():
+            hits[name][:, :, :, 0] = is_right(net, images)[:, None, None]
+        bar.update()
         for seed in range(SEEDS):
             orders = inside.patch_orders(matter, noise(seed, patches))
             for kind, order in enumerate(orders.values()):
@@ -439,9 +441,7 @@ def mim(args: SimpleNamespace, world: Distributed) -> Result:
 def analyse(args: SimpleNamespace, world: Distributed) -> None:
     """Runs one analysis; rank 0 writes. Raises ValueError for a mistake."""
     world.set_device(args.device)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
-                                world_size=world.size)
+    world.join()
     args.quiet = world.rank > 0
     out = Path(world.broadcast_from_rank0(lambda: choose_folder(args)))
     lines, found, panels = ANALYSES[args.what](args, world)
@@ -467,7 +467,6 @@ def choose_folder(args: SimpleNamespace) -> str:
 
 
 ANALYSES = {f.__name__: f for f in (fourier, interactions, occlusion, mim)}
-count = number(int, 1)
 FLAGS = {
     "what is looked at": {
         "data": ("shapes", path("DIR"),
@@ -478,13 +477,13 @@ FLAGS = {
         "image_size": (None, SIDES,
                        "side in pixels, or height and width (of the first weights, else 96)"),
         "arch": (None, checked("NAME", get_family), "backbone (from args.json beside the weights)"),
-        "patch_size": (None, count, "ViT only (as trained)"),
-        "window": (None, count, "Swin only (as trained)"),
+        "patch_size": (None, COUNT, "ViT only (as trained)"),
+        "window": (None, COUNT, "Swin only (as trained)"),
         "stem": (None, STEMS, "ResNet only (as trained)"),
     },
     "interactions and occlusion": {
         "grid": (8, number(int, 2, 64), "patches along the shorter side"),
-        "pairs": (6, count, "pairs of patches of an image"),
+        "pairs": (6, COUNT, "pairs of patches of an image"),
         "contexts": (10, number(int, 2), "sets of other patches, of a pair and order"),
         "fill": ("black", ("black", "zero", "mean"),
                  "of hidden patches; A2MIM has seen mean in pre-training"),
@@ -507,7 +506,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     usage = ("%(prog)s {fourier,interactions,occlusion,mim} --weights NAME=FILE ... "
              "[options]")
     parser = Parser("analyze.py", usage, __doc__, FLAGS, {})
-    parser.epilog = None
     parser.add_argument("what", choices=ANALYSES)
     parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE",
                         help="files, or random")

@@ -44,7 +44,8 @@ import finetune
 import pretrain
 from data import CropAndFlip, Folder, ImageDataset, make_loader, normalise
 from engine.command import Distributed, command_line
-from engine.flags import AMP, MAX_SIDE, Parser, checked, defaults, number, path
+from engine.files import printable
+from engine.flags import AMP, COUNT, MAX_SIDE, Parser, checked, defaults, number, path
 from engine.shapes import Shapes
 from extras.chart import bars, check_matplotlib
 from extras.output import check_folder, free_name, writing
@@ -112,13 +113,13 @@ def prepared(program, flags: str, world: Distributed) -> tuple:
     """(settings, state) of a run of pretrain or finetune, before its first step."""
     asked = program.asked_for(program.parse(flags.split()))
     if program is pretrain:
-        images = (pretrain.open_source(asked), None)
-        settings = pretrain.resolve(asked, len(images[0]), world)
-        state, *_ = pretrain.prepare(settings, world, None, *images)
+        source = pretrain.open_source(asked)
+        settings = pretrain.resolve(asked, len(source), world)
+        state, *_ = pretrain.prepare(settings, world, None, source, None)
     else:
-        images = finetune.open_data(asked, world)            # to train on, for validation
-        settings = finetune.resolve(asked, len(images[0]), world)
-        state = finetune.prepare(settings, world, None, *images)
+        source, val = finetune.open_data(asked, world)
+        settings = finetune.resolve(asked, len(source), world)
+        state = finetune.prepare(settings, world, None, source, val)
     state.model.train()
     return settings, state
 
@@ -263,11 +264,11 @@ def images_per_second(a, b, count: int, rounds: int) -> tuple[list[float], list[
 def loader(args: SimpleNamespace) -> list[dict]:
     with jpeg_files(args.data) as (source, kind):
         count = min(320, len(source))
-        names = [source.name(i) for i in range(count)]
+        files = [source.path(i) for i in range(count)]
 
         def decode():
-            for name in names:
-                decode_image(name, ImageReadMode.RGB)
+            for file in files:
+                decode_image(file, ImageReadMode.RGB)
 
         a, b = images_per_second(one_pass(source, count), decode, count, args.rounds)
     return [row(f"loader on one core, {count} {kind}, crop 224", "decoding the files alone", a, b,
@@ -336,10 +337,10 @@ FLAGS = {
     "what is measured": {
         "data": (None, path("DIR"), "a folder of JPEG files for the loader (drawn ones)"),
         "arch": ("resnet50", checked("NAME", get_family), "backbone"),
-        "batch_size": (None, number(int, 1), "images per step (CPU 16, GPU 128)"),
+        "batch_size": (None, COUNT, "images per step (CPU 16, GPU 128)"),
         "image_size": (224, number(int, 32, MAX_SIDE), "side in pixels"),
         "amp": ("off", tuple(AMP), "mixed precision of both sides"),
-        "rounds": (7, number(int, 1), "turns that count")},
+        "rounds": (7, COUNT, "turns that count")},
     "where it goes": {
         "out": (None, path("DIR"),
                 "files in this folder are replaced (runs/bench, numbered if taken)")},
@@ -359,6 +360,8 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
     out = Path(args.out) if args.out else free_name(Path("runs/bench"))
     check_folder(out)
     random_mask(1, mask_grid((args.image_size, args.image_size), 32))        # raises if too small
+    if args.data and not Path(args.data).is_dir():
+        raise ValueError(f"--data {printable(args.data)}: no such folder")
     if args.data and {"loader", "shrunk"} & set(args.rows):
         Folder(Path(args.data), "train")
     if "scaling" in args.rows:
@@ -398,7 +401,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
     usage = "%(prog)s [--data DIR] [--rows NAME ...] [options]"
     parser = Parser("bench.py", usage, __doc__, FLAGS, {})
-    parser.epilog = None
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
                         help=f"some of {', '.join(ROWS)} (all)")
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})

@@ -157,7 +157,9 @@ def voc_content(root: Path, part: str, held_out: str | None) -> tuple[Path, dict
     told = printable(str(voc_list(root, part, held_out)))
     names = listed(root, part, held_out)
     pictures = {}
-    for file in sorted(os.listdir(root / "JPEGImages")) if (root / "JPEGImages").is_dir() else ():
+    folder = root / "JPEGImages"
+    files = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for file in files:
         stem, suffix = os.path.splitext(file)
         if suffix.lower() in SUFFIXES:
             pictures[stem] = file
@@ -174,7 +176,8 @@ def voc_content(root: Path, part: str, held_out: str | None) -> tuple[Path, dict
             parsed[name] = read_xml(root / "Annotations" / f"{name}.xml")
         except ValueError as error:
             failed[name] = str(error)
-    failed = {name: why for name, why in failed.items() if name in set(names)}
+    is_listed = set(names)
+    failed = {name: why for name, why in failed.items() if name in is_listed}
     if failed:
         name, why = next(iter(failed.items()))
         raise ValueError(f"{told}: {len(failed)} of {len(names)} annotations cannot be read, the "
@@ -309,7 +312,9 @@ class Objects:
             raise ValueError(f"{told}: cannot be read as COCO's annotations "
                              f"({printable(why)})") from None
         if not images or not names:
-            what = "classes" if images else "images with objects" if train else "images"
+            what = "classes"
+            if not images:
+                what = "images with objects" if train else "images"
             raise ValueError(f"{told}: holds no {what}")
         if unlisted:
             self.notes.append(f"{told}: {len(unlisted)} annotations are of images that are not "
@@ -401,7 +406,7 @@ class Objects:
     def check(self, one: dict) -> None:
         """Raises ValueError, with the reason, for an object that cannot be learnt from."""
         kind = one.get("category_id")
-        if kind not in list(self.label_of):
+        if kind not in list(self.label_of):                  # a list: a file may give any type
             raise ValueError(f"an object of class {short(kind)}, which is not in the list")
         if one.get("bbox") in (None, []):
             raise ValueError("an object without a box")

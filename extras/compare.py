@@ -30,7 +30,6 @@ own folder. If the command is started again, it runs only what is missing.
 
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -41,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import NAMED
+from data import NAMED, usable_cores
 from engine.command import Distributed, command_line
 from engine.files import printable
 from engine.flags import (MAX_EPOCHS, SIDES, SWITCH, Parser, Several, checked, defaults,
@@ -133,7 +132,10 @@ def heading(settings: Settings) -> str:
     data = printable(Path(settings.data).name)
     if settings.is_dense and settings.is_drawn:
         data = "drawn scenes"
-    size = f", {format_size(settings.image_size)}" if settings.image_size else ""
+    size = ""
+    if settings.image_size:
+        size = f", {format_size(settings.image_size)}"
+        size += " in pre-training" if settings.is_dense and settings.is_drawn else ""
     return f"{settings.arch} on {data}{size}"
 
 
@@ -150,7 +152,7 @@ def explanation(settings: Settings) -> str:
         score = f"extras/{settings.task}.py, the best epoch on {settings.split_val or 'val'}, "
         score += f"scored on {settings.split_test}"
     count, seeds = settings.pretrain_seeds, settings.seeds
-    over = f"{count} pre-training seed{'s' * (count > 1)}"
+    over = f"{count} pre-training seed" + ("s" if count > 1 else "")
     if seeds > count:
         over += f", each the mean of its label seeds ({seeds} in all)"
     return f"{epochs}; {score}; in percent, mean ± standard deviation over {over}"
@@ -242,8 +244,9 @@ def ablation_table(settings: Settings, found: dict[str, list[float]]) -> list[st
     """Lines of the table. found: see read_ablations."""
     seeds = settings.ablation_seeds
     epochs = as_text(settings.pretrain_epochs * ABLATION_SHARE)
+    plural = "s" if seeds > 1 else ""
     lines = [f"Ablations: pre-training of {epochs} epochs, {title_of(settings.few[0])}, "
-             f"{seeds} seed{'s' * (seeds > 1)}",
+             f"{seeds} seed{plural}",
              "", "| change | top-1 | against none |", "|---|---|---|"]
     own = ", ".join(OWN[settings.family])
     for title, scores in found.items():
@@ -257,10 +260,6 @@ def ablation_table(settings: Settings, found: dict[str, list[float]]) -> list[st
 
 
 # ---- flags ----
-
-def check_arch(name: str) -> None:
-    get_family(name)
-
 
 def check_arm(name: str) -> None:
     if name not in ARMS:
@@ -276,14 +275,14 @@ def check_amount(text: str) -> None:
                          f"9/class, or all")
 
 
-some = number(int, 1, 1000)
-epochs = number(float, 0.001, MAX_EPOCHS)
+SEEDS = number(int, 1, 1000)
+EPOCHS = number(float, 0.001, MAX_EPOCHS)
 FLAGS = {
     "what is compared": {
         "data": (None, path("DIR"), f"a folder with train/<class>/ and val/<class>/, or one of "
                  f"{', '.join(NAMED)} (shapes); --task: a set of extras/segment.py or "
                  f"extras/detect.py (drawn scenes)"),
-        "arch": (None, checked("NAME", check_arch), "backbone (resnet18; --weights-of: theirs)"),
+        "arch": (None, checked("NAME", get_family), "backbone (resnet18; --weights-of: theirs)"),
         "arms": ((), Several(checked("NAME", check_arm)),
                  f"some of {', '.join(ARMS)}; the first is compared with each of the others "
                  f"(shapes: all; otherwise without scratch-long)"),
@@ -292,18 +291,18 @@ FLAGS = {
         "split_val": (None, checked("NAME", check_part), "--task: the part to evaluate on"),
         "split_test": (None, checked("NAME", check_part), "--task: score the best epoch on this "
                        "part (none: the last epoch, on --split-val)"),
-        "image_size": (None, SIDES, "of pre-training and fine-tuning (64; drawn scenes: 96; "
-                       "--weights-of: the recipe's)"),
+        "image_size": (None, SIDES, "of pre-training and fine-tuning (64); drawn scenes: of "
+                       "pre-training alone (96); --weights-of: the recipe's"),
         "few": ((), Several(checked("X", check_amount)), "amounts of labels, each a share such as "
                 "0.1, a count such as 9/class, or all; the linear probe has the first (0.1; "
                 "shapes: 0.05 all)"),
-        "seeds": (None, some, "label seeds (5; --task: 3)"),
-        "pretrain_seeds": (None, some, "pre-training seeds (3; shapes: as many as --seeds; "
+        "seeds": (None, SEEDS, "label seeds (5; --task: 3)"),
+        "pretrain_seeds": (None, SEEDS, "pre-training seeds (3; shapes: as many as --seeds; "
                            "--weights-of: all that are there)")},
     "how long": {
-        "pretrain_epochs": (None, epochs, f"of pre-training ({PRETRAIN_EPOCHS}; shapes: CNN 1, "
+        "pretrain_epochs": (None, EPOCHS, f"of pre-training ({PRETRAIN_EPOCHS}; shapes: CNN 1, "
                             f"ViT 2.4, Swin 1.2; drawn scenes: {SCENE_EPOCHS})"),
-        "tune_epochs": ((), Several(epochs), f"of fine-tuning, one number or one for each of "
+        "tune_epochs": ((), Several(EPOCHS), f"of fine-tuning, one number or one for each of "
                         f"--few ({TUNE_EPOCHS}; with less than {FEW} of the labels "
                         f"{TUNE_EPOCHS_OF_FEW})"),
         "ablation_seeds": (None, number(int, 0, 1000), "shapes only, 0: no ablations (1)"),
@@ -354,18 +353,11 @@ def resolve(typed: dict) -> Settings:
         asked["ablation_seeds"] = int(is_shapes)
 
     if asked["jobs"] is None:
-        asked["jobs"] = 1 if torch.accelerator.is_available() else core_count()
+        asked["jobs"] = 1 if torch.accelerator.is_available() else usable_cores()
     about = "scenes" if is_dense and is_drawn else Path(asked["data"]).absolute().name
     quick = "-quick" if asked["quick"] else ""
     asked["out"] = asked["out"] or f"runs/compare-{about}-{asked['arch']}{quick}"
     return Settings(**asked)
-
-
-def core_count() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):                     # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def choose_arch(asked: dict) -> str:
@@ -385,7 +377,8 @@ def choose_seeds(asked: dict, is_dense: bool, is_shapes: bool) -> dict:
     seeds, or than --weights-of has."""
     seeds, asked_for = asked["seeds"], asked["pretrain_seeds"]
     if asked["quick"]:
-        seeds = asked_for = 1
+        seeds = seeds or 1
+        asked_for = asked_for or 1
     seeds = seeds or (3 if is_dense else 5)
     usual = seeds if is_shapes else 3
     if asked["weights_of"]:
@@ -424,8 +417,9 @@ def check_fit(asked: dict, typed: dict, is_dense: bool, is_drawn: bool) -> None:
         wrong = {"ablation_seeds"}
     if not wrong and is_dense and is_drawn:
         wrong = {*typed} & {"split_val", "split_test"}
-    if not wrong and asked["weights_of"]:
-        wrong = {*typed} & {"pretrain_epochs"}
+    if asked["weights_of"] and "pretrain_epochs" in typed:
+        raise ValueError("--pretrain-epochs: has no effect beside --weights-of, whose weights are "
+                         "trained already; leave it out")
     if wrong:
         flag = "--" + sorted(wrong)[0].replace("_", "-")
         raise ValueError(f"{flag}: has no effect on --task {task} --data {data}; leave it out")

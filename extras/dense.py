@@ -2,7 +2,7 @@
 
     Maps      an Encoder as the bottom of a dense head: four maps (B, C, h, w), strides 4, 8, 16, 32
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
-    resume_or_start, plan_steps, rate, is_evaluated, start_encoder, layout_for, optimizer_for
+    resume_or_start, plan_steps, rate, start_encoder, layout_for
               a run counted in iterations, as the released recipes are
     some_usable, left_out, read_state, load_state, describe_recipe
               what both programs check and print
@@ -10,7 +10,6 @@
 
 import re
 import sys
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
@@ -32,10 +30,10 @@ from data import default_workers
 from engine.shapes import SHAPES, draw_shape, texture
 from engine.command import Distributed
 from engine.files import load_checked, printable
-from engine.flags import MAX_EPOCHS, height_width, number
-from engine.images import reason
+from engine.flags import MAX_EPOCHS, NONNEGATIVE, height_width, number
+from engine.images import UNREADABLE, reason
 from engine.checkpointer import StepPlan, open_run, steps_per_epoch
-from engine.optim import layer_groups, lr_at, momentum_sgd
+from engine.optim import lr_at
 from engine.settings import resolve_batch, resumed
 from engine.step import memory_format
 from engine.weights import load_backbone, summary_of
@@ -56,14 +54,16 @@ class Maps(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.vit = encoder, hasattr(encoder.backbone, "grid")
+        self.encoder = encoder
+        self.vit = hasattr(encoder.backbone, "grid")
         last = encoder.stages[-1][-1]
         final = attrgetter(last)(encoder.backbone)
         if isinstance(final, nn.LayerNorm):
             encoder.stages[-1].remove(last)
             encoder.backbone.set_submodule(last, nn.Identity())
-        taps = self.look()                                   # name -> channels
-        self.taps, self.channels = list(taps), list(taps.values())
+        taps = self.find_taps()                              # name -> channels
+        self.taps = list(taps)
+        self.channels = list(taps.values())
         self.turn = nn.ModuleList(nn.Identity() for _ in taps)
         if self.vit:
             self.turn = pyramid(self.channels[0])
@@ -89,13 +89,15 @@ class Maps(nn.Module):
         return z.permute(0, 3, 1, 2) if self.encoder.layout == "nhwc" else z
 
     @torch.no_grad()
-    def look(self) -> dict[str, int]:
+    def find_taps(self) -> dict[str, int]:
         """The names of the four modules that are tapped, with their channels."""
         encoder, found = self.encoder, {}
         if self.vit:                                         # blocks 4, 6, 8, 12 of 12: as released
-            depth, C = len(encoder.backbone.blocks), encoder.backbone.cls_token.shape[-1]
+            depth = len(encoder.backbone.blocks)
+            C = encoder.backbone.cls_token.shape[-1]
             return {f"blocks.{round(k * depth / 12) - 1}": C for k in (4, 6, 8, 12)}
-        training, side = encoder.training, 128
+        training = encoder.training
+        side = 128
         z = torch.zeros(1, encoder.channels, side, side)
         encoder.eval()                                       # BatchNorm statistics stay as they are
         try:
@@ -133,7 +135,8 @@ class Scenes:
 
     def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
         self.key = (seed, 2 if split == "train" else 3)      # `shapes` has 0 and 1
-        self.size, self.count = size, 10_000 if split == "train" else 500
+        self.size = size
+        self.count = 10_000 if split == "train" else 500
         self.classes = ["ground", *SHAPES]
 
     def __len__(self) -> int:
@@ -145,13 +148,16 @@ class Scenes:
     def draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """image uint8 (3, H, W), disjoint masks bool (n, H, W), labels int64 (n,) from 1 to 10; n
         may be 0."""
-        rng, (H, W) = np.random.default_rng((*self.key, index)), self.size
+        rng = np.random.default_rng((*self.key, index))
+        H, W = self.size
         side = min(H, W)
         y, x = np.mgrid[:H, :W].astype(np.float32) / side
         ground = rng.uniform(0.1, 0.6, 3)
-        canvas, masks, labels = texture(rng, x, y, ground), [], []
+        canvas = texture(rng, x, y, ground)
+        masks, labels = [], []
         for _ in range(rng.integers(1, 5)):
-            kind, radius = rng.integers(len(SHAPES)), rng.uniform(0.10, 0.28)
+            kind = rng.integers(len(SHAPES))
+            radius = rng.uniform(0.10, 0.28)
             cx = rng.uniform(0.08, W / side - 0.08)          # some reach over the edge
             cy = rng.uniform(0.08, H / side - 0.08)
             alpha, rows, cols = draw_shape(canvas, rng, kind, radius, cx, cy, ground)
@@ -160,7 +166,10 @@ class Scenes:
             masks = [below & ~mask for below in masks] + [mask]
             labels.append(int(kind) + 1)
         seen = [i for i, mask in enumerate(masks) if mask.sum() >= 16]
-        masks = np.stack([masks[i] for i in seen]) if seen else np.zeros((0, H, W), bool)
+        if seen:
+            masks = np.stack([masks[i] for i in seen])
+        else:
+            masks = np.zeros((0, H, W), bool)
         image = torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
         labels = torch.tensor([labels[i] for i in seen], dtype=torch.long)
         return image, torch.from_numpy(masks), labels
@@ -216,10 +225,6 @@ def name_and_reason(source, index: int, file: str) -> str:
         return f"{printable(file)} ({reason(error)})"
 
 
-# what read() raises, as Pillow does
-UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
 def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) -> None:
     """Reads images until one can be used. Raises ValueError if the first hundred cannot.
 
@@ -234,10 +239,11 @@ def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) ->
                 continue
         return source.name(0)
 
-    if reason := world.broadcast_from_rank0(first_reason):
+    if complaint := world.broadcast_from_rank0(first_reason):
         first = "first hundred " if len(source) > 100 else ""
-        raise ValueError(f"--data {args.data}: none of the {first}{what} can be used: {reason}"
-                         + " and the others" * (len(source) > 1))
+        others = " and the others" if len(source) > 1 else ""
+        raise ValueError(f"--data {args.data}: none of the {first}{what} can be used: {complaint}"
+                         f"{others}")
 
 
 def left_out(source, indices: list[int], world: Distributed) -> None:
@@ -247,7 +253,7 @@ def left_out(source, indices: list[int], world: Distributed) -> None:
     mine = torch.tensor(indices, dtype=torch.long)
     if missing := sorted(world.all_gather(mine).tolist()):
         names = ", ".join(source.name(index) for index in missing[:3])
-        names += ", ..." * (len(missing) > 3)
+        names += ", ..." if len(missing) > 3 else ""
         world.print0(f"{len(missing)} images cannot be read and are left out of the count: {names}")
 
 
@@ -310,18 +316,18 @@ OPTIM_FLAGS = {
     "batch_size": (None, number(int, 1, MOST_IMAGES),
                    "images per process and forward pass (by recipe: 8 or 16 in all)"),
     "accum": (1, number(int, 1, MOST_IMAGES), "forward passes per optimiser step"),
-    "lr": (1e-4, number(float, 0), "per --lr-batch images of the global batch"),
+    "lr": (1e-4, NONNEGATIVE, "per --lr-batch images of the global batch"),
     "lr_batch": (16, number(int, 1, MOST_IMAGES), "see --lr"),
     "layer_decay": (1.0, number(float, 0.01, 1),
                     "lr of each stage (ViT: block), times that of the next"),
     "weight_decay": (0.05, number(float, 0, 1000), "of weights, not of norms and biases"),
-    "clip_grad": (0.0, number(float, 0), "largest gradient norm, 0 = none"),
+    "clip_grad": (0.0, NONNEGATIVE, "largest gradient norm, 0 = none"),
     "schedule": ("cosine", ("cosine", "poly", "steps"),
                  "steps: x0.1 at two milestones of the recipe"),
     "power": (1.0, number(float, 0, 100), "of poly"),
     "warmup": (0, number(int, 0, MOST_STEPS),
                "steps of linear warm-up, at most a tenth of the run"),
-    "min_lr": (0.0, number(float, 0), "floor of cosine and poly"),
+    "min_lr": (0.0, NONNEGATIVE, "floor of cosine and poly"),
 }
 
 
@@ -377,13 +383,6 @@ def rate(step: int, steps: StepPlan, base: float, args: SimpleNamespace) -> floa
     return ramp * base * 0.1 ** sum(step >= share * T for share in args.milestones)
 
 
-def is_evaluated(done: int, plan: StepPlan, every: int) -> bool:
-    """After `done` steps: at the end of every `every` epochs, and of the run."""
-    epoch, inside = divmod(done, plan.per_epoch)
-    is_due = inside == 0 and epoch % every == 0
-    return done > 0 and (is_due or done >= plan.total)
-
-
 def describe_recipe(args: SimpleNamespace) -> str:
     """The recipe, and whether it was chosen for the number of images."""
     if args.eval_only:
@@ -404,13 +403,3 @@ def start_encoder(args: SimpleNamespace, world: Distributed, checkpoint: dict | 
 
 def layout_for(args: SimpleNamespace, world: Distributed) -> torch.memory_format:
     return memory_format(args, world, get_family(args.arch).convolutional)
-
-
-def optimizer_for(model: nn.Module, args: SimpleNamespace, prefix: str) -> torch.optim.Optimizer:
-    """SGD or AdamW over engine.optim.layer_groups; the lr comes with each step. prefix: see
-    there."""
-    groups = layer_groups(model, args.weight_decay, args.layer_decay, prefix)
-    is_fused = next(model.parameters()).device.type != "mps"
-    make = {"sgd": partial(momentum_sgd, fused=is_fused),
-            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=is_fused)}
-    return make[args.optimizer](groups, lr=0.0)

@@ -18,6 +18,7 @@ Recipes: RECIPES below; 1x, c4_2x and vit are after the released configs. Writes
 """
 
 import contextlib
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -41,21 +42,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_image_once,
                   make_loader, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, make_folder
+from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
 from engine.command import Distributed, Failed, command_line
 from engine.description import describe
 from engine.files import printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
                           defaults, number, path, remembered)
 from engine.images import UnreadableImages
+from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_sheet
-from engine.step import make_scaler, take_step, wrap
+from engine.step import is_evaluated, make_scaler, take_step, wrap
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
 from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, describe_recipe,
-                          evenly_spaced, is_evaluated, layout_for, left_out, listed, load_state,
-                          optimizer_for, plan_steps, rate, read_state, resume_or_start, same_size,
-                          some_usable, start_encoder)
+                          evenly_spaced, layout_for, left_out, listed, load_state, plan_steps,
+                          rate, read_state, resume_or_start, same_size, some_usable,
+                          start_encoder)
 from extras.mask_rcnn import detector
 from model import get_family
 
@@ -96,11 +98,10 @@ class TrainState:
     loader: DataLoader | None
     val_loader: DataLoader
     model: FasterRCNN                                        # the weights, under their own names
-    net: nn.Module                                           # model, inside DDP if there is more
-    optimizer: torch.optim.Optimizer                         # than one process
+    net: nn.Module                                           # with several processes: DDP(model)
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     unreadable: UnreadableImages
-
 
     @property
     def val(self):
@@ -152,9 +153,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     Checkpointer does."""
     check_installed()
     world.set_device(args.device, fixed_sizes=False)         # images of any size are evaluated
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
-                                world_size=world.size)
+    world.join()
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
     args, checkpoint = resume_or_start(args, world, DEFAULTS, name, FLAGS)
@@ -188,7 +187,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
             return
         now, found[:] = evaluate(state.model, args, world, state)
         result.update(now)
-        scores = [f"{kind} {percent(result[kind], 'AP')}" for kind in kinds(result)]
+        scores = [f"{kind} AP {percent(result[kind]['AP'])}" for kind in kinds(result)]
         world.print0(f"epoch {done / plan.per_epoch:g}: " + ", ".join(scores))
         checkpointer.keep_best(best, "AP", result["box"]["AP"], state.model.state_dict(),
                                description)
@@ -253,7 +252,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if source.classes != val.classes:
         raise ValueError(f"--data {args.data}: the annotations of train and val list different "
                          f"classes")
-    classes = val.classes[args.data == "shapes":]            # scenes count the ground among them
+    classes = val.classes
+    if args.data == "shapes":                                # scenes count the ground among them
+        classes = classes[1:]
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
@@ -285,7 +286,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if with_masks and not args.eval_only:
         tell_outlines(source, "the loss of masks", world)
     model, net = wrap(model, args, world, layout_for(args, world))
-    optimizer = optimizer_for(model, args, "backbone.maps.encoder.backbone.")
+    groups = layer_groups(model, args.weight_decay, args.layer_decay,
+                          "backbone.maps.encoder.backbone.")
+    optimizer = make_optimizer(args.optimizer, groups, world)
     scaler = make_scaler(args, world)
     unreadable = UnreadableImages(source, args.max_bad, args.out)
     return TrainState(plan, classes, with_masks, loader, val_loader, model, net, optimizer, scaler,
@@ -359,7 +362,10 @@ def gather_lists(lists: tuple[list, ...], world: Distributed) -> tuple[list, ...
         dist.gather_object(lists, parts, dst=0)
     if world.rank:
         return lists
-    return tuple([row for piece in pieces for row in piece] for pieces in zip(*parts))
+    joined = []
+    for pieces in zip(*parts):
+        joined.append(list(itertools.chain.from_iterable(pieces)))
+    return tuple(joined)
 
 
 def kinds(result: dict) -> list[str]:
@@ -367,10 +373,9 @@ def kinds(result: dict) -> list[str]:
     return [kind for kind in ("box", "mask") if kind in result]
 
 
-def percent(ap: dict, *names: str) -> str:
-    """The named APs in per cent; "-" where there is no object, which is marked by -1."""
-    told = {name: f"{100 * ap[name]:.1f}" if ap[name] >= 0 else "-" for name in names}
-    return ", ".join(f"{name} {value}" for name, value in told.items())
+def percent(ap: float) -> str:
+    """An AP in per cent; "-" where there is no object, which is marked by -1."""
+    return f"{100 * ap:.1f}" if ap >= 0 else "-"
 
 
 def class_table(result: dict, classes: list[str]) -> str:
@@ -379,7 +384,7 @@ def class_table(result: dict, classes: list[str]) -> str:
     width = max(map(len, ["class", *names]))
     lines = ["class".ljust(width) + "".join(f"{kind + ' AP':>9}" for kind in kinds(result))]
     for name, shown in zip(classes, names):
-        values = [percent(result[kind]["per class"], name).split()[-1] for kind in kinds(result)]
+        values = [percent(result[kind]["per class"][name]) for kind in kinds(result)]
         lines.append(shown.ljust(width) + "".join(f"{value:>9}" for value in values))
     return "\n".join(lines)
 
@@ -390,14 +395,15 @@ def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distri
     world.print0(class_table(result, state.classes))
     for kind in kinds(result):
         names = ("AP", "AP50", "AP75", "S", "M", "L", "any class")
-        world.print0(f"{kind}: " + percent(result[kind], *names))
+        world.print0(f"{kind}: " + ", ".join(f"{n} {percent(result[kind][n])}" for n in names))
     if world.rank == 0:
-        more |= {"weights": args.weights or args.init}
-        text = json.dumps({**result, **more}, indent=1) + "\n"
-        write_text_atomically(Path(args.out) / "result.json", text)
         if args.save_predictions:
             save_predictions(found, Path(args.out), state)
         save_detections(Path(args.out) / "detections.png", args, world, state)
+        # last, because a folder with a result.json is refused when the command is given again
+        more |= {"weights": args.weights or args.init}
+        text = json.dumps({**result, **more}, indent=1) + "\n"
+        write_text_atomically(Path(args.out) / "result.json", text)
 
 
 def save_predictions(found: list[dict], out: Path, state: TrainState) -> None:
@@ -484,7 +490,8 @@ def main(argv: list[str] | None = None) -> None:
 # ---- flags: name -> (default, kind, help); a recipe overrides the default, what is typed overrides
 # both ----
 
-count, side = number(int, 1, 100_000), number(int, 32, MAX_SIDE)
+UP_TO_100_000 = number(int, 1, 100_000)
+SIDE = number(int, 32, MAX_SIDE)
 FLAGS = {
     "data": {
         "data": (None, path("DIR"),
@@ -492,10 +499,10 @@ FLAGS = {
                  "none: the demo"),
         "split_val": (None, checked("NAME", check_part),
                       "the part to evaluate on, such as test (val; VOC without val: test)"),
-        "image_size": (800, side, "shorter side at evaluation; ViT: of the padded square"),
-        "smallest": (None, side, "shorter side in training: from this to --image-size, in steps of "
+        "image_size": (800, SIDE, "shorter side at evaluation; ViT: of the padded square"),
+        "smallest": (None, SIDE, "shorter side in training: from this to --image-size, in steps of "
                      "32 (4/5 of it)"),
-        "longest": (None, side, "most for the longer side (5/3 of --image-size)"),
+        "longest": (None, SIDE, "most for the longer side (5/3 of --image-size)"),
         "workers": DATA_FLAGS["workers"],
         "max_bad": DATA_FLAGS["max_bad"]},
     "model": {
@@ -506,9 +513,9 @@ FLAGS = {
         "convs": (4, number(int, 1, 100), "convolutions in the heads of boxes and of masks"),
         "anchor": (32, number(int, 1, MAX_SIDE),
                    "side of the smallest of five anchors, px, each twice the last"),
-        "proposals": (1000, count, "regions per image for the second stage"),
-        "rois": (512, count, "of them trained on, per image"),
-        "detections": (100, count, "most per image")},
+        "proposals": (1000, UP_TO_100_000, "regions per image for the second stage"),
+        "rois": (512, UP_TO_100_000, "of them trained on, per image"),
+        "detections": (100, UP_TO_100_000, "most per image")},
     "optimiser": {
         "recipe": (None, tuple(RECIPES),
                    f"the table below (drawn scenes: shapes; under {FEW_IMAGES:,} images: small; "
@@ -546,7 +553,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, **about, demo=bool(demo))
-    if args.resume and args.out:                             # the rest is remembered
+    if is_remembered(given):                                 # the rest is in the checkpoint
         return args
     if args.data is None:
         raise ValueError("--data is missing: a folder in COCO's or Pascal VOC's layout, or shapes")

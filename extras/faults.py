@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.command import Failed, Distributed, command_line
-from engine.flags import Parser, defaults, number, path
+from engine.flags import COUNT, Parser, defaults, number, path
 from extras.output import check_folder, writing
 
 PRE = ("--data {images} --arch deit_tiny --image-size 64 --mask-size 16 --batch-size 8 --epochs 6 "
@@ -626,7 +626,7 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
 
 FLAGS = {
     "what is done": {
-        "kills": (20, number(int, 1), "how many SIGKILLs at random moments"),
+        "kills": (20, COUNT, "how many SIGKILLs at random moments"),
         "seed": (0, number(int, 0), "of the moments"),
     },
     "where it goes": {
@@ -638,7 +638,6 @@ FLAGS = {
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """The flags. Raises ValueError for a mistake."""
     parser = Parser("faults.py", "%(prog)s [--only PART ...] [options]", __doc__, FLAGS, {})
-    parser.epilog = None
     parts = [*PARTS, MISTAKES]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART",
                         help=f"some of {', '.join(parts)} (all)")

@@ -214,8 +214,9 @@ def stages_of(model: A2MIM, image: Tensor, mask: Tensor) -> list[list[Tensor]]:
     black = normalise(torch.zeros_like(image))
     mean = fill_hidden(image, mask, "mean")
     rows = []
-    for z in (image, torch.where(hidden, black, image), mean, mean):
-        has_token = len(rows) == 3
+    black_squares = torch.where(hidden, black, image)
+    inputs = [(image, False), (black_squares, False), (mean, False), (mean, True)]
+    for z, has_token in inputs:
         maps = []
         for stage in range(len(model.encoder.stages)):
             if has_token and stage == model.token_stage:
@@ -321,7 +322,7 @@ FLAGS = {
 }
 
 
-def draw(args: SimpleNamespace, world: Distributed) -> None:
+def make_figure(args: SimpleNamespace, world: Distributed) -> None:
     """Writes the picture. Raises ValueError for a mistake."""
     out = Path(args.out) if args.out else free_name(Path(f"{args.figure}.png"))
     check_file(out, ENDINGS)
@@ -363,7 +364,7 @@ def why(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> Image.Imag
     """The grid of mask units is that of pre-training. A unit gets as many pixels as the encoder's
     stride, so that it is one feature of the last stage."""
     check_stages(args, run)
-    model, size = enlarged(args, model)
+    model, size = model_for_larger_image(args, model)
     image = eval_transform(size)(read_photo(args.image or PHOTO))
     mask = choose_masks(args, run.mask_ratio, 1, model.grid)
     return draw_why(model, normalise(image[None]), mask)
@@ -375,7 +376,8 @@ def check_stages(args: SimpleNamespace, run: SimpleNamespace) -> None:
                          f"--measure need the four stages of a ResNet or a ConvNeXt")
 
 
-def enlarged(args: SimpleNamespace, model: A2MIM) -> tuple[A2MIM, tuple[int, int]]:
+def model_for_larger_image(args: SimpleNamespace, model: A2MIM
+                           ) -> tuple[A2MIM, tuple[int, int]]:
     """The model for an image in which a mask unit is one feature of the last stage, and its
     (H, W)."""
     size = tuple(units * model.stride for units in model.grid)
@@ -388,7 +390,9 @@ def enlarged(args: SimpleNamespace, model: A2MIM) -> tuple[A2MIM, tuple[int, int
 def measure(args: SimpleNamespace, model: A2MIM, run: SimpleNamespace) -> str:
     """A table of the means over 100 images of --measure (all, if it has fewer), evenly spaced,
     each under a random mask of its own. Raises ValueError if the folder has no images."""
-    model, size = enlarged(args, model)
+    if not Path(args.measure).is_dir():
+        raise ValueError(f"--measure {printable(args.measure)}: no such folder")
+    model, size = model_for_larger_image(args, model)
     source = Folder(Path(args.measure), "val")
     indices = np.linspace(0, len(source) - 1, min(100, len(source))).round().astype(int)
     generator = torch.Generator().manual_seed(args.seed)
@@ -417,7 +421,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
     parser = Parser("figure.py", "%(prog)s [CHECKPOINT] [--figure why] [options]", __doc__,
                     FLAGS, {})
-    parser.epilog = None
     parser.add_argument("file", metavar="CHECKPOINT", nargs="?", help="as --checkpoint")
     given = vars(parser.parse_args(argv))
     if "file" in given and "checkpoint" in given:
@@ -428,7 +431,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command_line("figure.py", parse, draw, argv)
+    command_line("figure.py", parse, make_figure, argv)
 
 
 if __name__ == "__main__":

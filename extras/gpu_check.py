@@ -47,7 +47,7 @@ from data import (CropAndFlip, ImageDataset, ResumableBatchSampler, list_images,
                   normalise, open_images, read_image, usable_cores)
 from engine.checkpointer import Snapshot
 from engine.command import Distributed, Failed, command_line
-from engine.flags import Parser, defaults, number, path
+from engine.flags import COUNT, Parser, defaults, path
 from engine.progress import RunningMeans
 from engine.shapes import Shapes
 from extras.bench import bare_step, endless, prepared
@@ -496,7 +496,7 @@ PARTS = {part.__name__: part for part in (closeness, speed, nccl, two, loader, r
 FLAGS = {
     "what is checked": {
         "data": (None, path("DIR"), "a folder of photographs for the loader (drawn ones)"),
-        "limit": (500, number(int, 1), "seconds, after which no further part begins")},
+        "limit": (500, COUNT, "seconds, after which no further part begins")},
     "where it goes": {
         "out": (None, path("DIR"), "result.json and the runs (runs/gpu-check, numbered if taken)")},
 }
@@ -534,7 +534,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a wrong value."""
     parser = Parser("gpu_check.py", "%(prog)s [--data DIR] [--only PART ...] [options]", __doc__,
                     FLAGS, {})
-    parser.epilog = None
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
                         help=f"some of {', '.join(PARTS)} (all)")
     return SimpleNamespace(**{**defaults(FLAGS), "only": None, **vars(parser.parse_args(argv))})

@@ -67,8 +67,8 @@ class Run:
     flags: tuple[str, ...]                                   # without its start and --out
     start: tuple[str, ...] = ()                              # --weights FILE, or --init scratch ...
     needs: str = ""                                          # the run that writes these weights
-    steps: float | None = None                               # as long as so many training steps of
-                                                             # its program; None: not known before
+    # length in training steps of its program; None: not known yet
+    steps: float | None = None
 
     @property
     def argv(self) -> list[str]:
@@ -100,8 +100,11 @@ def make_run(run: Run, out: Path) -> str | None:
         part.mkdir(parents=True, exist_ok=True)
         (part / "flags.txt").write_text(shlex.join(run.argv))
         resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
-        for name in ("result.json",) if resume else ("log.jsonl", "result.json"):
-            (part / name).unlink(missing_ok=True)            # of a start that was cut short
+        stale = ["result.json"]                              # of a start that was cut short
+        if not resume:
+            stale.append("log.jsonl")
+        for name in stale:
+            (part / name).unlink(missing_ok=True)
         with open(printed, "a") as file, contextlib.redirect_stderr(file):
             PROGRAMS[run.program]([*run.argv, "--out", str(part), *resume])
         part.rename(out / run.name)
@@ -134,7 +137,9 @@ def time_steps(run: Run, start: tuple[str, ...], one_thread: bool, longest: floa
         out = Path(folder) / "run"
         command = [sys.executable, SCRIPTS[run.program], *run.flags, *start, "--log-every", "1",
                    "--out", str(out)]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
+        environment = dict(os.environ)
+        if one_thread:
+            environment["OMP_NUM_THREADS"] = "1"
         with open(Path(folder) / "printed.txt", "w+") as printed:
             process = subprocess.Popen(command, stdout=printed, stderr=printed, env=environment)
             try:
@@ -155,8 +160,11 @@ def time_steps(run: Run, start: tuple[str, ...], one_thread: bool, longest: floa
             return None
         settings = json.loads((out / "args.json").read_text())
         last = [line for line in read_lines(out / "log.jsonl") if "loss" in line][-1]
-    per_epoch = last["step"] / last["epoch"]
-    total = settings.get("iterations") or round(settings["epochs"] * per_epoch)
+    total = settings.get("iterations")
+    if not total:
+        if not last["epoch"]:                                # the log rounds it to 4 digits
+            return None
+        total = round(settings["epochs"] * last["step"] / last["epoch"])
     first = min(2, len(times) - 2)                           # the first steps are slower
     seconds = (times[-1] - times[first]) / (len(times) - 1 - first)
     return Speed(seconds, max(1, total))
@@ -172,7 +180,7 @@ def is_timed(times: list[float], longest: float) -> bool:
     if len(times) < 3:
         return False
     span = times[-1] - times[0]
-    return len(times) >= 10 and span >= 3 or span > longest
+    return (len(times) >= 10 and span >= 3) or span > longest
 
 
 def seconds_of(runs: list[Run], speeds: dict[str, Speed]) -> float:

@@ -1,6 +1,5 @@
 """Where a script writes. The place is checked before the work begins: no work is lost at its end.
 
-    check_folder   can files be written into this folder?
     check_file     can this file be written, and has it one of these endings?
     free_name      a name that no file has yet
     writing        a file that cannot be written ends the run in one line
@@ -9,28 +8,11 @@
 import contextlib
 import itertools
 import os
-import tempfile
 from pathlib import Path
 from typing import Sequence
 
 from engine.command import Failed
-from engine.files import printable
-
-
-def check_folder(out: Path) -> None:
-    """Makes the folder, writes into it, and removes both again. Raises ValueError if that fails."""
-    made = []
-    try:
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(f"--out {printable(str(out))}: cannot be written ({error.strerror}); "
-                         "choose another folder") from None
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+from engine.files import check_folder, printable
 
 
 def check_file(out: Path, endings: Sequence[str]) -> None:

@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SUFFIXES, denormalise, normalise, read_image
 from engine.command import Distributed, command_line
-from engine.files import load_checked, with_new_names, printable
-from engine.flags import Parser, defaults, number, height_width, path
+from engine.files import load_checked, printable, with_new_names
+from engine.flags import FRACTION, Parser, defaults, height_width, number, path
+from engine.images import reason
 from engine.pictures import save_sheet
 from engine.weights import load_backbone
 from extras.output import check_file, check_folder, free_name, writing
@@ -72,13 +73,14 @@ def load_model(path: str, size: tuple[int, int] | None = None,
                          "run of pretrain.py")
     try:
         state = load_checked(path)
-        run = SimpleNamespace(**with_new_names(state["args"]))
+        args = dict(state["args"])
         weights = state["model"]
         beside_encoder = {key: value for key, value in weights.items()
                           if not key.startswith("encoder.")}
-        assert "mask_token.token" in beside_encoder
+        beside_encoder["mask_token.token"]                   # raises KeyError if it is not there
     except Exception:                                        # a broken file may raise any type
         raise ValueError(f"{name}: not a checkpoint.pt of pretrain.py") from None
+    run = SimpleNamespace(**with_new_names(args))
     try:
         model = build_model(run, size, mask_size)
         model.load_state_dict(beside_encoder, strict=False)
@@ -98,8 +100,7 @@ def read_photo(file: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:                               # a broken file may raise any type
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
+        raise ValueError(f"{name}: cannot be read as an image ({reason(error)})") from None
     h, w = image.shape[-2:]
     if max(h, w) > MAX_RATIO * min(h, w):
         raise ValueError(f"{name}: {w} x {h} pixels are too narrow; crop the image, one side may "
@@ -131,7 +132,9 @@ def drawn(text: str, grid: tuple[int, int]) -> Tensor:
     A drawing that is coarser than the grid is enlarged. Raises ValueError if the text is no
     drawing, or finer than the grid."""
     rows = text.strip("/").split("/")
-    if {*text} - {*"#./"} or len({len(row) for row in rows}) != 1 or "#" not in text:
+    has_other_signs = bool({*text} - {*"#./"})
+    is_rectangle = len({len(row) for row in rows}) == 1
+    if has_other_signs or not is_rectangle or "#" not in text:
         raise ValueError(f"--mask {printable(text)}: must be rows of . and # of one length with / "
                          "between them, such as ..##/.##.")
     if len(rows) > grid[0] or len(rows[0]) > grid[1]:
@@ -269,7 +272,7 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
                 pictures = resized(photo, args, run, ratio, unit)
             files = save_full_size(pictures, wanted)
             names = ", ".join(printable(str(file)) for file in files)
-            print(f"{names}: {photo.shape[-2]} x {photo.shape[-1]} px")
+            print(f"{names}: {photo.shape[-1]} x {photo.shape[-2]} px")
             continue
         image = fitted(photo, min(height_width(run.image_size)), unit)
         model, _ = load_model(args.checkpoint, tuple(image.shape[-2:]))
@@ -282,12 +285,12 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
         with writing(file):
             save_sheet(file, panels)
         hidden = f"{int(mask.sum())} of {mask.numel()} mask units hidden"
-        print(f"{printable(str(file))}: {hidden}, {image.shape[-2]} x {image.shape[-1]} px")
+        print(f"{printable(str(file))}: {hidden}, {image.shape[-1]} x {image.shape[-2]} px")
 
 
 FLAGS = {
     "what is hidden": {
-        "mask_ratio": (None, number(float, 0, 1), "share of hidden mask units (as in "
+        "mask_ratio": (None, FRACTION, "share of hidden mask units (as in "
                        "pre-training)"),
         "mask": (None, path("TEXT"), "a mask drawn by hand: rows of . and #, # is hidden"),
         "seed": (0, number(int, 0, 2**63 - 1), "of the random mask")},
@@ -302,7 +305,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
     usage = "%(prog)s CHECKPOINT IMAGE [IMAGE ...] [options]"
     parser = Parser("paint.py", usage, __doc__, FLAGS, {})
-    parser.epilog = None
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of pretrain.py")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG, WebP or BMP files")
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})

@@ -98,6 +98,7 @@ ABLATION_SHARE = 0.5                                         # of the epochs of 
 
 # drawn scenes: pre-training, then the demo of extras/segment.py or extras/detect.py
 SCENES = 10_000                                              # different ones
+SCENE_BATCH = 16
 SCENE_EPOCHS = 1.28
 TASKS = {  # task -> columns of the table: title -> keys of result.json
     "segment": {
@@ -399,10 +400,11 @@ def plan_dense(settings: Settings) -> list[Run]:
 def pretraining_on_scenes(settings: Settings, arm: str, seed: int) -> Run:
     flags = ["--data", f"{settings.out}/scenes", "--arch", settings.arch,
              *size_flags(settings.image_size), "--workers", str(settings.workers),
-             *"--recipe small --batch-size 16 --sheets 2 --val 0 --log-every 50".split(),
+             "--batch-size", str(SCENE_BATCH),
+             *"--recipe small --sheets 2 --val 0 --log-every 50".split(),
              "--epochs", as_text(settings.pretrain_epochs), "--seed", str(seed),
              *PRETRAINED[arm].split()]
-    steps = settings.pretrain_epochs * (scene_count(settings) // 16)
+    steps = settings.pretrain_epochs * (scene_count(settings) // SCENE_BATCH)
     return Run(f"pretrained/{arm}-{seed}", "pretrain", tuple(flags), steps=steps)
 
 
@@ -428,8 +430,8 @@ def dense_runs(settings: Settings, arm: str, seed: int, first: int) -> list[Run]
     if arm not in PRETRAINED:
         start = from_scratch(settings)
     elif settings.weights_of:
-        weights = f"{settings.weights_of}/pretrained/{arm}-{first}/backbone.pt"
-        start = dict(start=("--weights", weights))
+        weights = weights_file(settings.weights_of, arm, first)
+        start = dict(start=("--weights", str(weights)))
     else:
         start = from_weights(settings, arm, first)
     training = Run(f"{task}/{arm}-{seed}", task, tuple(flags), **start)

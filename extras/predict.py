@@ -37,20 +37,17 @@ from data import MEAN, STD, Folder, eval_transform, ignore_signals, normalise, o
 from engine.command import Distributed, command_line
 from engine.description import KINDS, read_description
 from engine.files import printable, replace_atomically, write_text_atomically
-from engine.flags import AMP, DATA_FLAGS, RUN_FLAGS, Parser, defaults, number, path
-from engine.images import reason
+from engine.flags import AMP, DATA_FLAGS, FRACTION, RUN_FLAGS, Parser, defaults, path
+from engine.images import UNREADABLE, reason
 from engine.weights import load_backbone, load_head
 from extras.coco import check_installed, results_of
-from extras.dense import UNREADABLE, layout_for, load_state, read_state
+from extras.dense import layout_for, load_state, read_state
 from extras.detect import as_float, drawn, has_masks, sure_of
 from extras.mask_rcnn import detector
 from extras.output import check_folder, free_name
 from extras.pixels import Segmenter, fitted, legend, overlay, save_labels
 from extras.segment import predict
 from model import Classifier, build_encoder
-
-MAX_RATIO = 100                                              # of a picture's sides
-
 
 class Pictures(Dataset):
     """The pictures of a folder: (index, picture as `prepare` makes it, or None, reason)."""
@@ -65,9 +62,6 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
         try:
             image = self.source.read(index)
-            H, W = image.shape[1:]
-            if max(H, W) > MAX_RATIO * min(H, W):
-                raise ValueError(f"{W} x {H} pixels are too slim")
             return index, self.prepare(image), ""
         except UNREADABLE as error:
             return index, None, reason(error)
@@ -336,7 +330,7 @@ def choose_out(args: SimpleNamespace) -> Path:
 FLAGS = {
     "what is written": {
         "out": (None, path("DIR"), "a new folder (runs/<folder>-predictions, numbered if taken)"),
-        "score": (0.5, number(float, 0, 1), "detector: least score of a box that is drawn")},
+        "score": (0.5, FRACTION, "detector: least score of a box that is drawn")},
     "how it runs": {
         "device": RUN_FLAGS["device"],
         "amp": RUN_FLAGS["amp"],

@@ -142,7 +142,6 @@ FLAGS = {
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
     parser = Parser("run_notebook.py", "%(prog)s NOTEBOOK [--out FILE]", __doc__, FLAGS, {})
-    parser.epilog = None
     parser.add_argument("notebook", metavar="NOTEBOOK", help="a file such as extras/demo.ipynb")
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
 

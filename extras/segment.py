@@ -28,7 +28,6 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -39,19 +38,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, STD, ImageDataset, ResumableBatchSampler, every_image_once, make_loader,
                   normalise, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, make_folder
+from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
 from engine.command import Distributed, Failed, command_line
 from engine.description import describe
-from engine.files import printable, write_text_atomically
-from engine.flags import (AMP, DATA_FLAGS, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser, Several,
-                          checked, defaults, format_size, height_width, number, path, remembered)
+from engine.files import printable, replace_atomically, write_text_atomically
+from engine.flags import (AMP, DATA_FLAGS, FRACTION, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser,
+                          Several, checked, defaults, format_size, height_width, number, path,
+                          remembered)
 from engine.images import UnreadableImages
+from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_confusion, sheet
-from engine.step import make_scaler, take_step, wrap
+from engine.step import is_evaluated, make_scaler, take_step, wrap
 from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, describe_recipe, evenly_spaced,
-                          is_evaluated, layout_for, left_out, load_state, optimizer_for,
-                          plan_steps, rate, read_state, resume_or_start, same_size, some_usable,
-                          stacked, start_encoder)
+                          layout_for, left_out, load_state, plan_steps, rate, read_state,
+                          resume_or_start, same_size, some_usable, stacked, start_encoder)
 from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_few_images, legend,
                            open_pairs, resize, save_labels, whole)
 from model import get_family
@@ -91,8 +91,8 @@ class TrainState:
     loader: DataLoader | None
     val_loader: DataLoader
     model: Segmenter                                         # the weights, under their own names
-    net: nn.Module                                           # model, inside DDP if there is more
-    optimizer: torch.optim.Optimizer                         # than one process
+    net: nn.Module                                           # with several processes: DDP(model)
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     unreadable: UnreadableImages
     colours: np.ndarray                                      # (256, 3), of the classes
@@ -146,10 +146,8 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     """The whole run. Raises ValueError for a mistake, before it starts; Failed and Stopped as
     Checkpointer does."""
     world.set_device(args.device, fixed_sizes=False)         # images of any size are evaluated
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group(world.backend, store=world.rendezvous_store(), rank=world.rank,
-                                world_size=world.size)
-    # resumed by --out, the recipe is not known yet, and the name is not needed
+    world.join()
+    # With --resume --out alone the recipe is not known yet. The name is then not used.
     kind = "eval" if args.eval_only else f"{args.recipe}" + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-segment-{kind}"
     args, checkpoint = resume_or_start(args, world, DEFAULTS, name, FLAGS)
@@ -157,7 +155,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     print_start(args, world, state)
     if args.eval_only:
         make_folder(args, world)
-        report(evaluate(args, world, state, True), args, world, state)
+        report(evaluate(args, world, state, is_last=True), args, world, state)
         return
 
     plan = state.plan
@@ -173,7 +171,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     def evaluate_after(done: int) -> None:
         if not is_evaluated(done, plan, args.eval_every):
             return
-        result.update(evaluate(args, world, state, done == plan.total))
+        result.update(evaluate(args, world, state, is_last=done == plan.total))
         miou = result["miou"]
         world.print0(f"epoch {done / plan.per_epoch:g}: mIoU {100 * miou:.2f} %")
         checkpointer.keep_best(best, "miou", miou, state.model.state_dict(), description)
@@ -230,7 +228,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if args.eval_only:
         load_state(model, weights, args.weights, NO_SEGMENTER)
     model, net = wrap(model, args, world, layout_for(args, world))
-    optimizer = optimizer_for(model, args, "maps.encoder.backbone.")
+    groups = layer_groups(model, args.weight_decay, args.layer_decay, "maps.encoder.backbone.")
+    optimizer = make_optimizer(args.optimizer, groups, world)
     scaler = make_scaler(args, world)
     unreadable = UnreadableImages(source, args.max_bad, args.out)
     colours = colours_of(classes, getattr(val, "code", None))
@@ -377,7 +376,7 @@ def evaluate(args: SimpleNamespace, world: Distributed, state: TrainState,
             for i, classes in zip(index.tolist(), predicted):
                 save_labels(folder / state.val.label_name(i), classes, numbers, state.colours)
     left_out(state.val, missing, world)
-    counts = (world.all_reduce_mean(counts.cpu().double()) * world.size).round()
+    counts = world.all_reduce_sum(counts.cpu()).double()
     if not counts[:-1].any():
         raise Failed(f"--data {args.data}: no image for validation has a pixel of a known class")
     if world.rank == 0:
@@ -427,14 +426,16 @@ def save_pictures(args: SimpleNamespace, world: Distributed, state: TrainState,
             continue
         predicted = predict(state.model, images, labels.shape[1:], args, world)
         seen |= {*labels.unique().tolist(), *predicted.unique().tolist()}
-        h, w = (max(1, round(side * s / max(labels.shape[1:]))) for s in labels.shape[1:])
+        longest = max(labels.shape[1:])
+        h, w = (max(1, round(side * s / longest)) for s in labels.shape[1:])
         rows.append([F.interpolate(images / 255, (h, w), mode="area")[0],
                      F.interpolate(in_colours(labels), (h, w))[0],
                      F.interpolate(in_colours(predicted), (h, w))[0]])
     if not rows:
         return
-    columns = dict(zip(("image", "label", "prediction"), map(same_size, zip(*rows))))
-    page = sheet(columns)
+    images, labels, predictions = zip(*rows)
+    page = sheet({"image": same_size(images), "label": same_size(labels),
+                  "prediction": same_size(predictions)})
     names = legend(state.classes, state.colours, sorted(seen - {IGNORED}), page.width)
     whole_page = Image.new("RGB", (page.width, page.height + names.height), "white")
     whole_page.paste(page, (0, 0))
@@ -474,9 +475,11 @@ def report(result: dict, args: SimpleNamespace, world: Distributed, state: Train
     content = {name: value if value == value else None for name, value in result.items()}
     content |= {**more, "weights": args.weights or args.init, "recipe": args.recipe}
     content |= {"per_class": per_class, "per_class_accuracy": accuracies}
-    write_text_atomically(Path(args.out) / "result.json", json.dumps(content, indent=1) + "\n")
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)         # rows sum to 1
-    save_confusion(Path(args.out) / "confusion.png", shares, state.classes)
+    with replace_atomically(Path(args.out) / "confusion.png") as beside:
+        save_confusion(beside, shares, state.classes)
+    # last, because a folder with a result.json is refused when the command is given again
+    write_text_atomically(Path(args.out) / "result.json", json.dumps(content, indent=1) + "\n")
 
 
 def class_table(iou: dict, accuracy: dict, most: int = 50) -> str:
@@ -516,7 +519,7 @@ FLAGS = {
         "scale_min": (0.5, number(float, 0.05, 10),
                       "least shorter side before the crop, times that of --image-size"),
         "scale_max": (2.0, number(float, 0.05, 10), "most"),
-        "same_class": (0.75, number(float, 0, 1),
+        "same_class": (0.75, FRACTION,
                        "a crop with a larger share of one class is drawn again"),
         "distort": (True, bool, "change brightness, contrast, saturation and hue"),
         "zero_is_other": (None, bool,
@@ -554,8 +557,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
                     RECIPES)
     given = vars(parser.parse_args(argv))
     about = dict(program="segment.py", given=given, typed=sorted(given))
-    if "resume" in given and "out" in given and "data" not in given:
-        # the rest is remembered
+    if is_remembered(given):                                 # the rest is in the checkpoint
         settings = {**DEFAULTS, **given}
         return SimpleNamespace(**settings, **about, demo=False)
     start, demo = {}, "data" not in given

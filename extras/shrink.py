@@ -182,7 +182,6 @@ FLAGS = {
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a wrong value."""
     parser = Parser("shrink.py", "%(prog)s FOLDER OUT [options]", __doc__, FLAGS, {})
-    parser.epilog = None
     parser.add_argument("folder", metavar="FOLDER", help="images, in any subfolders")
     parser.add_argument("out", metavar="OUT", help="a folder for the result")
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})

@@ -792,6 +792,7 @@ LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-deca
      "--data-root, or add --download to fetch it into datasets/"),
     ("--data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
     ("--data shapes --init scratch", "--arch is missing"),
+    ("--resume --out new --data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
     ("--data shapes --init scratch --arch convnext_tiny --head fcn",
      "--head fcn: is for ResNet alone"),
     ("--data shapes --init scratch --arch deit_tiny --inference whole",

@@ -59,7 +59,7 @@ def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, tmp_path, capsys):
     call = [checkpoint, str(tmp_path / "wide.jpg"), "--out", str(tmp_path / "painted")]
     paint.main([*call, "--mask", ".#/##"])
     printed = capsys.readouterr().out
-    assert "24 of 24" not in printed and "18 of 24 mask units hidden, 64 x 96 px" in printed
+    assert "24 of 24" not in printed and "18 of 24 mask units hidden, 96 x 64 px" in printed
     sheet = Image.open(tmp_path / "painted" / "painted-wide.png")
     assert sheet.width > 5 * 96                              # five columns
     paint.main([*call, "--mask-ratio", "0.25"])
@@ -120,6 +120,7 @@ def odd(tmp_path) -> Path:
     ("{odd}/gone.pt {odd}/good.png", "gone.pt: no such file, or no regular file"),
     ("{odd}/text.png {odd}/good.png", "text.png: not a checkpoint.pt of pretrain.py"),
     ("{odd}/args.pt {odd}/good.png", "args.pt: not a checkpoint.pt of this version of pretrain.py"),
+    ("{odd}/old.pt {odd}/good.png", "this run has --alpha 0.5, which is no longer supported"),
     ("{run} {odd}/good.png --out {empty}", "--out: is empty"),
     ("{run} {odd}/good.png --mask {empty}", "--mask: is empty"),
     ("{run} {odd}/good.png --out /proc", "--out /proc: cannot be written"),
@@ -132,6 +133,7 @@ def test_paint_answers_a_mistake_in_one_line(flags, words, checkpoint, odd, caps
     monkeypatch.chdir(odd)
     other = dict(args={"arch": "resnet18"}, model={"mask_token.token": torch.zeros(1)})
     torch.save(other, odd / "args.pt")
+    torch.save(dict(other, args={"arch": "resnet18", "alpha": 0.5}), odd / "old.pt")
     before = {*odd.iterdir()}
     places = dict(run=checkpoint, odd=odd, empty="")
     argv = [word.format(**places) for word in flags.split()]
