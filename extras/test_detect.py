@@ -606,6 +606,8 @@ def test_mistakes_on_the_command_line_get_one_line(folder, capsys, tmp_path, mon
         ("--neck c4: its head is stage 4 of a ResNet of 50", [*shapes, *SCRATCH, "--neck", "c4"]),
         ("give --weights FILE, or --init scratch", [*shapes, "--arch", "resnet18"]),
         ("--arch is missing", [*shapes, "--init", "scratch"]),
+        ("give --weights FILE",
+         ["--resume", "--out", "new", *shapes, "--arch", "resnet18"]),
         ("not a multiple of the 16-pixel patch",
          [*shapes, "--init", "scratch", "--arch", "deit_tiny", "--image-size", "72"]),
         ("must be an integer from 32 to 8192", ["--image-size", "0"]),

@@ -293,7 +293,7 @@ def test_full_size_by_resizing_pastes_into_the_photograph_and_overwrites_nothing
     assert all(Path(name).read_bytes() == content for name, content in first.items())
     paint.main([*call, "--out", "new/one.png"])
     assert Path("new/one-pasted.png").exists()
-    assert "new/one-pasted.png: 200 x 300 px" in capsys.readouterr().out
+    assert "new/one-pasted.png: 300 x 200 px" in capsys.readouterr().out
 
     photograph("tiny.png", 3, 3)
     paint.main([checkpoint, "tiny.png", "--full-size", "tiled"])
