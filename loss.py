@@ -1,7 +1,7 @@
 """The loss, L = L_spatial + lambda * L_fourier (paper, Fig. 3).
 
     spatial_loss   the reconstruction against the image, over hidden pixels only
-    fourier_loss   3. the same error as frequencies, where large errors are weighted up
+    fourier_loss   idea 3: the error of all pixels as frequencies, where large errors weigh more
     a2mim_loss     their sum, and both parts for the log
     skill          what a loss on held-out images says, in words
 
@@ -35,20 +35,20 @@ def spatial_loss(pred: Tensor, image: Tensor, hidden: Tensor, focal: bool = True
     return (error * hidden).sum() / (hidden.sum() + 1e-5) / image.shape[1]
 
 
-# ---- 3. over frequencies ----
+# ---- idea 3: over frequencies ----
 
 def residual(pred: Tensor, image: Tensor, hidden: Tensor, stand_in: str,
              visible_weight: float) -> Tensor:
     """The error that the FFT sees, p - image, (B, 3, H, W).
 
     At hidden pixels p is the prediction. An FFT needs the visible pixels as well, but the network
-    should not be trained on pixels that it was shown. So at visible pixels
-    p = visible_weight * prediction + (1 - visible_weight) * constant, and the constant has no
+    should not be trained on pixels that it was shown. So at visible pixels p is a stand-in without
     gradient:
 
-    'mixed'       (prediction + image) / 2, as released
-    'prediction'  the prediction, as in the paper
+    'mixed'       halfway between prediction and image, half the error; as released
+    'prediction'  the prediction, detached, the full error; as in the paper
 
+    visible_weight: the share of the gradient that visible pixels keep all the same.
     Raises ValueError for another stand-in."""
     if stand_in not in STAND_INS:
         raise ValueError(f"stand-in {stand_in!r}: must be one of {', '.join(STAND_INS)}")
@@ -68,12 +68,12 @@ def fourier_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, stand_in: str =
 
     stand_in        at visible pixels, see `residual`
     visible_weight  share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (the others)
-    spectrum        'batch' (default, as released): p - image is averaged over the images of the
-                    process, which gives one D per channel and one maximum over all channels. What
-                    differs from image to image cancels. 'image' (the paper): one D and one maximum
-                    per image and channel
-    focal           False: no weight w. The loss is the mean of focal_l1(|D|), because the released
-                    ResNet-101 config takes its pixel loss here as well
+    spectrum        'batch' (default, as released): p - image is averaged over the images of this
+                    forward pass, then there is one D per channel, and one maximum over all
+                    channels. Errors that differ between images cancel. 'image' (the paper): one D
+                    and one maximum for each image and channel
+    focal           False: mean focal_l1(|D|), without w, as in the released ResNet-101 config,
+                    which applies its pixel loss to |D|
 
     Raises ValueError for another stand-in or spectrum. Source: focal frequency loss (Jiang et al.
     2021), with A2MIM's rule for visible pixels."""
@@ -121,8 +121,7 @@ def skill(loss: float, mean_colour: float, blur: float,
 
     mean_colour  the pixel loss if hidden patches are filled with the image's mean colour
     blur         the pixel loss if they are filled with a blur of the visible pixels
-    error        the standard error of loss - blur; a difference of up to two of it counts as
-                 none
+    error        the standard error of (loss - blur); less than twice that counts as equal
 
     Returns a sentence, and whether the model is better than the blur."""
     of_mean = loss / max(mean_colour, 1e-9)

@@ -2,8 +2,8 @@
 
 Two of A2MIM's three ideas are here (Li et al., ICML 2023, arXiv 2205.13943, Fig. 3):
 
-    fill_hidden   1. hidden pixels take the image's own mean colour
-    MaskToken     2. a learned token joins the feature map in the middle of the network
+    fill_hidden   idea 1: hidden pixels take the image's own mean colour
+    MaskToken     idea 2: a learned token joins the feature map in the middle of the network
 
 A mask is boolean, (B, gh, gw), with one entry per square mask unit of the image. True = hidden.
 """
@@ -83,7 +83,7 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").bool()
 
 
-# ---- 1. hidden pixels take the mean colour ----
+# ---- idea 1: hidden pixels take the mean colour ----
 
 def fill_hidden(images: Tensor, mask: Tensor, fill: str = "mean",
                 generator: torch.Generator | None = None) -> Tensor:
@@ -121,15 +121,15 @@ def blur_of_visible(images: Tensor, hidden: Tensor, sigma: float) -> Tensor:
     return torch.where(weight > 1e-4, blurred / weight.clamp(min=1e-4), mean)
 
 
-# ---- 2. the mask token, in the middle of the network ----
+# ---- idea 2: the mask token, in the middle of the network ----
 
 def expand_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
     """Brings a mask (B, gh, gw) to the shape of `features`, with one channel.
 
     layout 'nchw': (B, C, h, w) -> (B, 1, h, w)
     layout 'nhwc': (B, h, w, C) -> (B, h, w, 1), Swin
-    a sequence:    (B, N, C) -> (B, N, 1). N = gh gw s^2 patches, with s patches across a mask
-                   unit; N + 1 with a class token, which stands first and is never hidden
+    a sequence:    (B, N, C) -> (B, N, 1). N is the number of patches, gh gw s^2 for s patches
+                   across a mask unit, plus 1 if a class token stands first. It is never hidden
 
     Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:
@@ -148,7 +148,8 @@ def expand_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
 
 
 class MaskToken(nn.Module):
-    """A learned token (C,) that joins the features z at hidden positions m (paper, Fig. 3):
+    """A learned token (C,) that joins the features z at hidden positions m (paper, Fig. 3).
+    The paper writes 'add'; the authors' code for CNNs, and the default here, is 'gamma':
 
     'gamma'    z (1 - m) + gamma z m + token m   the released CNN configs. gamma (C,) is learned
                                                  and starts at 1e-6: a hidden feature starts as

@@ -40,7 +40,8 @@ class A2MIM(nn.Module):
                      0     the image itself
                      1     after the stem or the patch embedding
                      4     before the last stage of a CNN
-                     None  as released, the encoder's own: ResNet and ConvNeXt 4, ViT and Swin 1
+                     None  encoder.token_stage: ResNet and ConvNeXt 4, ViT and Swin 1, as released;
+                           a list of modules: the last
     token, fill  see masking.MaskToken and masking.fill_hidden
 
     Raises ValueError if the sizes do not fit. Source: paper, Fig. 3."""
@@ -151,8 +152,8 @@ class Encoder(nn.Module):
     layout       of the features: 'nchw', or 'nhwc' for Swin
     levels       for layer-wise lr decay, groups of modules that share a learning rate, from input
                  to output (default: one group per stage)
-    head_name    name of the head in torchvision's net, which Classifier puts back; '' = Classifier
-                 makes a linear head of its own
+    head_name    attribute of torchvision's net that holds its head, which Classifier restores;
+                 '' = Classifier adds a linear head
 
     A list of modules instead of a backbone makes each module a stage: Encoder([stem, block1,
     block2])."""
@@ -242,9 +243,9 @@ def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], un
     """(mask size, token stage) for small images. Our heuristic, not from a paper.
 
     The mask size is the multiple of `unit` pixels that is closest to a sixth of the shorter side
-    and cuts the image into at least FEW_UNITS. The token stage is the deepest one at which a mask
-    unit still covers 2 x 2 features (CNN), or the one after the patch embedding (Transformer).
-    Raises ValueError if no size fits."""
+    and cuts the image into at least FEW_UNITS mask units. The token stage is the deepest one at
+    which a mask unit still covers 2 x 2 features (CNN), or the one after the patch embedding
+    (Transformer). Raises ValueError if no size fits."""
     H, W = image_size
     if mask_size is None:
         divisors = [n for n in range(unit, min(H, W), unit) if H % n == W % n == 0]

@@ -197,8 +197,8 @@ ROWS = {  # title -> what a newcomer should see
     "nothing hidden": "What each stage makes of the whole image.",
     "black squares": "The squares have hard edges. Convolutions respond to them and spread the "
                      "response: visible parts no longer look as in the first row.",
-    "mean colour": "No hard edges: visible parts stay much closer to the first row. But a hidden "
-                   "patch now looks like any flat part of the image.",
+    "mean colour": "Weaker edges: visible parts stay much closer to the first row. But a hidden "
+                   "place now looks like any flat part of the image.",
     "mean colour and\nlate mask token": "In the frame all hidden places become nearly one "
                                         "vector, the token. It tells the next stages which "
                                         "places to fill in.",
