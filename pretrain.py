@@ -466,8 +466,8 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
     if peak * plan.total < 0.1 and not settings.quick:
         cure = "raise --lr (per 512 images) or --epochs"
         cure += ", or use --recipe small" if settings.recipe != "small" else ""
-        world.print0(f"peak lr {peak:.1e} x {plan.total} steps = {peak * plan.total:.1g}: no "
-                     f"weight moves further, so little will be learned; {cure}")
+        world.print0(f"peak lr {peak:.1e} x {plan.total} steps = {peak * plan.total:.1g}: a "
+                     f"weight moves hardly further, so little will be learned; {cure}")
 
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     stem = ", small stem (3x3, stride 1)" if settings.stem == "small" else ""

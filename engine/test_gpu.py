@@ -22,7 +22,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
-from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -396,61 +395,6 @@ def test_lamb_has_as_many_kernels_for_many_weights_as_for_few():
                 lamb.step()
         counts.append(count.names.total())
     assert counts[0] == counts[1] < 30
-
-
-# ---- random erasing ----
-
-def boxes_of(images: torch.Tensor) -> torch.Tensor:
-    """Images of 7 with boxes of noise -> (top, left, height, width) of each, int (n, 4), n <= B."""
-    found = []
-    for image in images:
-        hit = (image != 7).all(0)
-        assert torch.equal(hit, (image != 7).any(0))         # all colours
-        if not hit.any():
-            continue
-        rows, columns = hit.any(1).nonzero().flatten(), hit.any(0).nonzero().flatten()
-        assert hit.sum() == len(rows) * len(columns)         # one whole rectangle
-        found.append([rows[0], columns[0], len(rows), len(columns)])
-    return torch.tensor(found)
-
-
-def largest_gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The Kolmogorov-Smirnov distance of two samples: between their distribution functions."""
-    values = torch.cat([a, b]).double().sort().values
-    below = [torch.searchsorted(x.double().sort().values, values, right=True) / len(x)
-             for x in (a, b)]
-    return (below[0] - below[1]).abs().max().item()
-
-
-@pytest.mark.parametrize("size", [(40, 40), (24, 56)])       # the second one refuses many boxes
-def test_erasing_has_the_distribution_of_torchvision(size):
-    n = 3000
-    images = torch.full((n, 3, *size), 7.0)
-    theirs = v2.RandomErasing(1.0, value="random")
-    a = boxes_of(finetune.erase(images, 1.0))
-    b = boxes_of(torch.stack([theirs(image) for image in images]))
-    assert len(a) == len(b) == n
-    H, W = size
-    limit = 1.95 * math.sqrt(2 / n)                          # exceeded once in 1,000
-    measures = [lambda box: box[:, 2] * box[:, 3] / (H * W),                 # share of the area
-                lambda box: (box[:, 2] / box[:, 3]).log(),   # aspect
-                lambda box: box[:, 2],
-                lambda box: box[:, 3],
-                lambda box: box[:, 0] / (H - box[:, 2]).clamp(min=1),        # place
-                lambda box: box[:, 1] / (W - box[:, 3]).clamp(min=1)]
-    for measure in measures:
-        assert largest_gap(measure(a), measure(b)) < limit
-    assert a[:, 2].max() < H and a[:, 3].max() < W
-
-
-def test_erasing_takes_its_share_of_images_and_fills_them_with_normal_noise():
-    images = torch.full((2000, 3, 32, 32), 7.0)
-    erased = finetune.erase(images, 0.25)
-    count = (erased != 7).flatten(1).any(1).sum().item()
-    assert abs(count - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
-    noise = erased[erased != 7]
-    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
-    assert (images == 7).all() and finetune.erase(images, 0.0) is images
 
 
 # ---- fused SGD ----

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import finetune
 import masking
@@ -124,6 +125,15 @@ def verdict_of(said):
     form = rf"{number} of the mean colour's error, {number} \+/- {number} of a blur's: (.*)"
     found = re.search(form, said)
     return *map(float, found.groups()[:3]), found[4]
+
+
+# ---- networks ----
+
+def randomised(net: nn.Module) -> nn.Module:
+    """The net with random weights, in eval mode: none of them is what it starts with."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return net.eval()
 
 
 # ---- masks and batches ----

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import MEAN, STD, eval_transform
+from engine.testing import randomised
 from extras import figure, paint
 from extras.testing import short_run
 from masking import fill_hidden, random_mask, resize_mask
@@ -31,13 +32,6 @@ def code_below(page: str, heading: str) -> str:
     """The first block of Python below a heading of a page."""
     text = (ROOT / page).read_text().split(f"{heading}\n", 1)[1]
     return re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-
-
-def randomised(net: nn.Module) -> nn.Module:
-    """The net with random weights: none of them is what it starts with."""
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    return net.eval()
 
 
 def timm_arguments() -> dict[str, dict]:
