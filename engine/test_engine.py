@@ -3,6 +3,7 @@
 Runs and their faults are in test_runs.py, weights and images in test_files.py.
 """
 
+import ast
 import json
 import math
 import re
@@ -45,7 +46,12 @@ def test_the_engine_imports_nothing_from_the_stages_and_nobody_imports_extras():
     stages = {"masking", "model", "loss", "data", "pretrain", "finetune"}
     engine = [file for file in HERE.glob("engine/*.py") if not file.name.startswith("test")]
     for file in [*HERE.glob("*.py"), *engine]:
-        imported = set(re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.M))
+        imported = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
         assert "extras" not in imported and (file.parent == HERE or not imported & stages), file
 
 
@@ -194,6 +200,7 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
         assert code == 2, said
         assert words in said
         assert said.startswith("finetune.py: error: ") and said.count("\n") == 1, said
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "new").exists()
 
 
 def test_help_gives_every_default(capsys):

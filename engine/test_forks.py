@@ -57,14 +57,18 @@ def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monke
     def blur(x):
         return tvf.gaussian_blur(x, [31, 31], [6.0, 6.0])
 
+    used = []
+
     def blurred(images, mask, fill="blur"):
+        used.append(len(images))
         hidden = masking.resize_mask(mask, images.shape[-2:])
         seen = (~hidden).float().expand_as(images)
         mean_of_visible = blur(images * seen) / blur(seen).clamp(min=1e-3)
         return torch.where(hidden, mean_of_visible, images)
 
     monkeypatch.setattr(model, "fill_hidden", blurred)
-    fork(tmp_path / "run")
+    fork(tmp_path / "run", "--val", "0", "--sheets", "0")
+    assert used == [8] * 4                                   # the forward pass of each step
     images, mask = torch.full((1, 3, 32, 32), 7.0), checkerboard(1, 4, 4)
     close(blurred(images, mask), images)                     # the blur of one colour is that colour
 

@@ -542,6 +542,25 @@ def test_a_loader_that_fails_during_a_run_is_a_failed_run_that_can_be_resumed(
     same_weights(final, repeated)
 
 
+# ---- the learning rate of a run ----
+
+def test_each_step_has_the_lr_of_its_schedule(few_images, tmp_path):
+    flags = "--epochs 2 --warmup-epochs 0.5 --min-lr 1e-5 --schedule cosine"
+    log, _ = run(tmp_path / "pre", *flags.split())
+    peak, floor = 0.03 * 8 / 512, 1e-5                       # TINY: --lr 0.03, 8 images a step
+    expected = []
+    for t in range(8):                                       # two of them warm up
+        cosine = floor + (peak - floor) / 2 * (1 + math.cos(math.pi * (t - 2) / 6))
+        expected.append(min(1, t / 2) * cosine)
+    assert [line["lr"] for line in log] == pytest.approx(expected)
+
+    flags = ("--init scratch --arch resnet18 --schedule cosine-by-epoch --warmup-epochs 0 "
+             "--min-lr 0 --lr 1e-3")
+    tune(tmp_path / "tuned", *flags.split())
+    rates = [line["lr"] for line in read_log(tmp_path / "tuned")]
+    assert rates == pytest.approx([5e-4] * 4 + [2.5e-4] * 4)   # 1e-3 x 8 / 16; half in epoch 2 of 2
+
+
 # ---- faults: signals, disks, checkpoints ----
 
 FLAGS = ["--epochs", "2", "--drop-path", "0.1", "--save-every", "1"]
@@ -582,7 +601,13 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:5000])
 
 
-@pytest.mark.parametrize("spoil", [truncate, flip_a_byte])
+def with_nan(path):
+    state = torch.load(path, weights_only=True)
+    state["model"]["decoder.0.bias"][0] = math.nan
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip_a_byte, with_nan])
 def test_the_checkpoint_before_is_used_if_the_last_one_is_broken(
     spoil, few_images, capsys, tmp_path
 ):
@@ -821,9 +846,7 @@ def test_a_crafted_checkpoint_gets_one_line(place, few_images, capsys, tmp_path)
 
 def test_a_checkpoint_with_weights_that_are_nan_is_not_resumed(few_images, capsys, tmp_path):
     run(tmp_path, "--epochs", "0.25")
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    state["model"]["decoder.0.bias"][0] = math.nan
-    torch.save(state, tmp_path / "checkpoint.pt")
+    with_nan(tmp_path / "checkpoint.pt")
     code, said = complaint(capsys, "--out", tmp_path, "--resume")
     assert code == 2 and "weights that are NaN" in said
 
@@ -889,13 +912,20 @@ def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(
-    few_images, capsys, tmp_path
+    few_images, capsys, tmp_path, monkeypatch
 ):
     run(tmp_path / "run", "--epochs", "1")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    flags = ["--data", "shapes", "--out", tmp_path / "run", "--epochs", "5", "--lr", "1e30"]
+    right = pretrain.a2mim_loss
+
+    def nan(*given, **more):
+        total, parts = right(*given, **more)
+        return total * math.nan, parts
+
+    monkeypatch.setattr(pretrain, "a2mim_loss", nan)
+    flags = ["--data", "shapes", "--out", tmp_path / "run", "--epochs", "5", "--save-every", "1"]
     code, said = complaint(capsys, *flags, "--resume")
-    assert code == 1 and "loss is not finite, 10 times in a row at step 1" in said
+    assert code == 1 and "loss is not finite, 10 times in a row at step 14" in said
     assert "checkpoint.pt is kept" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
