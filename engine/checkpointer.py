@@ -20,10 +20,11 @@ from torch import Tensor
 from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .description import write_description
-from .files import (all_finite, append_line, check_folder, lock_folder, make_and_lock,
-                    peak_memory_mb, printable, read_checkpoint, read_lines, refuse_odd_files,
-                    save_atomically, trim_log, write_text_atomically)
+from .files import (all_finite, append_line, check_folder, checkpoints_in, lock_folder,
+                    make_and_lock, peak_memory_mb, printable, read_checkpoint, read_lines,
+                    refuse_odd_files, save_atomically, trim_log, write_text_atomically)
 from .flags import accepts, format_size
+from .images import reason
 from .pictures import save_curve
 from .progress import Progress, RunningMeans, TimedBatches
 from .settings import to_save
@@ -64,8 +65,7 @@ def is_remembered(typed: dict) -> bool:
     True without --data, too: `open_run` then says that there is no checkpoint."""
     if not typed.get("resume") or "out" not in typed:
         return False
-    files = ("checkpoint.pt", "checkpoint-previous.pt")
-    return "data" not in typed or any((Path(typed["out"]) / file).exists() for file in files)
+    return "data" not in typed or bool(checkpoints_in(Path(typed["out"])))
 
 
 def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
@@ -358,9 +358,8 @@ class Checkpointer:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if name in ("model", "optimizer"):
                 raise ValueError(self.of_another_model(checkpoint)) from None
-            reason = printable((str(error).splitlines() or [type(error).__name__])[0])
             raise ValueError(f"{self.out}/checkpoint.pt: its {name!r} cannot be resumed "
-                             f"({reason}); choose another --out") from None
+                             f"({reason(error)}); choose another --out") from None
 
     def of_another_model(self, checkpoint: dict) -> str:
         made = checkpoint["args"]

@@ -184,13 +184,18 @@ def load_checked(path: str | Path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def checkpoints_in(out: Path) -> list[Path]:
+    """checkpoint.pt and checkpoint-previous.pt, as far as they are there."""
+    both = [out / "checkpoint.pt", out / "checkpoint-previous.pt"]
+    return [path for path in both if path.exists()]
+
+
 def read_checkpoint(out: Path) -> dict | None:
     """checkpoint.pt of a run, or checkpoint-previous.pt if that is broken; None if there is none.
 
     `path`, the file that was read, is added to the state. Raises ValueError if no file can be
     read."""
-    both = [out / "checkpoint.pt", out / "checkpoint-previous.pt"]
-    paths = [path for path in both if path.exists()]
+    paths = checkpoints_in(out)
     for path in paths:
         try:
             state = load_checked(path)

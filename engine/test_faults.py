@@ -8,8 +8,6 @@ More tests of faults, with one process, are in test_runs.py.
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +17,8 @@ import torch
 import finetune
 import pretrain
 from engine import checkpointer, command, files
-from engine.testing import (HERE, TINY, complaint, paint, read_log, run, same_weights, torchrun,
-                            tune)
+from engine.testing import (HERE, TINY, complaint, paint, read_log, run, run_code, same_weights,
+                            torchrun, tune)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -32,8 +30,7 @@ IN_A_PROCESS = ("--data shapes --arch shufflenet_v2_x0_5 --image-size 64 --batch
 def started(code, *flags, **options):
     """Runs pretrain.py in a process of its own, with a train_step that `code` has changed."""
     code = f"{code}\npretrain.train_step = train_step\npretrain.main(sys.argv[1:])\n"
-    return subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=HERE,
-                          capture_output=True, text=True, timeout=240, **options)
+    return run_code(code, *flags, **options)
 
 
 # ---- signals ----

@@ -29,8 +29,8 @@ import pretrain
 from engine import checkpointer, command, files, progress, results, weights
 from engine.settings import resumed
 from engine.testing import (HERE, QUICK, SMALL, TINY, complaint, failing_at, flip_a_byte,
-                            labelled_folder, paint, prepared, read_log, run, same_weights,
-                            settings_of, torchrun, tune, verdict_of)
+                            labelled_folder, paint, prepared, read_log, run, run_code,
+                            same_weights, settings_of, torchrun, tune, verdict_of)
 from model import build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -434,12 +434,6 @@ def test_batches_stay_as_they_are_though_workers_reuse_their_memory(batch):
         assert all(map(torch.equal, a, b))
         assert a[0].stride() == b[0].stride() and a[0].stride(1) == 1
         assert not b[0].is_shared()                          # copied out of the workers' memory
-
-
-def run_code(code, *arguments):
-    """Runs Python code in a process of its own, in the repository."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE,
-                          capture_output=True, text=True, timeout=240)
 
 
 BUG = """

@@ -95,6 +95,12 @@ def complaint(capsys, *flags, main=pretrain.main):
     return exit.value.code, capsys.readouterr().err
 
 
+def run_code(code, *arguments, **options):
+    """Runs Python code in a process of its own, in the repository."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True, timeout=240, **options)
+
+
 def torchrun(*arguments, processes=2, **options):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launch, f"--nproc_per_node={processes}", *map(str, arguments)]

@@ -49,6 +49,7 @@ from extras.pixels import Segmenter, fitted, legend, overlay, save_labels
 from extras.segment import predict
 from model import Classifier, build_encoder
 
+
 class Pictures(Dataset):
     """The pictures of a folder: (index, picture as `prepare` makes it, or None, reason)."""
 
