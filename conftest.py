@@ -15,6 +15,8 @@ import torchvision.models as tv
 import data
 import model
 
+pytest.register_assert_rewrite("engine.testing")             # a failed assert shows both sides
+
 # ---- fixtures ----
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,10 @@ def resolved(stage, *flags, images=1_281_167, **processes):
     return stage.resolve(stage.asked_for(typed), images, world)
 
 
+def assert_settings(settings, **expected):
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 class PowerFailure(Exception):
     pass
 

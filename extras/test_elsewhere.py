@@ -85,10 +85,10 @@ def test_the_lines_of_the_readme_for_weights_elsewhere_run_as_they_are_written(t
         assert torch.allclose(names["net"].eval()(images), tuned(images), atol=1e-5)
 
     pytest.importorskip("timm")
-    vit = randomised(build_encoder("deit_tiny", 96))
+    vit = randomised(build_encoder("vit_base", 224))
     torch.save(vit.backbone.state_dict(), "backbone.pt")
     exec(of_timm, names)
-    images = torch.randn(1, 3, 96, 96)
+    images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(names["vit"].eval()(images), vit(images), atol=1e-5)
 
