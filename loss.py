@@ -48,6 +48,9 @@ def residual(pred: Tensor, image: Tensor, hidden: Tensor, stand_in: str,
     'mixed'       halfway between prediction and image, half the error; as released
     'prediction'  the prediction, detached, the full error; as in the paper
 
+    The image itself would be no good stand-in: the error would fall to 0 at the edge of every mask
+    unit, and the spectrum would show these edges.
+
     visible_weight: the share of the gradient that visible pixels keep all the same.
     Raises ValueError for another stand-in."""
     if stand_in not in STAND_INS:

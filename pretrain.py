@@ -553,7 +553,7 @@ FLAGS = {
         **STAGE_FLAGS},
     "loss": {
         "fourier_weight": (0.5, NONNEGATIVE, "lambda, 0 = pixels only"),
-        "stand_in": ("mixed", STAND_INS, "constant at visible pixels in the Fourier loss: "
+        "stand_in": ("mixed", STAND_INS, "stand-in for visible pixels in the Fourier loss: "
                      "mixed as released, prediction as in the paper"),
         "visible_weight": (0.0, FRACTION, "share of the Fourier loss's gradient that visible "
                            "pixels keep"),

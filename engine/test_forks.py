@@ -1,4 +1,4 @@
-"""Forks: each row of "Change it" in the README, as a run that learns, is saved and is resumed."""
+"""Forks: each row of docs/forks.md, as a run that learns, is saved and is resumed."""
 
 import copy
 import math
