@@ -416,14 +416,21 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
 
 @torch.no_grad()
 def target_of_previews(previews: Tensor, model: A2MIM) -> Tensor:
-    """make_target(previews). Raises ValueError if its map is coarser than the mask."""
+    """make_target(previews). Raises ValueError if it does not fit the mask and the decoder."""
+    gh, gw = model.grid
+    all_visible = torch.zeros(len(previews), gh, gw, dtype=torch.bool, device=previews.device)
     model.eval()                                             # a teacher's BatchNorm stays as it is
     target = make_target(previews, model)
+    pred = model.forward(previews, all_visible)
     model.train()
-    (h, w), (gh, gw) = target.shape[-2:], model.grid
+    h, w = target.shape[-2:]
     if h % gh or w % gw:
         raise ValueError(f"make_target gives maps of {h}x{w}, the mask has {gh}x{gw} units; "
                          f"interpolate the target, or use a larger --mask-size")
+    if pred.shape != target.shape:
+        raise ValueError(f"make_target gives maps {tuple(target.shape[1:])}, the decoder "
+                         f"{tuple(pred.shape[1:])}; give build_decoder (model.py) the target's "
+                         f"channels and its pixels per feature")
     return target
 
 

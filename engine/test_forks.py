@@ -1,10 +1,11 @@
-"""Forks: each row of docs/forks.md, as a run that learns, is saved and is resumed."""
+"""Forks: each row of docs/forks.md, as a run that learns. Two hold a state, which is resumed."""
 
-import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
 
@@ -13,6 +14,7 @@ import masking
 import model
 import pretrain
 from engine import checkpointer
+from engine.optim import MovingAverage
 from engine.testing import checkerboard, complaint, failing_at, read_log
 from model import A2MIM
 
@@ -53,24 +55,23 @@ def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
     assert alike > 0.8
 
 
-def test_fork_fill_with_a_blur_of_the_visible_pixels(few_images, tmp_path, monkeypatch):
-    def blur(x):
-        return tvf.gaussian_blur(x, [31, 31], [6.0, 6.0])
+def test_fork_fill_with_patches_of_another_image(few_images, tmp_path, monkeypatch):
+    fill = masking.fill_hidden
 
-    used = []
-
-    def blurred(images, mask, fill="blur"):
-        used.append(len(images))
+    def fill_or_mix(images, mask, name="mean", generator=None):
+        if name != "another image":
+            return fill(images, mask, name, generator)
         hidden = masking.resize_mask(mask, images.shape[-2:])
-        seen = (~hidden).float().expand_as(images)
-        mean_of_visible = blur(images * seen) / blur(seen).clamp(min=1e-3)
-        return torch.where(hidden, mean_of_visible, images)
+        return torch.where(hidden, images.roll(1, 0), images)
 
-    monkeypatch.setattr(model, "fill_hidden", blurred)
-    fork(tmp_path / "run", "--val", "0", "--sheets", "0")
-    assert used == [8] * 4                                   # the forward pass of each step
-    images, mask = torch.full((1, 3, 32, 32), 7.0), checkerboard(1, 4, 4)
-    close(blurred(images, mask), images)                     # the blur of one colour is that colour
+    monkeypatch.setattr(model, "fill_hidden", fill_or_mix)
+    names = (*masking.FILLS, "another image")
+    monkeypatch.setitem(pretrain.FLAGS["masking"], "fill", ("mean", names, ""))
+    fork(tmp_path / "run", "--fill", "another image")
+    images, mask = torch.randn(2, 3, 32, 32), checkerboard(2, 4, 4)
+    filled = fill_or_mix(images, mask, "another image")
+    assert torch.equal(filled[0, :, :8, :8], images[1, :, :8, :8])           # hidden
+    assert torch.equal(filled[0, :, :8, 8:16], images[0, :, :8, 8:16])
 
 
 def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
@@ -87,22 +88,24 @@ def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
 
 def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
     """A fourth channel, as satellites have: the reader, its mean and std, the first convolution."""
-    read, build = data.Shapes.read, pretrain.build_encoder
+    drawn = data.Shapes("train", (40, 40))
+    for i in range(len(drawn)):
+        image = drawn.read(i)                                # uint8 (3, 40, 40)
+        four = torch.cat([image, 255 - image[:1]])
+        Image.fromarray(four.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
 
-    def read_four(self, i):
-        image = read(self, i)
-        return torch.cat([image, 255 - image[:1]])
-
-    def build_for_four(*given):
-        return build(*given, channels=4)
+    def read_four(path, min_side=None):
+        with Image.open(path) as file:
+            return tvf.pil_to_tensor(file)
 
     monkeypatch.setattr(data, "MEAN", (*data.MEAN, 0.5))
     monkeypatch.setattr(data, "STD", (*data.STD, 0.25))
-    monkeypatch.setattr(data.Shapes, "read", read_four)
-    monkeypatch.setattr(pretrain, "build_encoder", build_for_four)
+    monkeypatch.setattr(data, "read_image", read_four)
+    build = partial(pretrain.build_encoder, channels=4)
+    monkeypatch.setattr(pretrain, "build_encoder", build)
     data.mean_and_std.cache_clear()
     try:
-        state = fork(tmp_path / "run")["model"]
+        state = fork(tmp_path / "run", "--data", str(tmp_path), "--val", "0")["model"]
     finally:
         data.mean_and_std.cache_clear()                      # other tests have three channels
     assert state["encoder.backbone.conv1.weight"].shape[1] == 4
@@ -126,7 +129,7 @@ def test_fork_reconstructs_gradient_orientations(few_images, tmp_path, monkeypat
 
     monkeypatch.setattr(pretrain, "make_target", orientations)
     monkeypatch.setattr(model, "build_decoder", build_for_nine)
-    state = fork(tmp_path / "run")["model"]
+    state = fork(tmp_path / "run", "--fourier-weight", "0")["model"]
     assert state["decoder.0.weight"].shape[0] == 9 * 32**2
     # the target is no picture: no sheets are drawn, and it is not compared with the two baselines
     assert not list((tmp_path / "run").glob("reconstruction-*.png"))
@@ -142,37 +145,35 @@ def test_fork_reconstructs_the_features_of_an_ema_teacher(few_images, tmp_path, 
     """The teacher is a submodule, so it is saved and resumed. It follows the encoder each step."""
     init, step = A2MIM.__init__, pretrain.train_step
 
-    def with_teacher(self, *given, **more):
-        init(self, *given, **more)
-        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+    def with_teacher(self, encoder, image_size, mask_size, *more):
+        init(self, encoder, image_size, mask_size, *more)
+        width = self.decoder[0].in_channels
+        self.teacher = MovingAverage(self.encoder, decay=0.9, ramp=2).requires_grad_(False)
+        self.pixels = max(1, self.stride // mask_size)
+        self.decoder = model.build_decoder(width, width, self.pixels)
 
     def features(images, model):
         with torch.no_grad():
-            return model.teacher(images).float()             # (B, 512, 4, 4)
+            z = model.to_map(model.teacher.module.eval()(images)).float()    # (B, 512, 1, 1)
+        return nn.functional.interpolate(z, scale_factor=model.pixels)       # (B, 512, 4, 4)
 
-    def step_and_follow(at, batches, args, world, state):
-        record = step(at, batches, args, world, state)
-        teacher, encoder = state.model.teacher, state.model.encoder
-        with torch.no_grad():
-            for slow, fast in zip(teacher.parameters(), encoder.parameters()):
-                slow.lerp_(fast, 0.1)
+    def step_and_follow(at, batches, settings, world, state):
+        record = step(at, batches, settings, world, state)
+        state.model.teacher.update_parameters(state.model.encoder)
         return record
 
-    def one_layer(width, channels, stride):
-        return nn.Conv2d(width, width, 1)
-
     monkeypatch.setattr(A2MIM, "__init__", with_teacher)
-    monkeypatch.setattr(model, "build_decoder", one_layer)
     monkeypatch.setattr(pretrain, "make_target", features)
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
-    state = fork(tmp_path / "run", "--stem", "small")["model"]
-    slow = state["teacher.backbone.layer4.0.conv1.weight"]
+    flags = ["--fourier-weight", "0", "--val", "0"]
+    state = fork(tmp_path / "run", *flags)["model"]
+    slow = state["teacher.module.backbone.layer4.0.conv1.weight"]
     fast = state["encoder.backbone.layer4.0.conv1.weight"]
-    assert not torch.equal(slow, fast)
+    assert not torch.equal(slow, fast) and state["teacher.n_averaged"] == 5
 
     monkeypatch.setattr(pretrain, "train_step", failing_at(2, step_and_follow))
     with pytest.raises(SystemExit):
-        fork(tmp_path / "cut", "--stem", "small", "--save-every", "1")
+        fork(tmp_path / "cut", *flags, "--save-every", "1")
     monkeypatch.setattr(pretrain, "train_step", step_and_follow)
     pretrain.main(["--out", str(tmp_path / "cut"), "--resume"])
     again = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["model"]
@@ -246,14 +247,19 @@ def test_fork_normalised_patches_are_judged_by_baselines_with_the_same_target(
     assert "reconstruction" not in capsys.readouterr().err.split("done:")[1]
 
 
-def test_a_target_that_is_coarser_than_the_mask_gets_one_line(few_images, tmp_path, monkeypatch,
-                                                              capsys):
-    def pooled(images, model=None):
-        return nn.functional.avg_pool2d(images, 16)          # 2 x 2, the mask has 4 x 4
-
-    monkeypatch.setattr(pretrain, "make_target", pooled)
+@pytest.mark.parametrize("target, message", [
+    # 2 x 2 places, the mask has 4 x 4
+    (lambda images, model: nn.functional.avg_pool2d(images, 16),
+     "make_target gives maps of 2x2, the mask has 4x4 units"),
+    # one channel would be broadcast to three
+    (lambda images, model: images.mean(1, keepdim=True),
+     "make_target gives maps (1, 32, 32), the decoder (3, 32, 32)"),
+])
+def test_a_target_that_does_not_fit_mask_and_decoder_gets_one_line(
+        few_images, tmp_path, monkeypatch, capsys, target, message):
+    monkeypatch.setattr(pretrain, "make_target", target)
     code, said = complaint(capsys, *FORK.split(), "--out", tmp_path / "run")
-    assert code == 2 and "make_target gives maps of 2x2, the mask has 4x4 units" in said
+    assert code == 2 and message in said
 
 
 class Counter:
