@@ -49,7 +49,7 @@ def loss(pred, images, hidden):
     power = spectrum.real**2 + spectrum.imag**2
     weight = torch.log1p(power.detach().sqrt())
     weight = weight / weight.amax((2, 3), keepdim=True)
-    return pixels + 0.5 * (weight * power).mean()            # 3. far-off frequencies count more
+    return pixels + 0.5 * (weight * power).mean()            # 3. large errors count more
 
 
 def random_mask(batch, units=64, share=0.6):
