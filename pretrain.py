@@ -410,8 +410,9 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     if others:
         has_baselines = target.shape == previews.shape
         held = read_held_out(centred, settings, world, model, has_baselines)
-    is_pixels = torch.equal(target, previews)                # other targets are no pictures
-    return state, held, previews if is_pixels else None
+    # other targets and four channels are no pictures
+    is_picture = torch.equal(target, previews) and previews.shape[1] == 3
+    return state, held, previews if is_picture else None
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from data import MEAN, STD, eval_transform
 from engine.testing import randomised
 from extras import figure, paint
 from extras.testing import short_run
+from loss import a2mim_loss
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, Classifier, VITS, build_encoder
 
@@ -91,6 +92,18 @@ def test_the_lines_of_the_readme_for_weights_elsewhere_run_as_they_are_written(t
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(names["vit"].eval()(images), vit(images), atol=1e-5)
+
+
+def test_the_lines_of_the_readme_for_any_list_of_modules_train_it():
+    images = torch.randn(2, 3, 224, 224)
+    stem, stage1, stage2 = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 12, 2, 2), nn.Conv2d(12, 16, 2, 2)
+    names = dict(A2MIM=A2MIM, random_mask=random_mask, resize_mask=resize_mask,
+                 a2mim_loss=a2mim_loss, images=images, stem=stem, stage1=stage1, stage2=stage2)
+    exec(code_below("README.md", "**Any list of modules** can be the encoder:"), names)
+    assert names["mask"].sum((1, 2)).tolist() == [30, 30]
+    assert names["net"].mask_token.token.shape == (12,)      # before stage2
+    names["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for p in names["net"].parameters())
 
 
 def test_the_lines_of_the_docs_for_your_own_training_code_run_as_they_are_written(tmp_path,
