@@ -55,23 +55,23 @@ def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
     assert alike > 0.8
 
 
-def test_fork_fill_with_patches_of_another_image(few_images, tmp_path, monkeypatch):
+def test_fork_fill_with_the_mirrored_image(few_images, tmp_path, monkeypatch):
     fill = masking.fill_hidden
 
-    def fill_or_mix(images, mask, name="mean", generator=None):
-        if name != "another image":
+    def fill_or_mirror(images, mask, name="mean", generator=None):
+        if name != "mirror":
             return fill(images, mask, name, generator)
         hidden = masking.resize_mask(mask, images.shape[-2:])
-        return torch.where(hidden, images.roll(1, 0), images)
+        return torch.where(hidden, images.flip(3), images)
 
-    monkeypatch.setattr(model, "fill_hidden", fill_or_mix)
-    names = (*masking.FILLS, "another image")
+    monkeypatch.setattr(model, "fill_hidden", fill_or_mirror)
+    names = (*masking.FILLS, "mirror")
     monkeypatch.setitem(pretrain.FLAGS["masking"], "fill", ("mean", names, ""))
-    fork(tmp_path / "run", "--fill", "another image")
+    fork(tmp_path / "run", "--fill", "mirror")
     images, mask = torch.randn(2, 3, 32, 32), checkerboard(2, 4, 4)
-    filled = fill_or_mix(images, mask, "another image")
-    assert torch.equal(filled[0, :, :8, :8], images[1, :, :8, :8])           # hidden
-    assert torch.equal(filled[0, :, :8, 8:16], images[0, :, :8, 8:16])
+    filled = fill_or_mirror(images, mask, "mirror")
+    assert torch.equal(filled[0, :, 0, 0], images[0, :, 0, 31])              # hidden
+    assert torch.equal(filled[0, :, 0, 8], images[0, :, 0, 8])
 
 
 def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
