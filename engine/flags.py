@@ -163,13 +163,15 @@ class Parser(argparse.ArgumentParser):
         for title, rows in flags.items():
             group = self.add_argument_group(title)
             for name, (default, kind, text) in rows.items():
-                names = ["--" + name.replace("_", "-"), *OLD_NAMES.get(name, [])]
                 notes = default_notes(default, kind)
                 if name in by_recipe:
                     notes.append("by recipe")
                 if notes:
                     text = f"{text} ({', '.join(notes)})"
-                group.add_argument(*names, dest=name, help=text, **argparse_options(kind))
+                options = dict(dest=name, **argparse_options(kind))
+                group.add_argument("--" + name.replace("_", "-"), help=text, **options)
+                for old in OLD_NAMES.get(name, []):
+                    group.add_argument(old, help=argparse.SUPPRESS, **options)
 
     def error(self, message: str):
         """Raises ValueError with the message, which may quote a value of any length."""
@@ -182,9 +184,9 @@ def recipe_help(recipes: dict) -> str | None:
     """The end of --help: one line per recipe, with the flags that it sets."""
     if not recipes:
         return None
-    lines = ["recipes (a flag overrides):"]
+    lines = ["values by recipe or family of backbones (a typed flag overrides):"]
     for recipe, values in recipes.items():
-        texts = [f"{name}={value}" for name, value in values.items()]
+        texts = [f"{name}={value}" for name, value in values.items() if name != "recipe_batch"]
         lines.append(f"  {recipe:9} {'  '.join(texts)}")
     return "\n".join(lines)
 

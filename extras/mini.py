@@ -87,7 +87,7 @@ def main(folder=None):
         if step % 10 == 0 or step == STEPS - 1:
             print(f"step {step:3d}  loss {error.item():.3f}")
     torch.save(model.backbone.state_dict(), "backbone.pt")
-    print("backbone.pt: torchvision.models.resnet18() takes it; only fc is missing")
+    print("backbone.pt: for torchvision.models.resnet18(), with strict=False because it has no fc")
 
 
 if __name__ == "__main__":
