@@ -330,7 +330,7 @@ def is_deep(file: Image.Image) -> bool:
 class CropAndFlip(v2.RandomResizedCrop):
     """torchvision's random crop, resized to (H, W) and flipped; uint8 (3, h, w) -> (3, H, W).
 
-    A crop has at least `scale` of the area, and 3/4 to 4/3 of the shape asked for. Bilinear in
+    A crop has at least `scale` of the area; its width / height is 3/4 to 4/3 of W / H. Bilinear in
     pre-training, bicubic in fine-tuning, as released. We flip before resizing: the crop must be
     copied to channels_last for the fast uint8 resize anyway, so the flip is free."""
 
@@ -381,7 +381,7 @@ class RandAugment(nn.Module):
             if torch.rand(()) < 0.5:
                 m = self.magnitude + 0.5 * torch.randn(())
                 operation = self.by_bin[round(3 * float(m.clamp(0, 10)))]
-                picture = tvf.to_pil_image(image)  # torchvision turns no tensor bicubically
+                picture = tvf.to_pil_image(image)            # tensors rotate without bicubic
                 image = tvf.pil_to_tensor(operation(picture))
         return image
 
@@ -402,7 +402,7 @@ def augment(settings) -> v2.Transform:
 class ImageDataset(Dataset):
     """source + transform, indexed by (visit, index): (image, index of that image, broken).
 
-    visit counts how often the image was seen before: it is the epoch, unless images are repeated.
+    visit is the epoch; with repeats it is epoch x repeats + the number of the repeat.
     The randomness of the transform comes from (seed, visit, index) alone. An image that cannot be
     read is replaced by the next one that can; `broken` is then its index, and otherwise -1.
     Raises Failed after 100 unreadable images in a row: the disk may be gone."""

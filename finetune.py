@@ -43,7 +43,7 @@ from engine.step import is_evaluated, make_scaler, memory_format, take_step, wra
 from engine.weights import load_backbone, load_head, summary_of
 from model import STEMS, Classifier, build_encoder, get_family, settings_for_size
 
-# ---- recipes. Every value has a flag of the same name; lr is per `lr_batch` images of a step ----
+# ---- recipes. Values have flags of the same name; lr is per `lr_batch` images of a step ----
 
 LONG = dict(recipe_batch=None, eval_every=1, crop_min=0.08)
 RSB = dict(LONG, optimizer="lamb", lr_batch=2048, weight_decay=0.02, schedule="cosine-by-epoch",
@@ -92,7 +92,12 @@ EMA_RAMP = 20                                                # epochs, as releas
 
 class BestEpoch(dict):
     """The best epoch so far: its accuracy and its number. A dict that a checkpoint can hold."""
-    state_dict, load_state_dict = dict.copy, dict.update
+
+    def state_dict(self) -> dict:
+        return self.copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.update(state)
 
 
 @dataclass
@@ -227,7 +232,7 @@ def train(typed: dict, world: Distributed) -> None:
         saved["ema"] = state.ema
     checkpointer = Checkpointer(settings, world, plan, saved, checkpoint)
     world.print0(f"global batch {settings.global_batch}, peak lr {settings.peak_lr:.2e}, "
-                 f"{settings.epochs:g} x {plan.per_epoch} steps")
+                 f"{settings.epochs:g} epochs of {plan.per_epoch} steps")
 
     batches = checkpointer.timed(state.loader)
     state.model.train()
@@ -493,13 +498,17 @@ def open_data(asked: dict, world: Distributed) -> tuple:
                          f"({', '.join(different[:3])}{more})")
     one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
     if test_size != size and one_grid and training:
-        raise ValueError(f"--test-size of {format_size(test_size)}: {arch} has one grid of "
-                         f"positions; use that of --image-size, {format_size(size)}")
+        raise ValueError(f"--test-size of {format_size(test_size)}: the positions of {arch} have "
+                         f"one size; use that of --image-size, {format_size(size)}")
     if len(val) < world.size:
         kind = "" if one_set else "validation "
         raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for "
                          f"{world.size} processes")
-    return some_labels(source, asked["labels"], asked["seed"]), val
+    labelled = some_labels(source, asked["labels"], asked["seed"])
+    if not training and len(labelled) < world.size:          # each process needs an image
+        raise ValueError(f"--labels {asked['labels']}: {len(labelled)} images are too few for "
+                         f"{world.size} processes")
+    return labelled, val
 
 
 def print_start(settings: Settings, world: Distributed, state: TrainState) -> None:
@@ -558,8 +567,8 @@ FLAGS = {
                       "probes on ImageNet"),
         "epochs": (20, number(float, 0.001, MAX_EPOCHS), "passes over the labelled images; a "
                    "fraction too"),
-        "batch_size": (None, COUNT, "images per process and forward pass (default recipe: 16 in "
-                       "all; GPU 256, CPU 32)"),
+        "batch_size": (None, COUNT, "images per process and forward pass (recipes default and "
+                       "small: 16 over all processes; others: GPU 256, CPU 32)"),
         "accum": (1, COUNT, "forward passes per optimiser step"),
         "lr": (1e-3, NONNEGATIVE, "per --lr-batch images of the global batch"),
         "lr_batch": (16, COUNT, "see --lr"),
@@ -590,6 +599,10 @@ def parse(argv: list[str] | None) -> dict:
     """The flags that were typed, with their values. Raises ValueError for a wrong or missing
     one."""
     typed = vars(make_parser().parse_args(argv))
+    trains_nothing = typed.get("eval_only") or typed.get("recipe") in ("knn", "features")
+    if typed.get("resume") and trains_nothing:
+        raise ValueError("--resume continues a training; leave it out, and give --weights FILE, "
+                         "such as the run's best.pt")
     if is_remembered(typed):                                 # the rest is in the checkpoint
         return typed
     if "data" not in typed:
@@ -600,8 +613,8 @@ def parse(argv: list[str] | None) -> dict:
     if "eval_only" in typed and "init" in typed:
         raise ValueError("--eval-only: needs --weights, such as best.pt of a run")
     if asked_for(typed)["arch"] is None:
-        raise ValueError("--arch is missing: no args.json beside the weights names it; try "
-                         "--arch resnet18")
+        why = "--init scratch needs one" if "init" in typed else "no args.json beside the weights"
+        raise ValueError(f"--arch is missing: {why}; try --arch resnet18")
     return typed
 
 

@@ -9,6 +9,8 @@ Images are normalised, (B, 3, H, W). `hidden` is the mask at the size of the pix
 True = hidden. Everything is computed in float32, also under autocast.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -140,6 +142,6 @@ def skill(loss: float, mean_colour: float, blur: float,
     else:
         is_better = True
         verdict = "better than a blur" if of_blur > 0.85 else "clearly better than a blur"
-    scatter = f" +/- {margin:.2f}" if error else ""
+    scatter = f" +/- {margin:.2f}" if 0 < margin < math.inf else ""
     shares = f"{of_mean:.2f} of the mean colour's error, {of_blur:.2f}{scatter} of a blur's"
     return f"{shares}: {verdict}", is_better

@@ -38,13 +38,15 @@ def mask_grid(image_size: tuple[int, int], mask_size: int) -> tuple[int, int]:
 
 
 def hidden_count(units: int, ratio: float) -> int:
-    """ceil(ratio * units), how many units of each image are hidden: 30 of 49 at the default 0.6.
+    """ceil(ratio * units), how many units of each image are hidden: 30 of 49 at the default 0.6. At
+    least 1.
 
     Raises ValueError unless 0 < ratio < 1, or if no unit would stay visible."""
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio}: must lie between 0 and 1, both excluded; the paper "
                          f"uses 0.6")
     hidden = math.ceil(round(ratio * units, 6))              # 0.55 * 100 is 55.000000000000007
+    hidden = max(1, hidden)
     if hidden >= units:
         raise ValueError(f"mask ratio {ratio}: hides all of {units} mask units; use a smaller "
                          f"--mask-size, a larger --image-size or a smaller --mask-ratio")
@@ -68,8 +70,8 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6,
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, gh, gw) -> (B, 1, h, w) by nearest neighbour: to the pixels, or to a feature map.
 
-    Raises ValueError if the target is coarser than the mask, because a feature would then be
-    hidden and visible at once."""
+    If the target is no multiple of the mask, what lies on two units goes to the nearest. Raises
+    ValueError if the target is coarser than the mask."""
     gh, gw = mask.shape[-2:]
     h, w = size
     if h < gh or w < gw:

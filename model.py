@@ -73,11 +73,12 @@ class A2MIM(nn.Module):
         width = channels_of(last, self.encoder.layout)
         self.decoder = build_decoder(width, self.encoder.channels, self.stride)
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor,
+                generator: torch.Generator | None = None) -> Tensor:
         """images (B, 3, H, W), normalised; mask (B, gh, gw), True = hidden. Returns reconstructions
-        (B, 3, H, W)."""
+        (B, 3, H, W). The generator is for the fill 'random'."""
         # idea 1: hidden pixels take the image's mean colour
-        z = fill_hidden(images, mask, self.fill)             # (B, 3, H, W)
+        z = fill_hidden(images, mask, self.fill, generator)  # (B, 3, H, W)
         for stage in range(len(self.encoder.stages)):
             if stage == self.token_stage:                    # ResNet: before stage 4, at stride 16
                 # idea 2: the mask token joins the features at hidden places
@@ -114,16 +115,20 @@ class A2MIM(nn.Module):
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For pictures, in eval mode: (the filled input, the reconstruction, the image with hidden
         patches replaced). Raises ValueError if the model was trained for another target."""
+        def same_colours():                                  # in both calls, for the fill 'random'
+            return torch.Generator(images.device).manual_seed(0)
+
         training = self.training
         self.eval()
         # forward, because self(...) may be compiled for another batch size
-        reconstruction = self.forward(images, mask).float()
+        reconstruction = self.forward(images, mask, same_colours()).float()
         self.train(training)
         if reconstruction.shape != images.shape:
             raise ValueError(f"this model reconstructs maps {tuple(reconstruction.shape[1:])}, and "
                              f"no image {tuple(images.shape[1:])}")
         pasted = torch.where(resize_mask(mask, self.image_size), reconstruction, images)
-        return fill_hidden(images, mask, self.fill), reconstruction, pasted
+        seen = fill_hidden(images, mask, self.fill, same_colours())
+        return seen, reconstruction, pasted
 
 
 def channels_of(shape: torch.Size, layout: str) -> int:
@@ -263,7 +268,10 @@ def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], un
         return mask_size, encoder.token_stage
     maps = shapes[:-1]                                       # (1, C, h, w) each
     two_features = [2 * H // shape[2] for shape in maps]     # in pixels
-    return mask_size, max(k for k, width in enumerate(two_features) if width <= mask_size)
+    stages = [k for k, width in enumerate(two_features) if width <= mask_size]
+    if not stages:
+        raise ValueError(f"mask size {mask_size}: must be at least {min(two_features)} pixels")
+    return mask_size, stages[-1]
 
 
 # ---- a classifier, for fine-tuning ----
@@ -303,8 +311,7 @@ class Classifier(nn.Module):
     def make_head(self, encoder: Encoder, classes: int) -> None:
         kind = self.family.name
         image_size = encoder.backbone.image_size if kind == "vit" else (224, 224)
-        last = encoder.shapes(image_size)[-1]
-        width = last[1] if kind in ("resnet", "convnext") else last[-1]
+        width = channels_of(encoder.shapes(image_size)[-1], encoder.layout)
         if kind == "vit":
             encoder.stages[-1].remove("norm")
             encoder.backbone.norm = nn.Identity()
@@ -374,19 +381,18 @@ STEMS = ("imagenet", "small")
 
 class Family(NamedTuple):
     """What the backbones of one family have in common."""
-    name: str                                                # of its recipe, too
+    name: str                                                # also its key in pretrain.RECIPES
     archs: tuple[str, ...]
-    token_stage: int                                         # where the token enters, as released
     head: str  # the classification head in torchvision's names
     layout: str = "nchw"
     convolutional: bool = True                               # faster in channels_last
 
 
 FAMILIES = [
-    Family("resnet", RESNETS, 4, "fc"),
-    Family("convnext", CONVNEXTS, 4, "classifier.2"),
-    Family("vit", tuple(VITS), 1, "head", convolutional=False),
-    Family("swin", tuple(SWINS), 1, "head", "nhwc", convolutional=False),
+    Family("resnet", RESNETS, "fc"),
+    Family("convnext", CONVNEXTS, "classifier.2"),
+    Family("vit", tuple(VITS), "head", convolutional=False),
+    Family("swin", tuple(SWINS), "head", "nhwc", convolutional=False),
 ]
 ARCHS = tuple(arch for kind in FAMILIES for arch in kind.archs)
 
@@ -396,7 +402,7 @@ def get_family(arch: str) -> Family:
     name."""
     others = tuple(tv.list_models(module=tv))
     is_transformer = arch.startswith(("swin", "maxvit"))
-    rest = Family("torchvision", others, -1, "", convolutional=not is_transformer)
+    rest = Family("torchvision", others, "", convolutional=not is_transformer)
     for kind in (*FAMILIES, rest):
         if arch in kind.archs:
             return kind
@@ -536,14 +542,14 @@ class ViT(nn.Module):
     Raises ValueError if the patch does not divide the image (H, W)."""
 
     def __init__(self, image_size: tuple[int, int], dim: int, depth: int, heads: int, mlp: int,
-                 patch: int = 16, drop_path: float = 0.1, channels: int = 3):
+                 patch: int = 16, drop_path: float = 0.1):
         super().__init__()
         H, W = image_size
         if H % patch or W % patch:
             raise ValueError(f"image size {H}x{W}: not a multiple of the {patch}-pixel patch")
         self.image_size = image_size
         self.grid = grid = (H // patch, W // patch)
-        self.patch_embed = PatchEmbed(dim, patch, channels)
+        self.patch_embed = PatchEmbed(dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
@@ -563,11 +569,11 @@ class ViT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per p x p patch: (B, channels, H, W) -> (B, N, C), N = HW / p^2."""
+    """One linear map per p x p patch: (B, 3, H, W) -> (B, N, C), N = HW / p^2."""
 
-    def __init__(self, dim: int, patch: int, channels: int):
+    def __init__(self, dim: int, patch: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -620,10 +626,9 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, 1 + N, C / heads)
-        rows = self.relative_position_index.flatten()
-        position = self.relative_position_bias_table.T.index_select(1, rows)
-        position = position.view(1, self.heads, N, N).to(q.dtype)            # N: 1 + patches
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position)
+        position = self.relative_position_bias_table[self.relative_position_index]
+        position = position.permute(2, 0, 1).to(q.dtype)     # (heads, 1 + N, 1 + N)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position[None])
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 

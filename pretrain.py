@@ -1,7 +1,7 @@
 """Pre-training with A2MIM, for any backbone, on a CPU, one GPU or many.
 
     python pretrain.py                                                 the demo, minutes on a CPU
-    torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet   the paper's ResNet-50 run
+    torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet   the released ResNet-50 run
 
 In the order of this file: the recipes, one training step, the loop, the held-out loss, the set-up,
 the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt,
@@ -96,7 +96,7 @@ class TrainState:
     add it to `saved` in `train`, so that it is saved and resumed."""
     plan: StepPlan
     loader: DataLoader
-    model: A2MIM                                             # the weights, under their own names
+    model: A2MIM                                             # without DDP and its 'module.' prefix
     net: nn.Module                                           # with several processes: DDP(model)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -262,6 +262,7 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
         return
     state.model.eval()
     world.broadcast_buffers(state.model)
+    torch.manual_seed(seed_for(settings.seed, done))         # the fill 'random', after a resume too
     # by forward: model(...) may be compiled, for the size of a training batch
     losses = held_out_loss(state.model.forward, held, settings, world, state.model)
     state.model.train()
@@ -337,7 +338,7 @@ def start(typed: dict, world: Distributed) -> tuple:
     if checkpoint:
         asked = resumed({**DEFAULTS, **DEFAULTS_OF_OLD_RUNS}, checkpoint["args"], typed)
     elif "data" not in typed and not asked["quick"]:
-        world.print0("no --data given: running the demo on drawn shapes; the paper's run is\n"
+        world.print0("no --data given: running the demo on drawn shapes; the released run is\n"
                      "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
     asked["out"] = out
 
@@ -474,8 +475,8 @@ def print_start(settings: Settings, world: Distributed, state: TrainState,
     if peak * plan.total < 0.1 and not settings.quick:
         cure = "raise --lr (per 512 images) or --epochs"
         cure += ", or use --recipe small" if settings.recipe != "small" else ""
-        world.print0(f"peak lr {peak:.1e} x {plan.total} steps = {peak * plan.total:.1g}: a "
-                     f"weight moves hardly further, so little will be learned; {cure}")
+        world.print0(f"warning: peak lr {peak:.1e} x {plan.total} steps = "
+                     f"{peak * plan.total:.1g}: the weights will hardly change; {cure}")
 
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     stem = ", small stem (3x3, stride 1)" if settings.stem == "small" else ""
@@ -519,7 +520,7 @@ def print_end(settings: Settings, world: Distributed, held: HeldOut | None,
               has_pictures: bool) -> None:
     pictures = ""
     if settings.sheets and has_pictures:
-        pictures = f", {settings.out}/reconstruction-*.png show its reconstructions"
+        pictures = f", {settings.out}/reconstruction-*.png show reconstructions"
     after = "" if held else f"\n{next_step(True, settings)}"
     world.print0(f"done: {settings.out}/backbone.pt holds the encoder{pictures}{after}")
 
@@ -531,24 +532,25 @@ FLAGS = {
         "data": (None, path("DIR"), "folder of images (ImageNet's train/, class folders, or any), "
                  f"or {', '.join(NAMED)}; none: the demo"),
         "image_size": (224, SIDES, "side of the square crop, or its height and width"),
-        "val": (0.02, number(float, 0, 0.5), "share of images that are held out (of val/ if it is "
-                "there), to compare the loss with two baselines"),
+        "val": (0.02, number(float, 0, 0.5), "number of held-out images as a share of the training "
+                "images, 16 to 2,000, from val/ if it is there; their loss is compared with two "
+                "baselines; 0 = none"),
         "crop_min": (0.8, number(float, 0.01, 1), "smallest area of the random crop, 0.01 to 1"),
         **DATA_FLAGS},
     "masking": {
-        "mask_ratio": (0.6, number(float, -math.inf), "share of hidden patches, above 0 and below "
-                       "1"),
+        "mask_ratio": (0.6, number(float, -math.inf), "share of hidden mask units, above 0 and "
+                       "below 1"),
         "mask_size": (32, COUNT, "side of a mask unit in pixels, at least the stride at the token"),
-        "token_stage": (None, number(int, 0), "the token enters before stage N: 1 = after stem or "
-                        "patch embedding (ViT: before block N), 4 = before the last stage of a "
-                        "CNN (ResNet, ConvNeXt 4; ViT, Swin 1)"),
+        "token_stage": (None, number(int, 0), "the token enters before stage N (of a ViT: block "
+                        "N); 1 = after the stem or patch embedding, 4 = before the last stage of a "
+                        "CNN (default: ResNet, ConvNeXt 4; ViT, Swin 1)"),
         "token": ("gamma", masking.TOKENS, "how the token joins the features"),
         "fill": ("mean", masking.FILLS, "what fills hidden pixels at the input"),
         "baseline": (None, ("simmim",), "SimMIM: token replaces features after the stem, zero "
-                     "fill, L1, no Fourier loss")},
+                     "fill, L1, no Fourier loss; on a CNN its lr and crop, too")},
     "model": {
         "arch": ("resnet50", checked("NAME", get_family), "a backbone of the paper (table: "
-                 "docs/recipes.md), or any of torchvision's"),
+                 "docs/recipes.md), or most others of torchvision"),
         "weights": (None, path("FILE"), "start from backbone.pt, checkpoint.pt, torchvision's or "
                     "a released file"),
         "drop_path": (None, number(float, 0, 0.99), "stochastic depth of the deepest block (ViT "
@@ -560,15 +562,16 @@ FLAGS = {
                    "px"),
         **STAGE_FLAGS},
     "loss": {
-        "fourier_weight": (0.5, NONNEGATIVE, "lambda, 0 = pixels only"),
+        "fourier_weight": (0.5, NONNEGATIVE, "weight of the Fourier loss, 0 = pixels only"),
         "stand_in": ("mixed", STAND_INS, "stand-in for visible pixels in the Fourier loss: "
                      "mixed as released, prediction as in the paper"),
         "visible_weight": (0.0, FRACTION, "share of the Fourier loss's gradient that visible "
                            "pixels keep"),
         "spectrum": ("batch", SPECTRA, "one spectrum of the batch's mean as released, or one per "
                      "image as in the paper"),
-        "fourier_focal": (True, bool, "focal frequency loss, or mean focal L1 of |D|"),
-        "focal_pixels": (True, bool, "focal L1 over pixels, or plain L1")},
+        "fourier_focal": (True, bool, "weigh frequencies by their error; no: focal L1 of their "
+                          "amplitudes"),
+        "focal_pixels": (True, bool, "focal L1 over pixels; no: plain L1")},
     "optimiser": {
         "recipe": (None, ("imagenet", "small"), "as released, or for few images (< "
                    f"{FEW_IMAGES:,})"),
@@ -598,7 +601,7 @@ DEFAULTS_OF_OLD_RUNS = dict(val=0.0, recipe="imagenet", stem="imagenet")
 def parse(argv: list[str] | None) -> dict:
     """The flags that were typed, with their values. Raises ValueError for a wrong one."""
     parser = Parser("pretrain.py", "%(prog)s [--data DIR] [--arch NAME] [options]", __doc__, FLAGS,
-                    RECIPES)
+                    {**RECIPES, "small": SMALL})
     typed = vars(parser.parse_args(argv))
     if "quick" in typed and "data" in typed:
         raise ValueError("--quick runs on drawn shapes; leave out --data, or leave out --quick")
@@ -608,8 +611,9 @@ def parse(argv: list[str] | None) -> dict:
 # ---- settings: resolved once, before the run begins ----
 
 def asked_for(typed: dict) -> dict:
-    """What is known of a new run before its images are counted. Each overrides those before it:
-    defaults, recipe of the backbone, exceptions, the demo, the baseline, what was typed."""
+    """The settings of a new run, as far as they do not depend on the number of images. Each
+    overrides those before it: defaults, recipe of the backbone, exceptions, the demo, the baseline,
+    stem or patch of small images, what was typed."""
     demo = demo_of(typed)
     arch = typed.get("arch", demo.get("arch", DEFAULTS["arch"]))
     family = get_family(arch)
@@ -674,7 +678,8 @@ def chosen_for(values: dict, images: int) -> dict:
         chosen = dict(SMALL, lr=peak * 512 / values["global_batch"], min_lr=peak / 100,
                       crop_min=RECIPES[kind]["crop_min"], epochs=SMALL_STEPS / per_epoch)
     typed_size = values["mask_size"] if "mask_size" in values["typed"] else None
-    if is_small or typed_size is None and has_few_units(values):
+    does_not_fit = typed_size is None and has_few_units(values)
+    if is_small or does_not_fit:
         size = height_width(values["image_size"])
         encoder = build_encoder(values["arch"], size, 0.0, values["patch_size"], values["window"],
                                 values["stem"])

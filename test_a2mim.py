@@ -52,6 +52,7 @@ def test_224_px_have_49_mask_units_of_which_30_are_hidden():
     (10, 0.7, 7),
     (2, 0.01, 1),
     (49, 0.5, 25),
+    (49, 1e-9, 1),                                           # at least one
 ])
 def test_hidden_count_is_the_ceiling_and_floating_point_does_not_add_one(units, ratio, hidden):
     assert masking.hidden_count(units, ratio) == hidden
@@ -256,6 +257,14 @@ def test_reconstruct_pastes_into_hidden_patches_only_and_leaves_the_model_as_it_
     assert torch.equal(seen, masking.fill_hidden(x, mask))
     assert net.training
     assert torch.equal(net.encoder.backbone.bn1.running_mean, running_mean)
+
+
+def test_the_picture_of_a_random_fill_is_what_the_encoder_sees():
+    net = A2MIM(build_encoder("resnet18"), 64, fill="random")
+    inputs = []
+    net.encoder.backbone.conv1.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    seen, *_ = net.reconstruct(torch.randn(2, 3, 64, 64), checkerboard(2))
+    assert torch.equal(seen, inputs[0])
 
 
 class Transposed(nn.Module):
@@ -574,7 +583,8 @@ def test_the_verdict_says_better_only_beyond_the_scatter(pixel_loss, blur, error
     assert is_better == (verdict in ("better than a blur", "clearly better than a blur"))
     assert said.startswith(f"{pixel_loss / 0.06:.2f} of the mean colour's error")
     assert said.endswith(f"of a blur's: {verdict}")
-    assert f"{pixel_loss / blur:.2f} +/- {2 * error / blur:.2f} of a blur's" in said
+    scatter = f" +/- {2 * error / blur:.2f}" if error < math.inf else ""     # one image has none
+    assert f", {pixel_loss / blur:.2f}{scatter} of a blur's" in said
 
 
 # ---- data: drawn shapes ----
@@ -814,6 +824,12 @@ def test_cosine_schedule_at_the_recipes_numbers():
     # the floor is absolute for the mask token's group too, and never raises a small lr
     assert lr(300, 1.2e-4) == pytest.approx(1e-5)
     assert all(lr(t, 4e-6) <= 4e-6 for t in range(301))
+
+
+def test_a_warm_up_of_most_of_the_run_rises_all_the_time():
+    lr = [optim.lr_at(t, 25, 20, 1.0, 0.0, "cosine") for t in range(26)]
+    assert lr[:21] == pytest.approx([t / 20 for t in range(21)])
+    assert lr[23] == pytest.approx((1 + math.cos(math.pi * 3 / 5)) / 2) and lr[25] < 1e-9
 
 
 def test_step_schedule_of_the_vit_recipe():

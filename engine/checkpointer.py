@@ -150,14 +150,14 @@ class StepPlan:
 
     @staticmethod
     def resume_step(checkpoint: dict, per_epoch: int, total: int, world: Distributed) -> int:
-        """The step of this run that is as many epochs in as the checkpoint."""
+        """The checkpoint's step in the steps of this run: both are at the same epoch."""
         epochs = checkpoint["step"] / checkpoint["per_epoch"]
         start = min(total, math.floor(epochs * per_epoch + 1e-6))
         if checkpoint["world"] != world.size or checkpoint["per_epoch"] != per_epoch:
             world.print0(f"the checkpoint is of {checkpoint['world']} processes and "
                          f"{checkpoint['per_epoch']} steps an epoch, this is {world.size} and "
-                         f"{per_epoch}: the schedule goes on at epoch {start / per_epoch:.2f}, but "
-                         f"not bit by bit as it would have")
+                         f"{per_epoch}: the run continues at epoch {start / per_epoch:.2f}, and "
+                         f"will not be bit-identical to one that never stopped")
         return start
 
 
@@ -190,8 +190,8 @@ class Checkpointer:
 
     def __init__(self, settings, world: Distributed, plan: StepPlan, saved: dict,
                  checkpoint: dict | None, exports: dict | None = None):
-        """saved    name -> an object with state_dict and load_state_dict that checkpoints hold
-
+        """saved    name -> an object with state_dict and load_state_dict that checkpoints hold.
+                    'model', 'optimizer' and 'broken' (UnreadableImages) must be among them
         checkpoint  fills them, to resume
         exports     file name -> a function that gives its content, written with every checkpoint
 
@@ -242,6 +242,9 @@ class Checkpointer:
         self.board.close()
         if self.in_step and isinstance(error, Exception):
             self.save_whole_steps(error)
+            if isinstance(error, ValueError) and not self.batches.is_waiting:
+                # no mistake in flags or files, but a bug: its traceback is printed
+                raise RuntimeError("the training step raised an error") from error
 
     def timed(self, loader) -> TimedBatches:
         """Iterates over the loader. The log then says how long the steps wait for its batches."""
@@ -262,7 +265,8 @@ class Checkpointer:
         plan = self.plan
         self.in_step = False
         self.done = step + 1
-        bad = ~torch.isfinite(record["loss"])
+        # one process's gradient that is not finite undoes the step of all
+        bad = self.world.all_reduce_sum((~torch.isfinite(record["loss"])).int()) > 0
         self.statistics.restore(bad)
         self.bad_in_a_row = (self.bad_in_a_row + bad) * bad  # a good step ends the row
         self.skipped = self.skipped + bad
@@ -384,7 +388,8 @@ class Checkpointer:
         is_written = True
         if self.world.rank == 0:
             is_written = self.write("best.pt", save_atomically, weights, file)
-        if not any(self.world.all_reduce_max(int(not is_written))):
+        failures, = self.world.all_reduce_max(int(not is_written))
+        if failures == 0:
             best.update({name: value, "epoch": self.done / self.plan.per_epoch})
 
     def save_whole_steps(self, error: Exception) -> None:
@@ -432,7 +437,8 @@ class Checkpointer:
         unreadable = self.saved["broken"]
         unreadable.tell(self.world)
         means = self.means.take()
-        self.last_loss = means["loss"] or self.last_loss
+        if means["loss"] is not None:
+            self.last_loss = means["loss"]
         if self.world.rank:
             return
         now = time.time()

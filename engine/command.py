@@ -151,7 +151,8 @@ class Distributed:
             tqdm.write(text, file=sys.stderr)
 
     def broadcast_from_rank0(self, decide):
-        """Calls decide() on rank 0; every rank returns its result, or raises its ValueError."""
+        """Calls decide() on rank 0; every rank returns its result, or raises its ValueError. An
+        OSError becomes a ValueError."""
         result, error = None, None
         if self.rank == 0:
             try:
@@ -173,7 +174,7 @@ class Distributed:
         return values
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes. All take part."""
+        """The mean over the processes; `values` then holds the sum. All take part."""
         return self.all_reduce_sum(values) / self.size
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
@@ -219,7 +220,7 @@ class Signals:
     """Notes Ctrl-C, SIGTERM and SIGHUP (a closed terminal), so that the step can be finished and
     saved.
 
-    A second Ctrl-C ends the run at once. Under nohup SIGHUP is still ignored."""
+    A Ctrl-C after another signal ends the run at once. Under nohup SIGHUP is still ignored."""
     number = 0                                               # of the last signal, 0 = none yet
 
     def __init__(self, world: Distributed):

@@ -25,7 +25,7 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     (W).
 
     cosine           min(1, t / W) (floor + (base - floor) / 2 (1 + cos(pi (t - W) / (T - W)))), as
-                     in mmcv
+                     in mmcv. With W > T / 2 the ramp alone before W: t / W base
     step             min(1, t / W) base; a tenth of it in the last eighth of the run (epochs 700 to
                      800 of the ViT recipe)
     cosine-from-0    the cosine counts from step 0, and the warm-up starts at 1e-5 base (ConvNeXt,
@@ -48,8 +48,10 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     if schedule == "cosine-by-epoch":
         step = step // per_epoch
         total = total / per_epoch
+    if warmup > total / 2:                                   # the cosine would rise and fall before
+        step = max(step, warmup)
     floor = min(floor, base)                                 # a token's lr may lie below the floor
-    angle = math.pi * (step - warmup) / max(1, total - warmup)               # 0 to pi
+    angle = math.pi * (step - warmup) / max(1, total - warmup)               # from W: 0 to pi
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(angle)))
 
 
@@ -207,11 +209,11 @@ def trust_ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
 # ---- a moving average of the weights ----
 
 class MovingAverage(nn.Module):
-    """The exponential moving average (EMA) of a model's parameters, from the initial ones on:
-    `module`. Its buffers (BatchNorm statistics) are copies of the model's.
+    """The exponential moving average (EMA) of a model's parameters: `module`, a copy of the model
+    that starts with the initial parameters. Its buffers (BatchNorm statistics) are the model's.
 
     The decay rises from 0.9 `decay` to `decay` over `ramp` steps, as released. The state dict is
-    that of torch's AveragedModel."""
+    that of torch's AveragedModel, which would copy its counter to the GPU in each step."""
 
     def __init__(self, model: nn.Module, decay: float, ramp: int):
         super().__init__()

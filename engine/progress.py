@@ -96,11 +96,18 @@ class TimedBatches:
         self.waited = 0.0
         self.elapsed = 0.0
         self.has_warned = False
+        self.is_waiting = False                              # for a batch
 
     def __iter__(self) -> "TimedBatches":
         return self
 
     def __next__(self):
+        self.is_waiting = True                               # also after an error of the loader
+        batch = self.next_batch()
+        self.is_waiting = False
+        return batch
+
+    def next_batch(self):
         if self.world.on_cuda:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()

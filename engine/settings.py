@@ -10,13 +10,14 @@
 from dataclasses import make_dataclass
 
 from .command import Distributed
+from .files import printable
 from .flags import defaults
 
 # Fields that are no flags. A recipe can set recipe_batch; the others are computed.
 RESOLVED = {
     "program": "the program of the run, such as pretrain.py",
     "typed": "the flags that were typed, when the run began or was resumed",
-    "recipe_batch": "images of a step that the recipe fixes for any number of processes, or None",
+    "recipe_batch": "images of a forward pass over all processes, fixed by the recipe; or None",
     "global_batch": "images of a step: batch_size x accum x processes",
     "peak_lr": "the highest learning rate of the schedule",
 }
@@ -77,7 +78,13 @@ def resolve_warmup(asked: dict) -> float:
 
 def resumed(own: dict, saved: dict, typed: dict) -> dict:
     """The settings of a resumed run. Each overrides those before it: the program's `own` defaults,
-    what the run was saved with, what is typed now."""
+    what the run was saved with, what is typed now.
+
+    Raises ValueError for a saved setting that the program does not have, such as a fork's."""
+    unknown = sorted({*saved} - {*own, *RESOLVED})
+    if unknown:
+        raise ValueError(f"checkpoint.pt: of another version of the program, which has a setting "
+                         f"{printable(unknown[0])}; resume it with that version")
     names = sorted({*saved.get("typed", []), *typed})
     return {**own, **saved, **typed, "typed": names}
 

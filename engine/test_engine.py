@@ -67,6 +67,7 @@ def test_of_several_processes_each_test_is_run_by_one(tmp_path):
     ("--arch resnet51", "argument --arch: arch 'resnet51': must be one of resnet18"),
     ("--lr -1", "argument --lr: -1: must be a number of at least 0"),
     ("--lr nan", "argument --lr: nan: must be a number"),
+    ("--mask-size 1", "mask size 1: must be at least 2 pixels"),
     ("--mask-ratio half", "argument --mask-ratio: half: must be a number; see --help"),
     ("--epochs 0", "argument --epochs: 0: must be a number from 0.001 to 100000"),
     ("--epochs 1e18", "argument --epochs: 1e18: must be a number from 0.001 to 100000"),
@@ -181,7 +182,7 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
          "argument --weights: is empty (an unset shell variable?)"),
         ([*shapes, *resnet, "--test-size", "10000"],
          "argument --test-size: 10000: must be an integer from 1 to 8192"),
-        ([*shapes, "--init", "scratch"], "--arch is missing"),
+        ([*shapes, "--init", "scratch"], "--arch is missing: --init scratch needs one"),
         (resnet, "--data is missing"),
         ([*shapes, *resnet, "--labels", "lots"],
          "--labels lots: must be a share such as 0.1, or a count such as 20/class"),
@@ -195,6 +196,9 @@ def test_mistakes_in_fine_tuning_get_one_line(few_images, backbone, capsys, tmp_
         (["--resume", "--out", "new", *shapes, "--arch", "resnet18"], "give --weights FILE"),
         ([*shapes, "--init", "scratch", "--arch", "resnet18", "--eval-only"],
          "--eval-only: needs --weights"),
+        # a random net would be scored
+        (["--resume", "--out", "run", "--recipe", "knn"], "--resume continues a training"),
+        (["--resume", "--out", "run", "--eval-only"], "--resume continues a training"),
     ):
         code, said = complaint(capsys, *flags, main=finetune.main)
         assert code == 2, said
@@ -207,7 +211,7 @@ def test_help_gives_every_default(capsys):
     in_pretrain = [
         "per optimiser step (1)", "augmentation, masks (0)", "the model (no)",
         "format of CNNs (yes)", "largest gradient norm, 0 = none (0.0, by recipe)",
-        "lambda, 0 = pixels only (0.5, by recipe)",
+        "Fourier loss, 0 = pixels only (0.5, by recipe)",
     ]
     in_finetune = [
         "see --lr (16, by recipe)", "floor of the cosine (1e-06)", "head alone (no, by recipe)",
@@ -255,9 +259,9 @@ def test_a_run_ends_with_the_next_step(few_images, capsys, tmp_path, monkeypatch
 def test_a_peak_lr_that_moves_no_weight_gets_a_warning(few_images, capsys, tmp_path):
     run(tmp_path / "run", "--epochs", "1", "--lr", "1e-4")
     said = capsys.readouterr().err
-    assert "peak lr 1.6e-06 x 4 steps = 6e-06: a weight moves hardly further" in said
+    assert "peak lr 1.6e-06 x 4 steps = 6e-06: the weights will hardly change" in said
     run(tmp_path / "long", "--epochs", "1", "--lr", "2")     # 2 x 8 / 512 x 4 steps = 0.125
-    assert "moves hardly further" not in capsys.readouterr().err
+    assert "will hardly change" not in capsys.readouterr().err
 
 
 def test_a_run_on_small_images_says_what_it_chose_and_fine_tuning_remembers_it(

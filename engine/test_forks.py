@@ -262,6 +262,17 @@ def test_a_target_that_does_not_fit_mask_and_decoder_gets_one_line(
     assert code == 2 and message in said
 
 
+def test_a_bug_inside_the_training_step_keeps_its_traceback(
+        few_images, tmp_path, monkeypatch, capsys):
+    """A ValueError before the first step is a mistake in flags or files: one line, exit code 2."""
+    def with_a_bug(pred, *given, **more):
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(pretrain, "a2mim_loss", with_a_bug)
+    code, said = complaint(capsys, *FORK.split(), "--out", tmp_path / "run")
+    assert code == 1 and "in with_a_bug" in said and "not enough values to unpack" in said
+
+
 class Counter:
     """An object of a fork, with a state."""
 
