@@ -54,13 +54,16 @@ REPORTS = "TESTS_REPORTS"
 def pytest_runtestloop(session):
     """Each process runs the tests that it is the first to claim. This one prints all reports.
 
-    A few tests, one core, -x and --pdb: returns None, and pytest's own loop runs in one process."""
+    A few tests, one core, -x, --pdb and --lf: returns None, and pytest's own loop runs in one
+    process."""
     config = session.config
     option = config.option
     is_helper = FOLDER in os.environ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     count = min(cores, 8, len(session.items) // 25)
-    if not is_helper and (count < 2 or option.collectonly or option.maxfail or option.usepdb):
+    one_by_one = ("collectonly", "maxfail", "usepdb", "lf", "failedfirst", "newfirst")
+    wants_order = any(getattr(option, name, False) for name in one_by_one)
+    if not is_helper and (count < 2 or wants_order):
         return None
 
     torch.set_num_threads(1)

@@ -200,9 +200,14 @@ def list_images(root: Path) -> list[str]:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """root/<split> in any capitals (Train/, VAL/); None if there is none."""
-    found = [entry.path for entry in os.scandir(root)
-             if entry.name.lower() == split and entry.is_dir()]
+    """root/<split> in any capitals (Train/, VAL/); None if there is none. Raises ValueError for a
+    folder that cannot be read."""
+    try:
+        entries = [*os.scandir(root)]
+    except OSError as error:
+        raise ValueError(f"--data {printable(str(root))}: cannot be read ({error.strerror})"
+                         ) from None
+    found = [entry.path for entry in entries if entry.name.lower() == split and entry.is_dir()]
     return Path(max(found)) if found else None               # of train/ and Train/ the former
 
 

@@ -17,13 +17,13 @@ class Board:
     """Writes to --out/tensorboard on rank 0. Without --tensorboard every call does nothing.
 
     start: the step where this start of the run begins. Points after that step, of an earlier start,
-    are hidden. If the disk fails, one line is printed, and nothing more is written.
+    are hidden, but not if it is step 0. If the disk fails, one line is printed, and nothing more is
+    written.
 
     Raises ValueError if the package tensorboard is missing."""
 
     def __init__(self, settings, world: Distributed, start: int):
-        # a run of an older version has no flag
-        self.wanted = getattr(settings, "tensorboard", False)
+        self.wanted = settings.tensorboard
         if not self.wanted:
             return
         try:

@@ -13,6 +13,8 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from .files import is_out_of_memory
+
 SIDE = 224                                                   # of the image that finds the stages
 
 
@@ -52,7 +54,9 @@ def split_into_stages(arch: str, image_size: tuple[int, int], drop_path: float
     layout = "nhwc" if isinstance(net, tv.SwinTransformer) else "nchw"
     try:
         stages = find_stages(net, head, layout, image_size if is_maxvit else (SIDE, SIDE))
-    except (RuntimeError, TypeError, IndexError):            # shapes or arguments do not fit
+    except (RuntimeError, TypeError, IndexError) as error:   # shapes or arguments do not fit
+        if is_out_of_memory(error):
+            raise
         stages = []
     if not stages:
         raise no_chain

@@ -98,6 +98,7 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
         out = str(numbered(max(newest, 1) if resume else newest + 1))
 
     out = Path(os.path.normpath(out))                        # "new/../runs" makes no folder "new"
+    check_folder(out)
     if out.is_dir():
         refuse_odd_files(out)
         lock_folder(out)
@@ -108,7 +109,6 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
     there = [file for file in results if (out / file).exists()]
     if there and not begun:
         raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
-    check_folder(out)
     return str(out)
 
 
@@ -223,8 +223,8 @@ class Checkpointer:
         self.board = Board(settings, world, plan.start)
         make_folder(settings, world)
         if world.rank == 0:
-            start = checkpoint["step"] / checkpoint["per_epoch"] if checkpoint else 0.0
-            trim_log(self.log, start)
+            before = checkpoint or dict(step=0, per_epoch=plan.per_epoch)
+            trim_log(self.log, before["step"], before["per_epoch"])
         self.bad_in_a_row = torch.tensor(0, device=world.device)
         skipped = checkpoint["skipped"] if checkpoint else 0
         self.skipped = torch.tensor(skipped, device=world.device)            # non-finite steps

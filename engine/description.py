@@ -54,7 +54,9 @@ def read_description(weights: str) -> SimpleNamespace:
     except FileNotFoundError:
         raise ValueError(f"{shown}: no such file; finetune.py, extras/segment.py and "
                          f"extras/detect.py write it beside best.pt, copy both") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise ValueError(f"{shown}: cannot be opened ({error.strerror})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{shown}: is damaged, or of another program; copy it again from the "

@@ -90,8 +90,7 @@ def release_locks() -> None:
 
 def refuse_odd_files(out: Path) -> None:
     """Raises ValueError if a folder, a pipe or a device stands where a run writes a file."""
-    for name in WRITTEN:
-        path = out / name
+    for path in (*(out / name for name in WRITTEN), *out.glob("reconstruction-*.png")):
         if path.exists() and not path.is_file():
             kind = "folder" if path.is_dir() else "pipe or device"
             raise ValueError(f"{printable(str(path))}: is a {kind}, a run writes a file of this "
@@ -123,12 +122,13 @@ def replace_atomically(path: Path, fix: str = "", keep_previous: bool = False) -
             keep_as_previous(path)
         os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         reason = disk_error(error, path.parent)
         if fix:
-            raise OSError(f"{path}: not written ({reason}); make room, then {fix}") from None
+            raise OSError(f"{path}: not written ({reason}); {cure_of(error)}, then {fix}") from None
         raise OSError(f"{path} not written: {reason}") from None
+    finally:
+        with contextlib.suppress(OSError):                   # after an error; else it is renamed
+            beside.unlink(missing_ok=True)
 
 
 def keep_as_previous(path: Path) -> None:
@@ -139,6 +139,12 @@ def keep_as_previous(path: Path) -> None:
         os.link(path, previous)
     except OSError:                                          # a file system without links
         shutil.copyfile(path, previous)
+
+
+def cure_of(error: OSError) -> str:
+    """What to do about a file that could not be written."""
+    kinds = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return "repair that" if error.errno in kinds else "make room"
 
 
 def disk_error(error: OSError, folder: Path) -> str:
@@ -173,8 +179,9 @@ def save_atomically(state: dict, path: Path, keep_previous: bool = False) -> Non
 def load_checked(path: str | Path):
     """torch.load of plain values: nothing in the file is executed.
 
-    A `.pt` is a zip file with checksums, which torch.load does not check. Raises OSError if the
-    file is no regular file (reading a pipe would wait forever), or if a checksum does not fit."""
+    A `.pt` is a zip file with checksums, which torch.load does not check (files of torch before 1.6
+    have none). Raises OSError if the file is no regular file (reading a pipe would wait forever),
+    or if a checksum does not fit."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path}: is not a regular file")
     if zipfile.is_zipfile(path):
@@ -184,10 +191,15 @@ def load_checked(path: str | Path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch reports it as a RuntimeError, too. The file is not to blame."""
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
 def checkpoints_in(out: Path) -> list[Path]:
-    """checkpoint.pt and checkpoint-previous.pt, as far as they are there."""
+    """Those of checkpoint.pt and checkpoint-previous.pt that exist."""
     both = [out / "checkpoint.pt", out / "checkpoint-previous.pt"]
-    return [path for path in both if path.exists()]
+    return [path for path in both if os.path.exists(path)]
 
 
 def read_checkpoint(out: Path) -> dict | None:
@@ -200,9 +212,9 @@ def read_checkpoint(out: Path) -> dict | None:
         try:
             state = load_checked(path)
             is_whole = is_checkpoint(state)
-        except MemoryError:
-            raise
         except Exception as error:                           # torch.load raises many types
+            if is_out_of_memory(error):
+                raise
             if isinstance(error, PermissionError):
                 raise ValueError(f"{printable(str(path))}: cannot be opened ({error.strerror})"
                                  ) from None
@@ -210,9 +222,10 @@ def read_checkpoint(out: Path) -> dict | None:
         if is_whole:
             return dict(state, args=with_new_names(state["args"]), path=str(path))
     if paths:
-        raise ValueError(f"{printable(str(paths[0]))}: cannot be read as a checkpoint of this "
-                         f"program (damaged, of another program, or with weights that are NaN); "
-                         f"move it away to start from the beginning")
+        files = " and ".join(printable(str(path)) for path in paths)
+        raise ValueError(f"{files}: cannot be read as a checkpoint of this program (damaged, of "
+                         f"another program, or with weights that are NaN); move it away to start "
+                         f"from the beginning")
     return None
 
 
@@ -227,7 +240,8 @@ def with_new_names(args: dict) -> dict:
     for name, value in REMOVED.items():
         if args.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"this run has {flag} {args[name]}, which is no longer supported")
+            raise ValueError(f"checkpoint.pt: its run has {flag} {args[name]}, which is no longer "
+                             f"supported; resume it with the version of the program that began it")
     args = {RENAMED.get(name, name): value for name, value in args.items() if name not in REMOVED}
     if "typed" not in args:                                  # global_batch was the recipe's
         of_recipe = args.pop("global_batch", None)
@@ -286,10 +300,18 @@ def is_log_line(line) -> bool:
     return all(type(line.get(name)) in (int, float) for name in ("step", "epoch"))
 
 
-def trim_log(log: Path, epoch: float) -> None:
-    """Drops the lines after `epoch`: the resumed run makes these steps again."""
+def trim_log(log: Path, step: int, per_epoch: int) -> None:
+    """Drops the lines after `step`, where the run is resumed: these steps are made again.
+
+    The epoch of a line is rounded. It decides only where a line is of an earlier start with other
+    steps per epoch."""
+    def is_before(line: dict) -> bool:
+        if abs(line["step"] / per_epoch - line["epoch"]) < 1e-4:
+            return line["step"] <= step
+        return line["epoch"] <= step / per_epoch + 5e-5
+
     if log.exists():
-        kept = [line for line in read_lines(log) if line["epoch"] <= epoch + 5e-5]
+        kept = [line for line in read_lines(log) if is_before(line)]
         write_text_atomically(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 

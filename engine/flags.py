@@ -11,6 +11,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Sequence
 
@@ -231,7 +232,7 @@ def remembered(weights: str | None, flags: dict, names: Sequence[str]) -> dict:
     flags: the program's table. {} if there is no args.json. Raises ValueError if it cannot be read,
     or if it holds a value that the flag would refuse."""
     file = Path(weights or "").parent / "args.json"
-    if not weights or not file.is_file():
+    if not weights or not os.path.isfile(file):
         return {}
     try:
         settings = json.loads(file.read_text())
@@ -242,8 +243,10 @@ def remembered(weights: str | None, flags: dict, names: Sequence[str]) -> dict:
     for name, value in found.items():
         if not accepts(flags, name, value):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{file}: {name} is {value!r}, which {flag} would refuse; repair it, "
-                             f"or move the file away and give the flags")
+            by = printable(str(settings.get("program", "another program")))
+            raise ValueError(f"{file}: {name} is {printable(repr(value))}, which {flag} would "
+                             f"refuse; it was written by {by}: give weights that fit, or move the "
+                             f"file away and give the flags")
     return found
 
 

@@ -130,10 +130,12 @@ class UnreadableImages:
         self.new = []                                        # of this process, not exchanged yet
 
     def state_dict(self) -> dict:
-        return dict(seen=sorted({*self.seen, *self.new}))
+        return dict(seen=sorted({*self.seen, *self.new}), images=len(self.source))
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen = set(state["seen"])
+        """If images were added or removed since, the indices mean others and are dropped."""
+        if state.get("images", len(self.source)) == len(self.source):
+            self.seen = set(state["seen"])
 
     def note(self, broken: Tensor) -> None:
         """broken (B,): the index of an image that could not be read, or -1."""

@@ -5,6 +5,7 @@
     save_confusion       how often each class is taken for each class
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def save_curve(path: Path, log: Path) -> None:
     training         the total loss of every log line, and its mean over a twentieth of the run
     held-out images  the pixel loss of the model, the mean-colour baseline and the blur baseline
 
-    Draws nothing if there are less than two log lines. Raises OSError if the file cannot be
+    Draws nothing if there are fewer than two log lines. Raises OSError if the file cannot be
     written."""
     lines = read_lines(log)
     training = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -94,10 +95,11 @@ def save_curve(path: Path, log: Path) -> None:
 
 def running_mean(points: list[tuple[int, float]], half: int) -> list[tuple[int, float]]:
     """Each (x, y) with the mean of y over itself and `half` points before and after it."""
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]                # of the first k
     means = []
     for i, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, i - half):i + half + 1]]
-        means.append((x, sum(near) / len(near)))
+        first, end = max(0, i - half), min(len(points), i + half + 1)
+        means.append((x, (sums[end] - sums[first]) / (end - first)))
     return means
 
 
@@ -142,7 +144,7 @@ def panel(title: str, curves: dict[str, list], first: int, last: int) -> Image.I
         colour = COLOURS[name]
         line = [at(step, loss) for step, loss in points]
         is_thin = name == "each log line"
-        draw.line(line, colour, (1 if is_thin else 2) * FINE, joint="curve")
+        draw.line(line, colour, (1 if is_thin else 2) * FINE)
         if name == "model":                                  # shows a single evaluation, too
             draw_dots(draw, line, 3 * FINE, colour)
         draw.line([(x, y_legend), (x + 18 * FINE, y_legend)], colour, 3 * FINE)

@@ -109,10 +109,10 @@ def draw_shape(canvas: np.ndarray, rng: np.random.Generator, kind: int, radius: 
 class Shapes:
     """Images of one object on a ground, both faintly textured. 10,000 to train on, 2,000 for val.
 
-    The label is the object's outline, one of ten. Half of the images have a smaller object with
-    another outline behind it. An object is lighter than its ground and stands near the middle.
-    Colour, texture, place, size and turn do not depend on the label, so neither a colour nor a
-    local texture gives it away: a network has to follow the outline."""
+    The label is the object's outline, one of ten. Half of the images have a second, smaller
+    object behind it, of any outline. An object is lighter than its ground and stands near the
+    middle. Colour, texture, place, size and turn do not depend on the label, so neither a colour
+    nor a local texture gives it away: a network has to follow the outline."""
 
     def __init__(self, split: str, size: tuple[int, int], seed: int = 0):
         self.key = (seed, 0 if split == "train" else 1)

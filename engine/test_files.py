@@ -259,6 +259,39 @@ def test_weights_that_cannot_be_used_get_one_line(tmp_path):
     assert len(weights.load_backbone(encoder, whole)["missing"]) == 0
 
 
+def test_too_little_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    """Torch raises a RuntimeError. The advice to move the checkpoint away would be wrong."""
+    def load(path):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't "
+                           "allocate memory: you tried to allocate 4096 bytes.")
+
+    torch.save({}, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(files, "load_checked", load)
+    monkeypatch.setattr(weights, "load_checked", load)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        files.read_checkpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        weights.load_backbone(build_encoder("resnet18"), tmp_path / "checkpoint.pt")
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_beside(tmp_path):
+    with pytest.raises(Exception, match="(?i)pickle"):
+        files.save_atomically({"model": lambda: None}, tmp_path / "checkpoint.pt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_lines_after_the_checkpoint_are_dropped_at_80_000_steps_an_epoch(tmp_path):
+    """A line's epoch is rounded to four digits, eight steps here."""
+    log = tmp_path / "log.jsonl"
+    for step in range(1000, 1020):
+        files.append_line(log, dict(step=step, epoch=round(step / 80_000, 4)))
+    files.trim_log(log, 1004, 80_000)
+    assert [line["step"] for line in files.read_lines(log)] == [*range(1000, 1005)]
+    # 40,000 steps an epoch after a change of the batch size: these lines have another epoch
+    files.trim_log(log, 501, 40_000)
+    assert [line["step"] for line in files.read_lines(log)] == [*range(1000, 1004)]
+
+
 def test_weights_that_are_damaged_get_one_line_that_says_what(tmp_path):
     encoder = build_encoder("resnet18")
     state = encoder.backbone.state_dict()
@@ -503,6 +536,20 @@ def test_the_smallest_crop_of_a_photograph_decoded_in_part_has_twice_the_pixels(
     Image.open(photograph(path)).save(large)
     for path, least in ((small, 101), (large, 50)):
         assert torch.equal(data.read_image(path), data.read_image(path, least))
+
+
+def test_the_list_of_unreadable_images_is_dropped_if_images_were_removed(tmp_path):
+    """It holds numbers of images, which mean other files then."""
+    names = [paint(tmp_path / f"{i}.png") for i in range(4)]
+    before = images.UnreadableImages(data.Folder(tmp_path, "all"), 1.0, tmp_path)
+    before.note(torch.tensor([-1, 2]))
+    again = images.UnreadableImages(data.Folder(tmp_path, "all"), 1.0, tmp_path)
+    again.load_state_dict(before.state_dict())
+    assert again.seen == {2}
+    os.remove(names[2])
+    after = images.UnreadableImages(data.Folder(tmp_path, "all"), 1.0, tmp_path)
+    after.load_state_dict(before.state_dict())
+    assert after.seen == set()
 
 
 def png_of_16_bits(path, pixels):

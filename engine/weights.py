@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import load_checked, printable
+from .files import is_out_of_memory, load_checked, printable
 from .flags import height_width
 
 # ---- names in other programs' files ----
@@ -141,6 +141,8 @@ def open_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     except FileNotFoundError:
         raise ValueError(f"{shown}: no such file") from None
     except Exception as error:                               # torch.load raises many types
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{shown}: {why_not_read(error, path)}") from None
 
     keys = []
@@ -353,7 +355,7 @@ def summary_of(found: dict[str, list[str]], head: set[str] | None = None) -> str
         new.insert(0, "head")
     unused = [name for name in found["skipped"] if name not in (head or ())]
     expected = ("decoder.", "mask_token.", "neck.")          # parts of pre-training
-    odd = [printable(name) for name in unused if not name.startswith(expected)]
+    odd = [name for name in unused if not name.startswith(expected)]
 
     text = f"{len(found['used'])} tensors loaded"
     if found["taken_off"]:
@@ -362,9 +364,11 @@ def summary_of(found: dict[str, list[str]], head: set[str] | None = None) -> str
         text += ", and the head"
     if found["resized"]:
         text += f", {len(found['resized'])} of them resized"
-    text += f"; new: {', '.join(new[:4]) or 'none'}; not used: {len(unused)}"
+    count = f"{len(new)} (" if len(new) > 4 else ""
+    text += f"; new: {count}{some_names(new) or 'none'}{')' if count else ''}"
+    text += f"; not used: {len(unused)}"
     if odd:
-        text += f" ({', '.join(odd[:4])})"
+        text += f" ({some_names(odd)})"
     return text
 
 
