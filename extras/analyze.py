@@ -381,7 +381,7 @@ def mim(args: SimpleNamespace, world: Distributed) -> Result:
                         *(f"pull of {term}" for term in terms)])
     found, panels = {}, []
     for name, file in tqdm(runs.items(), "mim", disable=args.quiet):
-        torch.manual_seed(seed_for(run.seed))                # `random`: what the run started from
+        torch.manual_seed(seed_for(run.seed))                # `random`: as pretrain.py draws them
         model, own = (build_model(run), run) if file == "random" else load_model(file)
         if height_width(own.image_size) != height_width(run.image_size):
             sizes = f"of {format_size(own.image_size)}, the last of {format_size(run.image_size)}"
@@ -483,13 +483,13 @@ FLAGS = {
     },
     "interactions and occlusion": {
         "grid": (8, number(int, 2, 64), "patches along the shorter side"),
-        "pairs": (6, COUNT, "pairs of patches of an image"),
-        "contexts": (10, number(int, 2), "sets of other patches, of a pair and order"),
+        "pairs": (6, COUNT, "interactions: pairs of patches of an image"),
+        "contexts": (10, number(int, 2), "interactions: sets of other patches, per pair and order"),
         "fill": ("black", ("black", "zero", "mean"),
-                 "of hidden patches; A2MIM has seen mean in pre-training"),
+                 "occlusion: of hidden patches; A2MIM has seen mean in pre-training"),
         "saliency_from": (None, path("NAME"),
-                          "weights whose gradient ranks the patches (the object of a drawn image, "
-                          "otherwise the first)"),
+                          "occlusion: weights whose gradient ranks the patches (the object of a "
+                          "drawn image, otherwise the first)"),
     },
     "run": {
         "device": RUN_FLAGS["device"],
@@ -520,6 +520,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     args.weights = dict(named)
     files = [f for f in args.weights.values() if f != "random"]
     names = ("arch", "patch_size", "window", "stem", "image_size")
+    if args.what == "mim" and "start" in args.weights:
+        raise ValueError("--weights start=...: `start` is the name of the random weights that mim "
+                         "adds; choose another name")
     if args.what == "mim" and not files:
         raise ValueError("--weights: mim needs a checkpoint.pt of pretrain.py; `random`, its "
                          "start, comes by itself")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 
 try:
     from pycocotools import mask as mask_utils
@@ -290,6 +291,8 @@ class Objects:
             for i, one in by_id(content["categories"], "categories").items():
                 # json may hold half of a surrogate pair, which no terminal and no file takes
                 names[i] = str(one["name"]).encode(errors="backslashreplace").decode()
+            if len({*names.values()}) < len(names):
+                raise ValueError("two classes have the same name")
             objects = {i: [] for i in images}
             unlisted = []                                    # images that only annotations name
             for one in content["annotations"]:
@@ -567,8 +570,7 @@ def results_of(found: dict[str, Tensor], image: int) -> list[dict]:
 
 def to_xywh(boxes: Tensor) -> Tensor:
     """XYXY (N, 4) -> x, y, width, height, float64."""
-    boxes = boxes.as_subclass(Tensor).cpu().double()
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    return box_convert(boxes.as_subclass(Tensor).cpu().double(), "xyxy", "xywh")
 
 
 def average_precision(images: list[dict], truth: list[dict], found: list[dict],

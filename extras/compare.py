@@ -9,7 +9,7 @@
     python extras/compare.py --task segment             the same on drawn scenes; also detect
     python extras/compare.py --quick                    one seed, in small
 
-Four arms get the same fine-tuning:
+Four arms. The first three get the same fine-tuning:
 
     a2mim
     simmim         --baseline simmim
@@ -24,8 +24,9 @@ the paper's ablations follow, one change at a time.
 Label seed s starts from pre-training seed s mod N. See extras/scores.py for means and intervals.
 The score is that of the last epoch. At the start the command prints how long it will take.
 
-Writes table.md, results.json and plot.png into --out (with --task as a prefix). Every run has its
-own folder. If the command is started again, it runs only what is missing.
+Writes table.md, results.json and plot.png into --out. With --task the names begin with segment- or
+detect-. Every run has its own folder. If the command is started again, it runs only what is
+missing.
 """
 
 import json
@@ -306,7 +307,7 @@ FLAGS = {
                         f"--few ({TUNE_EPOCHS}; with less than {FEW} of the labels "
                         f"{TUNE_EPOCHS_OF_FEW})"),
         "ablation_seeds": (None, number(int, 0, 1000), "shapes only, 0: no ablations (1)"),
-        "quick": (False, SWITCH, "one seed and an eighth of the epochs, to see that it works")},
+        "quick": (False, SWITCH, "one seed and far fewer epochs, to see that it works")},
     "run": {
         "jobs": (None, number(int, 1, 1024), "runs at a time (a CPU core each; 1 on a GPU)"),
         "workers": (0, number(int, 0, 256), "loader processes of a run"),
@@ -417,6 +418,8 @@ def check_fit(asked: dict, typed: dict, is_dense: bool, is_drawn: bool) -> None:
         wrong = {"ablation_seeds"}
     if not wrong and is_dense and is_drawn:
         wrong = {*typed} & {"split_val", "split_test"}
+        if asked["weights_of"]:                              # the size is that of these weights
+            wrong |= {*typed} & {"image_size"}
     if asked["weights_of"] and "pretrain_epochs" in typed:
         raise ValueError("--pretrain-epochs: has no effect beside --weights-of, whose weights are "
                          "trained already; leave it out")

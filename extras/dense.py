@@ -350,14 +350,17 @@ def plan_steps(args: SimpleNamespace, world: Distributed, images: int,
                checkpoint: dict | None) -> StepPlan:
     """StepPlan.plan for a run that may be given in iterations, and with a warm-up in iterations.
 
-    Sets the batch sizes and the epochs in `args`."""
+    Sets the batch sizes in `args`. What was typed last counts: --epochs or --iterations."""
     vars(args).update(resolve_batch(vars(args), world))
-    if "epochs" in args.typed and "iterations" not in args.typed:
+    typed = args.given if {"epochs", "iterations"} & {*args.given} else args.typed
+    if "epochs" in typed and "iterations" not in typed:
         args.iterations = None
+    epochs = args.epochs
     if args.iterations:
-        args.epochs = args.iterations / steps_per_epoch(images, args.global_batch)
+        epochs = args.iterations / steps_per_epoch(images, args.global_batch)
     args.warmup_epochs = 0.0                                 # it is counted in iterations
-    plan = StepPlan.plan(args, world, images, checkpoint)
+    plan = StepPlan.plan(SimpleNamespace(**{**vars(args), "epochs": epochs}), world, images,
+                         checkpoint)
     plan.warmup = min(args.warmup, plan.total // 10)
     return plan
 

@@ -44,7 +44,7 @@ from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_i
                   make_loader, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
 from engine.command import Distributed, Failed, command_line
-from engine.description import describe
+from engine.description import describe, read_description
 from engine.files import printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
                           defaults, number, path, remembered)
@@ -52,6 +52,7 @@ from engine.images import UnreadableImages
 from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_sheet
 from engine.step import is_evaluated, make_scaler, take_step, wrap
+from engine.weights import some_names
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
 from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, describe_recipe,
@@ -253,8 +254,13 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
         raise ValueError(f"--data {args.data}: the annotations of train and val list different "
                          f"classes")
     classes = val.classes
-    if args.data == "shapes":                                # scenes count the ground among them
+    if args.data == "shapes":                                # scenes count the background
         classes = classes[1:]
+    if args.eval_only and (Path(args.weights).parent / "model.json").is_file():
+        trained_on = read_description(args.weights).classes
+        if trained_on != classes:
+            raise ValueError(f"--data {args.data}: its classes ({some_names(classes)}) are not "
+                             f"those of {args.weights} ({some_names(trained_on)})")
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
@@ -321,10 +327,11 @@ def description_of(args: SimpleNamespace, state: TrainState) -> dict:
 @torch.no_grad()
 def evaluate(model: FasterRCNN, args: SimpleNamespace, world: Distributed,
              state: TrainState) -> tuple[dict, list[dict]]:
-    """Exact AP over the whole validation set, on any number of processes, and the number of images.
+    """Returns (AP, results). AP is over the whole validation set, on any number of processes, and
+    has the number of images.
 
-    Rank 0 judges what all processes found (see average_precision), and gets all of it: COCO's
-    results with an image's place in the set for its id, and labels for classes."""
+    On rank 0, `results` has all detections in COCO's form: the image_id is the index in the set,
+    the category_id the label."""
     training = model.training
     model.eval()
     world.broadcast_buffers(model)
@@ -399,7 +406,8 @@ def report(result: dict, found: list[dict], args: SimpleNamespace, world: Distri
     if world.rank == 0:
         if args.save_predictions:
             save_predictions(found, Path(args.out), state)
-        save_detections(Path(args.out) / "detections.png", args, world, state)
+        with contextlib.suppress(OSError):                   # a full disk does not end the run
+            save_detections(Path(args.out) / "detections.png", args, world, state)
         # last, because a folder with a result.json is refused when the command is given again
         more |= {"weights": args.weights or args.init}
         text = json.dumps({**result, **more}, indent=1) + "\n"
@@ -549,7 +557,10 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     names = ["arch", "patch_size", "window", "stem"]
     names += DETECTOR if "eval_only" in given else []
     weights = given.get("weights", demo.get("weights"))
-    known = {**demo, **remembered(weights, FLAGS, names), **given}
+    of_weights = remembered(weights, FLAGS, names)
+    if "image_size" in given:                                # the longer side follows it
+        of_weights.pop("longest", None)
+    known = {**demo, **of_weights, **given}
     recipe = known.get("recipe") or default_recipe(known.get("data"), known.get("arch"))
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, **about, demo=bool(demo))

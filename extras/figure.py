@@ -111,7 +111,7 @@ def moves(model: A2MIM, run: SimpleNamespace, image: Tensor,
     reconstruction = model(image, mask)
     maps = in_colour([before, after], denormalise(seen)[0])
     maps[1] = stamp(maps[1], after, model.mask_token.token)
-    # idea 3, as in loss.fourier_loss; of the spectrum the middle half is shown, as the rest is dark
+    # idea 3, as in loss.fourier_loss with one spectrum per image; its middle half, the rest is dark
     hidden = resize_mask(mask, image.shape[-2:])             # (1, 1, H, W)
     r = residual(reconstruction, image, hidden, run.stand_in, run.visible_weight)
     D = torch.fft.fft2(r[0], norm="ortho").abs()
@@ -374,6 +374,9 @@ def check_stages(args: SimpleNamespace, run: SimpleNamespace) -> None:
     if get_family(run.arch).name not in ("resnet", "convnext"):
         raise ValueError(f"{printable(args.checkpoint)}: holds {run.arch}; --figure why and "
                          f"--measure need the four stages of a ResNet or a ConvNeXt")
+    if args.figure == "why" and run.token_stage is not None and run.token_stage < 2:
+        raise ValueError(f"{printable(args.checkpoint)}: its token enters before stage "
+                         f"{run.token_stage}; --figure why shows a token before stage 2, 3 or 4")
 
 
 def model_for_larger_image(args: SimpleNamespace, model: A2MIM

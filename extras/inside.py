@@ -76,14 +76,19 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distrib
         head = load_head(model, file) if classes else None
         world.print0(f"{printable(file)}: {summary_of(load_backbone(encoder, file), head)}")
     else:
-        # training starts the blocks of a ResNet at 0, as their shortcuts alone
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-                nn.init.ones_(module.weight)
+        open_residual_branches(model)
     is_cnn = get_family(own["arch"]).convolutional
     memory_format = torch.channels_last if is_cnn else torch.contiguous_format
     model = model.eval().requires_grad_(False)
     return model.to(world.device).to(memory_format=memory_format)
+
+
+def open_residual_branches(net: nn.Module) -> None:
+    """For random features: training starts the blocks of a ResNet with a last BatchNorm of 0, so
+    that only their shortcuts compute. Sets it to 1."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.ones_(module.weight)
 
 
 def gather(rows: list[Tensor], count: int, world: Distributed) -> Tensor:
@@ -229,9 +234,10 @@ def relative_strength(rows: Tensor) -> Tensor:
     """J, the strength of an order over the mean strength of all orders.
 
     rows (..., images, orders, 2): means over pairs of |I|, and of the product of the two halves
-    -> (..., orders, 2): the released J, of |I|, and an unbiased one, of the root of the product.
-    With few contexts |I| is too large, most where the contexts differ most. The halves are
-    independent estimates, so their product has no such bias."""
+    -> (..., orders, 2): the released J, of the mean |I|, and one of the root mean square of I, from
+    the product. With few contexts |I| is too large, most where the contexts differ most. The halves
+    are independent estimates, so their product has no such bias. The two versions differ even with
+    all contexts, where |I| differs between pairs."""
     absolute, product = rows.mean(-3).unbind(-1)             # (..., orders)
     strength = torch.stack([absolute, product.clamp(min=0).sqrt()], -1)
     return strength / strength.mean(-2, keepdim=True).clamp(min=1e-12)

@@ -36,11 +36,13 @@ from engine.command import Distributed, Failed, Signals, Stopped
 from engine.files import printable, read_lines
 from engine.flags import height_width
 from extras import detect, segment
+from extras.inside import open_residual_branches
 from model import build_encoder
 
 
 def save_random_backbone(flags: list[str]) -> None:
-    """backbone.pt and args.json as of pretrain.py with these flags, before its first step."""
+    """backbone.pt and args.json as of pretrain.py with these flags, before its first step, but
+    with residual branches that compute: random features for the probes."""
     asked = pretrain.asked_for(pretrain.parse(flags))
     names = ("arch", "patch_size", "window", "stem", "image_size")
     settings = {name: asked[name] for name in names}
@@ -48,6 +50,7 @@ def save_random_backbone(flags: list[str]) -> None:
     torch.manual_seed(seed_for(asked["seed"]))
     encoder = build_encoder(asked["arch"], size, asked["drop_path"], asked["patch_size"],
                             asked["window"], asked["stem"])
+    open_residual_branches(encoder)
     out = Path(asked["out"])
     torch.save(encoder.backbone.state_dict(), out / "backbone.pt")
     (out / "args.json").write_text(json.dumps(settings) + "\n")

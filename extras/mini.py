@@ -6,6 +6,7 @@
 The three ideas of the paper are marked 1, 2, 3. The full version starts at ../pretrain.py.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def loss(pred, images, hidden):
 def random_mask(batch, units=64, share=0.6):
     """(B, 1, 8, 8): 60 % of the units of each image are 1."""
     order = torch.rand(batch, units).argsort(1)
-    return (order < round(share * units + 0.5)).float().view(batch, 1, 8, 8)
+    return (order < math.ceil(round(share * units, 6))).float().view(batch, 1, 8, 8)
 
 
 def batches(folder):

@@ -185,13 +185,13 @@ def resized(photo: Tensor, args: SimpleNamespace, run: SimpleNamespace, ratio: f
                          f"a mask of {model.grid[1]} x {model.grid[0]} patches; leave the flag out")
     mask = mask_for(args, ratio, model.grid)
     image = normalise(tvf.resize(photo, list(size), antialias=True)[None])
-    _, reconstruction, _ = model.reconstruct(image, mask)
+    seen, reconstruction, _ = model.reconstruct(image, mask)
+    fill = to_bytes(tvf.resize(denormalise(seen)[0], [h, w], InterpolationMode.NEAREST))
     reconstruction = tvf.resize(denormalise(reconstruction), [h, w],
                                 InterpolationMode.BICUBIC, antialias=True)
     reconstruction = to_bytes(reconstruction[0])
     hidden = resize_mask(mask, (h, w))[0]                    # (1, h, w)
-    colour = to_bytes(photo.float().mean((1, 2), keepdim=True) / 255)
-    return {"seen": torch.where(hidden, colour, photo), "reconstruction": reconstruction,
+    return {"seen": torch.where(hidden, fill, photo), "reconstruction": reconstruction,
             "pasted": torch.where(hidden, reconstruction, photo)}
 
 

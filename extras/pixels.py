@@ -26,6 +26,7 @@ import torchvision.models as tv
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
@@ -43,8 +44,8 @@ IGNORED = 255                                                # a pixel whose cla
 # ---- the heads ----
 
 def conv(inside: int, outside: int, kernel: int) -> nn.Sequential:
-    convolution = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
+    """Convolution without bias, BatchNorm, ReLU."""
+    return Conv2dNormActivation(inside, outside, kernel)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -521,6 +522,10 @@ def listed_classes(root: Path) -> tuple[list[str], list[tuple[int, int]] | None]
     if not 2 <= len(names) <= IGNORED:
         count = "1 class" if len(names) == 1 else f"{len(names) or 'no'} classes"
         raise ValueError(f"{file}: lists {count}; expected 2 to {IGNORED}, one name a line")
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file}: lists {printable(twice)} twice; give each class a name of its "
+                         f"own")
     return names, colours
 
 
@@ -538,8 +543,8 @@ class ScaleCropFlip:
     """Resizes to a random multiple of --image-size, crops to --image-size, flips: colours (uint8)
     and classes together.
 
-    A crop is drawn again, up to ten times, while one class holds more than `same` of its known
-    pixels. As released."""
+    Of at most ten crops the first is taken in which no class holds more than `same` of the known
+    pixels, or else the tenth."""
 
     def __init__(self, args: SimpleNamespace):
         self.size = height_width(args.image_size)            # (H, W) of the crop
@@ -551,10 +556,12 @@ class ScaleCropFlip:
         H, W = self.size
         share = self.low + (self.high - self.low) * float(torch.rand(()))
         image = fitted(pair[0], min(H, W) * share)
-        labels = tvf.resize(pair[1], image.shape[-2:], InterpolationMode.NEAREST)
+        # by the centres of pixels, as the image. NEAREST would shift the labels up and left
+        labels = tvf.resize(pair[1], image.shape[-2:], InterpolationMode.NEAREST_EXACT)
+        inside = torch.ones(1, *image.shape[-2:], dtype=torch.bool)
         right, bottom = max(0, W - image.shape[-1]), max(0, H - image.shape[-2])
-        # the mean colour, which becomes 0
-        image = tvf.pad(image, [0, 0, right, bottom], [124, 116, 104])
+        image = tvf.pad(image, [0, 0, right, bottom])
+        inside = tvf.pad(inside, [0, 0, right, bottom])      # False: padded
         labels = tvf.pad(labels, [0, 0, right, bottom], IGNORED)
         h, w = labels.shape
         for _ in range(10):
@@ -563,10 +570,12 @@ class ScaleCropFlip:
             counts = part.flatten().bincount(minlength=256)[:IGNORED]
             if counts.max() and counts.max() <= self.same * counts.sum():
                 break
-        image = image[:, y:y + H, x:x + W]
+        image, inside = image[:, y:y + H, x:x + W], inside[:, y:y + H, x:x + W]
         if torch.rand(()) < 0.5:
-            image, part = image.flip(-1), part.flip(-1)
-        return self.distort(tv_tensors.Image(image)), part
+            image, inside, part = image.flip(-1), inside.flip(-1), part.flip(-1)
+        image = self.distort(tv_tensors.Image(image)).as_subclass(Tensor)
+        mean_colour = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
+        return torch.where(inside, image, mean_colour), part                 # padding becomes 0
 
 
 class Distort(v2.RandomPhotometricDistort):

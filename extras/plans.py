@@ -25,7 +25,7 @@ from engine.files import printable
 from engine.flags import height_width
 from extras.dense import Scenes
 from extras.many_runs import Run
-from model import get_family
+from model import get_family, settings_for_size
 
 # ---- what is run ----
 
@@ -48,8 +48,10 @@ PROBE = "--recipe linear --eval-every 1000000"
 
 # drawn shapes: A2MIM and SimMIM have the same settings; lr is per 512 images
 DRAWN_PRETRAIN = {
-    "resnet": "--recipe imagenet --mask-size 8 --spectrum image --lr 0.032 --token-lr 1",
-    "convnext": "--recipe imagenet --mask-size 16 --spectrum image --lr 0.032 --token-lr 1",
+    "resnet": "--recipe imagenet --mask-size 8 --spectrum image --lr 0.032 --token-lr 1 "
+              "--crop-min 0.8",
+    "convnext": "--recipe imagenet --mask-size 16 --spectrum image --lr 0.032 --token-lr 1 "
+                "--crop-min 0.8",
     "vit": "--recipe imagenet --patch-size 16 --mask-size 16 --spectrum image --lr 0.016 "
            "--schedule cosine --drop-path 0",
     "swin": "--recipe imagenet --mask-size 16 --spectrum image --lr 0.016 --schedule cosine",
@@ -216,7 +218,12 @@ def from_scratch(settings: Settings) -> dict:
             start += ["--patch-size", str(about["patch_size"])]
         if settings.family == "swin" and about.get("window"):
             start += ["--window", str(about["window"])]
-    elif settings.is_drawn and settings.family == "vit" and not settings.is_dense:
+    elif settings.is_dense and settings.is_drawn:            # as pre-training chooses them
+        usual = settings_for_size(settings.arch, 224)
+        for name, value in settings_for_size(settings.arch, settings.image_size).items():
+            if value != usual[name]:                         # below 64 px
+                start += ["--" + name.replace("_", "-"), str(value)]
+    elif settings.is_drawn and settings.family == "vit":
         start += ["--patch-size", "16"]
     return dict(start=tuple(start))
 
@@ -302,6 +309,18 @@ def fine_tuning(settings: Settings, counts: Counts, amount: str, name: str, seed
     return Run(f"{folder_of(amount)}/{name}-{seed}", "finetune", tuple(flags), steps=steps, **start)
 
 
+def epochs_of_pretraining(settings: Settings, counts: Counts, amount: str) -> float:
+    """The epochs of fine-tuning that take as many images as pre-training. The last, incomplete
+    batch of an epoch is dropped in both."""
+    batch, tune_batch = pretrain.SMALL_BATCH, TUNE_BATCH
+    if settings.is_drawn:
+        batch, tune_batch = DRAWN_BATCH, DRAWN_TUNE_BATCH
+    batch = min(batch, counts.unlabelled)
+    tune_batch = min(tune_batch, counts.labels[amount])
+    images = settings.pretrain_epochs * (counts.unlabelled // batch * batch)
+    return images / (counts.labels[amount] // tune_batch * tune_batch)
+
+
 def label_flags(amount: str) -> list[str]:
     labels = typed_labels(amount)
     return ["--labels", labels] if labels else []
@@ -361,8 +380,7 @@ def plan_classes(settings: Settings) -> list[Run]:
     if "scratch-long" in settings.arms:
         for seed in range(settings.seeds):
             for amount in settings.few:
-                images = settings.pretrain_epochs * counts.unlabelled
-                more = images / counts.labels[amount]
+                more = epochs_of_pretraining(settings, counts, amount)
                 runs.append(fine_tuning(settings, counts, amount, "scratch-long", seed,
                                         from_scratch(settings), more))
     return runs + plan_ablations(settings, counts)

@@ -4,7 +4,7 @@
     python extras/predict.py runs/set-resnet18-segment-small/best.pt /path/to/photos --out predicted
 
 best.pt is of finetune.py, extras/segment.py or extras/detect.py, with its model.json beside it.
-Pictures may have any size. Writes into --out, a new folder:
+Pictures may have any size, with sides up to 100 : 1. Writes into --out, a new folder:
 
     predictions.csv    classifier: file, class, probability; then the next likely classes
     labels/            segmenter: PNG files of class numbers, which a palette shows in colours
@@ -47,7 +47,7 @@ from extras.mask_rcnn import detector
 from extras.output import check_folder, free_name
 from extras.pixels import Segmenter, fitted, legend, overlay, save_labels
 from extras.segment import predict
-from model import Classifier, build_encoder
+from model import Classifier, build_encoder, get_family
 
 
 class Pictures(Dataset):
@@ -181,7 +181,9 @@ class DetectorPredictor(Predictor):
         model = detector(self.encoder, len(self.about.classes) + 1, self.settings, self.world,
                          self.with_masks)
         load_state(model, state, self.args.weights, f"does not hold the detector of {MODEL}")
-        self.prepare = partial(refuse_slim, longest=self.about.longest)
+        is_vit = get_family(self.about.arch).name == "vit"   # a square of --image-size
+        longest = self.size[0] if is_vit else self.about.longest
+        self.prepare = partial(refuse_slim, longest=longest)
         self.boxes, self.masks = [], []
         return model
 
@@ -254,7 +256,7 @@ def run(args: SimpleNamespace, world: Distributed) -> None:
     if world.size > 1:
         raise ValueError(f"{world.size} processes: predict.py runs as one; start it without "
                          f"torchrun")
-    world.set_device(args.device)
+    world.set_device(args.device, fixed_sizes=False)
     args.amp = args.amp or world.default_amp()
     about = read_description(args.weights)
     if (tuple(about.mean), tuple(about.std)) != (MEAN, STD):

@@ -208,7 +208,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
-        if plan.batch < 2 and args.head == "upernet":
+        has_sync_norm = world.on_cuda and world.size > 1     # statistics of all processes
+        if plan.batch < 2 and args.head == "upernet" and not has_sync_norm:
             raise ValueError(f"--batch-size {plan.batch}: UPerNet's BatchNorm needs at least 2 "
                              f"images per process")
         batches = ResumableBatchSampler(len(source), plan.batch, args.accum, world.size,
@@ -268,7 +269,7 @@ LAST_BIAS = "head.1.1.bias"                                  # (classes,)
 
 
 def class_count(weights: dict[str, Tensor], file: str) -> int:
-    """Of a trained segmenter. Raises ValueError for other weights."""
+    """The number of classes of a trained segmenter. Raises ValueError for other weights."""
     bias = weights.get(LAST_BIAS)
     if not isinstance(bias, Tensor) or bias.dim() != 1:
         raise ValueError(f"{file}: {NO_SEGMENTER}")
@@ -284,7 +285,7 @@ def description_of(args: SimpleNamespace, state: TrainState) -> dict:
 
 
 def numbers_of(state: TrainState) -> list[int]:
-    """Of each class, in a label picture of the set."""
+    """The number that stands for each class in the label pictures."""
     code = getattr(state.val, "code", None)
     return code.numbers if code else list(range(len(state.classes)))
 
@@ -313,6 +314,9 @@ def slide(f: Callable, images: Tensor, size: tuple[int, int]) -> Tensor:
     return (total / count)[..., :H, :W]
 
 
+SMALLEST = 32                                                # px: the deepest stride of a backbone
+
+
 def predict(model: Segmenter, images: Tensor, size: tuple[int, int], args: SimpleNamespace,
             world: Distributed) -> Tensor:
     """uint8 (B, 3, h, w) -> the likeliest class of every pixel (B, *size), whole or by windows."""
@@ -327,7 +331,9 @@ def predict(model: Segmenter, images: Tensor, size: tuple[int, int], args: Simpl
         if args.inference == "slide":
             logits = slide(logits_of, images, height_width(args.image_size))
         else:
-            logits = logits_of(images)
+            H, W = images.shape[-2:]
+            padding = (0, max(0, SMALLEST - W), 0, max(0, SMALLEST - H))     # of a slim image
+            logits = logits_of(F.pad(images, padding))[..., :H, :W]
     return likeliest(logits, size)
 
 
@@ -560,7 +566,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if is_remembered(given):                                 # the rest is in the checkpoint
         settings = {**DEFAULTS, **given}
         return SimpleNamespace(**settings, **about, demo=False)
-    start, demo = {}, "data" not in given
+    start, demo = {}, not {"data", "eval_only"} & set(given)
     if demo:
         start = dict(data="shapes", arch="resnet18")
         if not {"weights", "init"} & set(given):
@@ -571,6 +577,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     start = {**start, **remembered(weights, FLAGS, names), **given}
     if (weights is None) == ("init" not in start):
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
+    if "data" not in start:
+        raise ValueError("--data is missing: a folder of images and label pictures, or one of "
+                         "shapes, voc")
     if "arch" not in start:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch "
                          "resnet50")
@@ -578,9 +587,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     recipe = start.setdefault("recipe", default_recipe(start["data"], kind))
     settings = {**DEFAULTS, **RECIPES[recipe], **EXCEPTIONS.get((recipe, kind), {}), **start}
     args = SimpleNamespace(**settings, **about, demo=demo)
-    if min(height_width(args.image_size)) < 32:
+    if min(height_width(args.image_size)) < SMALLEST:
         raise ValueError(f"--image-size {format_size(args.image_size)}: both sides must be at "
-                         f"least 32 px")
+                         f"least {SMALLEST} px")
     if args.scale_min > args.scale_max:
         raise ValueError(f"--scale-min {args.scale_min:g}: must not be above --scale-max "
                          f"{args.scale_max:g}")

@@ -204,7 +204,7 @@ def test_learning_rates_as_released():
 
 def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
     flags = dict(recipe_batch=16, batch_size=None, accum=1, warmup_epochs=None, epochs=20,
-                 iterations=160_000, warmup=1500)
+                 iterations=160_000, warmup=1500, given={})
     steps = dense.plan_steps(SimpleNamespace(**flags, typed=[]), Distributed(), 20_210, None)
     assert (steps.total, steps.per_epoch, steps.warmup) == (160_000, 1263, 1500)
     typed = SimpleNamespace(**flags, typed=["epochs"])
@@ -213,6 +213,14 @@ def test_iterations_are_iterations_and_typed_epochs_beat_those_of_a_recipe():
     flags["iterations"] = 50
     short = SimpleNamespace(**flags, typed=[])
     assert dense.plan_steps(short, Distributed(), 20_210, None).warmup == 5
+    # begun with --iterations 50, resumed with --epochs 2: what was typed last counts
+    flags |= dict(epochs=2, given={"epochs": 2})
+    resumed = SimpleNamespace(**flags, typed=["epochs", "iterations"])
+    assert dense.plan_steps(resumed, Distributed(), 20_210, None).total == 2 * 1263
+    # few images: 3,000 epochs of 16 images, which no flag accepts, are not saved
+    flags |= dict(iterations=160_000, epochs=20, given={})
+    few = SimpleNamespace(**flags, typed=[])
+    assert dense.plan_steps(few, Distributed(), 16, None).total == 160_000 and few.epochs == 20
 
 
 # ---- the heads ----
@@ -421,6 +429,42 @@ def test_image_and_classes_are_cropped_and_flipped_together():
     got, classes = pixels.ScaleCropFlip(args)(pair)
     assert (classes[10:] == 255).all() and (classes[:10] != 255).all()
     assert data.normalise(got[None])[0, :, 10:].abs().max() < 0.02           # the mean colour
+
+
+def test_labels_are_resized_by_the_centres_of_pixels_as_images_are():
+    """Each column's number is its own place: after the resize they are the places of the new
+    columns. By the corners of pixels they would be 1.4 less."""
+    places = torch.arange(240, dtype=torch.uint8).expand(240, 240).contiguous()
+    pair = (tv_tensors.Image(torch.zeros(3, 240, 240, dtype=torch.uint8)),
+            tv_tensors.Mask(places))
+    args = SimpleNamespace(image_size=64, scale_min=1.0, scale_max=1.0, same_class=1.0,
+                           distort=False)
+    _, got = pixels.ScaleCropFlip(args)(pair)
+    expected = (torch.arange(64) + 0.5) * 240 / 64 - 0.5
+    difference = got[0].float().sort().values - expected     # sorted: it may be flipped
+    assert difference.abs().max() <= 0.5 and difference.mean().abs() < 0.2
+
+
+def test_padding_is_the_mean_colour_whatever_the_photometric_changes():
+    image = torch.full((3, 10, 40), 200, dtype=torch.uint8)
+    pair = tv_tensors.Image(image), tv_tensors.Mask(torch.zeros(10, 40, dtype=torch.uint8))
+    args = SimpleNamespace(image_size=20, scale_min=0.5, scale_max=0.5, same_class=1.0,
+                           distort=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        got, classes = pixels.ScaleCropFlip(args)(pair)
+        padded = data.normalise(got[None])[0][:, classes == 255]
+        assert padded.numel() and padded.abs().max() < 0.02
+
+
+def test_an_image_so_slim_that_no_feature_would_be_left_is_padded():
+    args = SimpleNamespace(head="upernet", inference="whole", image_size=96, amp="off",
+                           channels_last=False, arch="convnext_tiny")
+    net = segment.Segmenter(build_encoder("convnext_tiny"), "upernet", 8, 3, 0.0, False).eval()
+    images = torch.zeros(1, 3, 30, 384, dtype=torch.uint8)
+    with torch.no_grad():
+        found = segment.predict(net, images, (100, 1300), args, Distributed())
+    assert found.shape == (1, 100, 1300)
 
 
 def test_a_crop_of_one_class_is_drawn_again():
@@ -794,6 +838,7 @@ LIMITED = ("iterations epochs batch-size accum lr-batch warmup power weight-deca
      "--data voc: no datasets/VOCdevkit/VOC2012/; give the folder that holds VOCdevkit/ as "
      "--data-root, or add --download to fetch it into datasets/"),
     ("--data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
+    ("--weights best.pt --arch resnet18 --eval-only", "--data is missing"),
     ("--data shapes --init scratch", "--arch is missing"),
     ("--resume --out new --data shapes --arch resnet18", "give --weights FILE, or --init scratch"),
     ("--data shapes --init scratch --arch convnext_tiny --head fcn",

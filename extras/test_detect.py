@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import ImageDataset
+from data import MEAN, STD, ImageDataset
 from engine import testing
 from engine.command import Distributed
+from engine.description import describe
 from engine.testing import close, read_log, same_weights, torchrun
 from extras import coco, dense, detect
 from extras.mask_rcnn import detector, mask_loss
@@ -577,6 +579,18 @@ def complaint(capsys, words, *flags):
     code, printed = testing.complaint(capsys, *flags, main=detect.main)
     assert code == 2 and words in printed and printed.startswith("detect.py: error: "), printed
     assert printed.count("\n") == printed.count("error: ") == 1, printed
+
+
+@needs_pycocotools
+def test_a_detector_of_other_classes_is_not_scored_on_these(voc, capsys, tmp_path):
+    """As many classes under other names: their labels would be exchanged."""
+    about = SimpleNamespace(arch="resnet18", patch_size=16, window=7, stem="imagenet")
+    content = describe("detector", about, ["dog", "horse"], 64, MEAN, STD)
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    torch.save({}, tmp_path / "best.pt")
+    flags = ["--data", voc, "--arch", "resnet18", "--eval-only", "--weights", tmp_path / "best.pt"]
+    complaint(capsys, f"its classes (cat, dog) are not those of {tmp_path}/best.pt (dog, horse)",
+              *flags, "--out", tmp_path / "run")
 
 
 HUGE = "9" * 21

@@ -120,7 +120,7 @@ def odd(tmp_path) -> Path:
     ("{odd}/gone.pt {odd}/good.png", "gone.pt: no such file, or no regular file"),
     ("{odd}/text.png {odd}/good.png", "text.png: not a checkpoint.pt of pretrain.py"),
     ("{odd}/args.pt {odd}/good.png", "args.pt: not a checkpoint.pt of this version of pretrain.py"),
-    ("{odd}/old.pt {odd}/good.png", "this run has --alpha 0.5, which is no longer supported"),
+    ("{odd}/old.pt {odd}/good.png", "its run has --alpha 0.5, which is no longer supported"),
     ("{run} {odd}/good.png --out {empty}", "--out: is empty"),
     ("{run} {odd}/good.png --mask {empty}", "--mask: is empty"),
     ("{run} {odd}/good.png --out /proc", "--out /proc: cannot be written"),
