@@ -589,8 +589,9 @@ def test_a_detector_of_other_classes_is_not_scored_on_these(voc, capsys, tmp_pat
     (tmp_path / "model.json").write_text(json.dumps(content))
     torch.save({}, tmp_path / "best.pt")
     flags = ["--data", voc, "--arch", "resnet18", "--eval-only", "--weights", tmp_path / "best.pt"]
-    complaint(capsys, f"its classes (cat, dog) are not those of {tmp_path}/best.pt (dog, horse)",
-              *flags, "--out", tmp_path / "run")
+    code, said = testing.complaint(capsys, *flags, "--out", tmp_path / "run", main=detect.main)
+    assert code == 2
+    assert f"its classes (cat, dog) are not those of {tmp_path}/best.pt (dog, horse)" in said
 
 
 HUGE = "9" * 21
