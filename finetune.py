@@ -613,7 +613,9 @@ def parse(argv: list[str] | None) -> dict:
     if "eval_only" in typed and "init" in typed:
         raise ValueError("--eval-only: needs --weights, such as best.pt of a run")
     if asked_for(typed)["arch"] is None:
-        why = "--init scratch needs one" if "init" in typed else "no args.json beside the weights"
+        why = "no args.json beside the weights names it"
+        if "init" in typed:
+            why = "--init scratch needs one"
         raise ValueError(f"--arch is missing: {why}; try --arch resnet18")
     return typed
 
