@@ -364,9 +364,10 @@ def summary_of(found: dict[str, list[str]], head: set[str] | None = None) -> str
         text += ", and the head"
     if found["resized"]:
         text += f", {len(found['resized'])} of them resized"
-    count = f"{len(new)} (" if len(new) > 4 else ""
-    text += f"; new: {count}{some_names(new) or 'none'}{')' if count else ''}"
-    text += f"; not used: {len(unused)}"
+    names = some_names(new) or "none"
+    if len(new) > 4:
+        names = f"{len(new)} ({names})"
+    text += f"; new: {names}; not used: {len(unused)}"
     if odd:
         text += f" ({some_names(odd)})"
     return text

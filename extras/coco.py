@@ -271,6 +271,14 @@ def read_xml(file: Path) -> dict:
 
 # ---- images and their objects ----
 
+def is_too_slim(image: Tensor, longest: int) -> bool:
+    """Would nothing be left of the shorter side of (3, H, W) in a detector, whose longer side is at
+    most `longest`?"""
+    H, W = image.shape[1:]
+    # the detector rounds the shorter side down to whole pixels, in float32: hence 1.01
+    return min(H, W) * longest < 1.01 * max(H, W)
+
+
 class Objects:
     """Images with objects, from the content of a json in COCO's format.
 
@@ -369,8 +377,7 @@ class Objects:
         if self.sizes[index].all() and self.sizes[index].tolist() != [H, W]:
             h, w = self.sizes[index].tolist()
             raise ValueError(f"the image has {W} x {H} pixels, its annotation says {w} x {h}")
-        # the detector rounds the shorter side down to whole pixels, in float32: hence 1.01
-        if self.longest and min(H, W) * self.longest < 1.01 * max(H, W):
+        if self.longest and is_too_slim(image, self.longest):
             raise ValueError(f"{W} x {H} pixels are too slim: with --longest {self.longest} "
                              f"nothing would be left of the shorter side")
         objects = self.record(index)["objects"]

@@ -217,8 +217,12 @@ def open_scenes(args: SimpleNamespace, split: str):
         what = "has no boxes" if args.data in NAMED else "no such folder"
         raise ValueError(f"--data {args.data}: {what}; give a folder in COCO's or Pascal VOC's "
                          f"layout, or shapes")
-    longest = args.image_size if get_family(args.arch).name == "vit" else args.longest
-    return open_objects(Path(args.data), split, args.split_val, longest)
+    return open_objects(Path(args.data), split, args.split_val, longest_side(args))
+
+
+def longest_side(args: SimpleNamespace) -> int:
+    """Pixels that the longer side of an image has at most in the detector. A ViT's is a square."""
+    return args.image_size if get_family(args.arch).name == "vit" else args.longest
 
 
 def tell_outlines(source, what: str, world: Distributed) -> None:

@@ -180,13 +180,20 @@ def pretraining(settings: Settings, name: str, seed: int, images: int, more: str
     if settings.is_drawn:
         flags += DRAWN_PRETRAIN[settings.family].split()
         flags += f"--batch-size {DRAWN_BATCH} --sheets 2 --val 0 --log-every 50".split()
-        batch = DRAWN_BATCH
     else:                                                    # the recipe's own settings
         flags += ["--recipe", "small"]
-        batch = min(pretrain.SMALL_BATCH, images)
     flags += more.split()
+    batch = batch_of_pretraining(settings, images)
     return Run(f"pretrained/{name}-{seed}", "pretrain", tuple(flags),
                steps=epochs * (images // batch))
+
+
+def batch_of_pretraining(settings: Settings, images: int) -> int:
+    return min(DRAWN_BATCH if settings.is_drawn else pretrain.SMALL_BATCH, images)
+
+
+def batch_of_tuning(settings: Settings, labels: int) -> int:
+    return min(DRAWN_TUNE_BATCH if settings.is_drawn else TUNE_BATCH, labels)
 
 
 def common_flags(settings: Settings) -> list[str]:
@@ -297,11 +304,8 @@ def fine_tuning(settings: Settings, counts: Counts, amount: str, name: str, seed
     """A run of finetune.py. start: see from_weights and from_scratch."""
     labels = counts.labels[amount]
     epochs = epochs_of(settings, counts, amount) + more_epochs
-    batch, recipe = TUNE_BATCH, TUNE
-    if settings.is_drawn:
-        batch = DRAWN_TUNE_BATCH
-        recipe = f"{DRAWN_TUNE[settings.family]} --log-every 50"
-    batch = min(batch, labels)
+    recipe = f"{DRAWN_TUNE[settings.family]} --log-every 50" if settings.is_drawn else TUNE
+    batch = batch_of_tuning(settings, labels)
     flags = [*common_flags(settings), *recipe.split(), *label_flags(amount),
              "--batch-size", str(batch), "--lr-batch", str(batch),
              "--epochs", as_text(epochs), "--seed", str(seed)]
@@ -312,13 +316,11 @@ def fine_tuning(settings: Settings, counts: Counts, amount: str, name: str, seed
 def epochs_of_pretraining(settings: Settings, counts: Counts, amount: str) -> float:
     """The epochs of fine-tuning that take as many images as pre-training. The last, incomplete
     batch of an epoch is dropped in both."""
-    batch, tune_batch = pretrain.SMALL_BATCH, TUNE_BATCH
-    if settings.is_drawn:
-        batch, tune_batch = DRAWN_BATCH, DRAWN_TUNE_BATCH
-    batch = min(batch, counts.unlabelled)
-    tune_batch = min(tune_batch, counts.labels[amount])
-    images = settings.pretrain_epochs * (counts.unlabelled // batch * batch)
-    return images / (counts.labels[amount] // tune_batch * tune_batch)
+    images, labels = counts.unlabelled, counts.labels[amount]
+    batch = batch_of_pretraining(settings, images)
+    seen = settings.pretrain_epochs * (images // batch * batch)
+    batch = batch_of_tuning(settings, labels)
+    return seen / (labels // batch * batch)
 
 
 def label_flags(amount: str) -> list[str]:

@@ -40,14 +40,14 @@ from engine.files import printable, replace_atomically, write_text_atomically
 from engine.flags import AMP, DATA_FLAGS, FRACTION, RUN_FLAGS, Parser, defaults, path
 from engine.images import UNREADABLE, reason
 from engine.weights import load_backbone, load_head
-from extras.coco import check_installed, results_of
+from extras.coco import check_installed, is_too_slim, results_of
 from extras.dense import layout_for, load_state, read_state
-from extras.detect import as_float, drawn, has_masks, sure_of
+from extras.detect import as_float, drawn, has_masks, longest_side, sure_of
 from extras.mask_rcnn import detector
 from extras.output import check_folder, free_name
 from extras.pixels import Segmenter, fitted, legend, overlay, save_labels
 from extras.segment import predict
-from model import Classifier, build_encoder, get_family
+from model import Classifier, build_encoder
 
 
 class Pictures(Dataset):
@@ -181,9 +181,7 @@ class DetectorPredictor(Predictor):
         model = detector(self.encoder, len(self.about.classes) + 1, self.settings, self.world,
                          self.with_masks)
         load_state(model, state, self.args.weights, f"does not hold the detector of {MODEL}")
-        is_vit = get_family(self.about.arch).name == "vit"   # a square of --image-size
-        longest = self.size[0] if is_vit else self.about.longest
-        self.prepare = partial(refuse_slim, longest=longest)
+        self.prepare = partial(refuse_slim, longest=longest_side(self.settings))
         self.boxes, self.masks = [], []
         return model
 
@@ -221,10 +219,10 @@ assert set(PREDICTORS) == set(KINDS)
 
 
 def refuse_slim(image: Tensor, longest: int) -> Tensor:
-    """Raises ValueError if nothing would be left of the shorter side in a detector, whose longer
-    side is at most `longest`. As in coco.Objects.read."""
+    """The image. Raises ValueError if a detector whose longer side is at most `longest` would leave
+    nothing of it."""
     H, W = image.shape[1:]
-    if min(H, W) * longest < 1.01 * max(H, W):
+    if is_too_slim(image, longest):
         raise ValueError(f"{W} x {H} pixels are too slim")
     return image
 
