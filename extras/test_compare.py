@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import runpy
 import signal
 import statistics
 import sys
@@ -19,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import finetune
 import pretrain
@@ -92,6 +94,20 @@ def test_label_seeds_are_averaged_within_their_pre_training_seed_first():
     assert scores.by_pretraining(found, 5) == [60.0, 50.0, 80.0, 64.0, 52.0]
     assert scores.by_pretraining({2: 80.0, 4: 52.0}, 3) == [52.0, 80.0]      # some are missing
     assert scores.mean_and_spread([62.0, 51.0, 80.0]) == "64.3 ± 14.6"
+
+
+def test_the_published_tables_follow_from_the_stored_results():
+    folder = ROOT / "docs/results/imagenette96-resnet18"
+    tables = runpy.run_path(str(folder / "tables.py"))
+    rows, gains = tables["score_table"]()[2:], tables["difference_table"]()[2:]
+    published = (ROOT / "docs/results.md").read_text().splitlines()
+    assert {*rows, *gains} <= {*published}
+    readme = (ROOT / "README.md").read_text()
+    for row in rows:
+        start, ten, one, probe, _, camvid, _ = row.strip("| ").split(" | ")
+        start = start.split(" (")[0]
+        assert f"| {start} | {ten} | {one} | {probe} | {camvid} |" in readme
+    assert (folder / "table.md").read_text() == tables["all_tables"]()
 
 
 def test_the_interval_is_students_over_the_pre_training_seeds_by_hand():
