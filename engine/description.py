@@ -3,14 +3,17 @@
     describe             the content, from the settings of a run
     write_description    writes it
     read_description     reads it again, for extras/predict.py
+    check_classes        are the classes of a set those that a net was trained on?
 """
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Sequence
 
 from .files import printable, write_text_atomically
 from .flags import height_width
+from .weights import some_names
 
 KINDS = {"classifier": "finetune.py", "segmenter": "extras/segment.py",
          "detector": "extras/detect.py"}
@@ -62,3 +65,16 @@ def read_description(weights: str) -> SimpleNamespace:
         raise ValueError(f"{shown}: is damaged, or of another program; copy it again from the "
                          f"folder of the run")
     return about
+
+
+def check_classes(classes: Sequence[str], weights: str, data: str) -> None:
+    """Raises ValueError if the model.json beside the weights lists other classes, or another order.
+
+    Nothing is checked without model.json, or if it has numbers in place of names."""
+    if not (Path(weights).parent / "model.json").is_file():
+        return
+    trained_on = read_description(weights).classes
+    has_names = not all(name.isdigit() for name in trained_on)
+    if has_names and trained_on != list(classes):
+        raise ValueError(f"--data {data}: its classes ({some_names(classes)}) are not those of "
+                         f"{weights} ({some_names(trained_on)}); name them as model.json does")

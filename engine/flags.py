@@ -186,9 +186,10 @@ def recipe_help(recipes: dict) -> str | None:
     if not recipes:
         return None
     lines = ["values by recipe or family of backbones (a typed flag overrides):"]
+    width = max(len(recipe) for recipe in recipes)
     for recipe, values in recipes.items():
         texts = [f"{name}={value}" for name, value in values.items() if name != "recipe_batch"]
-        lines.append(f"  {recipe:9} {'  '.join(texts)}")
+        lines.append(f"  {recipe:{width}}  {'  '.join(texts)}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
     resume_or_start, plan_steps, rate, start_encoder, layout_for
               a run counted in iterations, as the released recipes are
-    some_usable, left_out, read_state, load_state, describe_recipe
+    check_resumes_training, some_usable, left_out, read_state, load_state, describe_recipe
               what both programs check and print
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
@@ -37,7 +38,7 @@ from engine.optim import lr_at
 from engine.settings import resolve_batch, resumed
 from engine.step import memory_format
 from engine.weights import load_backbone, summary_of
-from model import Encoder, build_encoder, get_family
+from model import STEMS, Encoder, build_encoder, get_family
 
 # ---- four maps of any encoder ----
 
@@ -46,9 +47,10 @@ class Maps(nn.Module):
     the image.
 
     They are what the last module at each stride gives: layer1 to layer4 of a ResNet, the odd
-    `features` of ConvNeXt and Swin. A backbone that ends in a LayerNorm has one per map instead. A
-    ViT has stride 16 alone: four of its blocks are taken, and brought to the four strides by
-    deconvolution and pooling (mmsegmentation's Feature2Pyramid).
+    `features` of ConvNeXt and Swin. A backbone that ends in a LayerNorm has one per map instead.
+    All blocks of a ViT have the stride of its patches: four of them are taken, and brought to four
+    strides by deconvolution and pooling (mmsegmentation's Feature2Pyramid). With patches of 8 px
+    these are 2, 4, 8 and 16.
     Load weights before: a final norm leaves the encoder. Raises ValueError if the four strides are
     not there."""
 
@@ -76,7 +78,11 @@ class Maps(nn.Module):
         z, found = images, []
         for stage in self.encoder.stages:
             for name in stage:
-                z = attrgetter(name)(self.encoder.backbone)(z)
+                module = attrgetter(name)(self.encoder.backbone)
+                if self.encoder.recompute and torch.is_grad_enabled():
+                    z = checkpoint(module, z, use_reentrant=False)
+                else:
+                    z = module(z)
                 if name in self.taps:
                     found.append(self.to_map(z))             # (B, C, h, w)
         return [turn(z) for turn, z in zip(self.turn, found)]
@@ -110,7 +116,8 @@ class Maps(nn.Module):
         encoder.train(training)
         if not {4, 8, 16, 32} <= set(found):
             raise ValueError("this backbone has no maps at strides 4, 8, 16 and 32 for images of "
-                             "any size; use --arch resnet50, convnext_tiny, swin_tiny or vit_base")
+                             "any size; use --arch resnet50, convnext_tiny, swin_tiny or vit_base, "
+                             "and of a ResNet --stem imagenet")
         return dict(found[stride] for stride in (4, 8, 16, 32))
 
 
@@ -225,6 +232,13 @@ def name_and_reason(source, index: int, file: str) -> str:
         return f"{printable(file)} ({reason(error)})"
 
 
+def check_resumes_training(typed: dict) -> None:
+    """Raises ValueError for --eval-only beside --resume."""
+    if typed.get("resume") and typed.get("eval_only"):
+        raise ValueError("--resume continues a training; leave it out, and give --weights FILE, "
+                         "such as the run's best.pt")
+
+
 def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) -> None:
     """Reads images until one can be used. Raises ValueError if the first hundred cannot.
 
@@ -306,6 +320,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], file: str, wrong: str
 
 # ---- a run counted in iterations ----
 
+STEM = (None, STEMS, "ResNet only (as pre-trained; from scratch: imagenet)")
 FEW_IMAGES = 2000                                            # to train on: see the recipes `small`
 MOST_STEPS, MOST_IMAGES = 10**9, 10**6                       # more is a slip of the keyboard
 OPTIM_FLAGS = {
@@ -398,6 +413,8 @@ def start_encoder(args: SimpleNamespace, world: Distributed, checkpoint: dict | 
     """The encoder, with --weights unless they come later: with a checkpoint, or to be evaluated."""
     encoder = build_encoder(args.arch, height_width(args.image_size), args.drop_path,
                             args.patch_size, args.window, args.stem)
+    if args.grad_checkpoint:
+        encoder.checkpoint_gradients()
     if args.weights and not checkpoint and not args.eval_only:
         found = load_backbone(encoder, args.weights)
         world.print0(f"{args.weights}: {summary_of(found)}")

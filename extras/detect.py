@@ -44,7 +44,7 @@ from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_i
                   make_loader, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
 from engine.command import Distributed, Failed, command_line
-from engine.description import describe, read_description
+from engine.description import check_classes, describe
 from engine.files import printable, write_text_atomically
 from engine.flags import (DATA_FLAGS, MAX_EPOCHS, MAX_SIDE, RUN_FLAGS, SWITCH, Parser, checked,
                           defaults, number, path, remembered)
@@ -52,13 +52,12 @@ from engine.images import UnreadableImages
 from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_sheet
 from engine.step import is_evaluated, make_scaler, take_step, wrap
-from engine.weights import some_names
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, Scenes, check_part, describe_recipe,
-                          evenly_spaced, layout_for, left_out, listed, load_state, plan_steps,
-                          rate, read_state, resume_or_start, same_size, some_usable,
-                          start_encoder)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, Scenes, check_part,
+                          check_resumes_training, describe_recipe, evenly_spaced, layout_for,
+                          left_out, listed, load_state, plan_steps, rate, read_state,
+                          resume_or_start, same_size, some_usable, start_encoder)
 from extras.mask_rcnn import detector
 from model import get_family
 
@@ -180,7 +179,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
                  broken=state.unreadable, best=best)
     checkpointer = Checkpointer(args, world, plan, saved, checkpoint)
     world.print0(f"{len(state.loader.dataset)} images, global batch {plan.global_batch}, "
-                 f"peak lr {peak:.2e}, {args.epochs:g} x {plan.per_epoch} steps")
+                 f"peak lr {peak:.2e}, {plan.total} steps, {plan.per_epoch} an epoch")
     description = description_of(args, state)
 
     def evaluate_after(done: int) -> None:
@@ -241,6 +240,12 @@ def share_images(source, val) -> bool:
 def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
     """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
     size = args.image_size                                   # as released: 640 to 800, at most 1333
+    if "longest" in args.typed and args.longest < size:
+        raise ValueError(f"--longest {args.longest}: is below --image-size {size}, the shorter "
+                         f"side; choose a smaller --image-size, too")
+    if "smallest" in args.typed and args.smallest > size:
+        raise ValueError(f"--smallest {args.smallest}: is above --image-size {size}; choose a "
+                         f"smaller one")
     args.smallest = min(args.smallest or round(size * 0.8), size)
     args.longest = max(args.longest or size * 5 // 3, size)
     val = open_scenes(args, "val")
@@ -260,11 +265,8 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     classes = val.classes
     if args.data == "shapes":                                # scenes count the background
         classes = classes[1:]
-    if args.eval_only and (Path(args.weights).parent / "model.json").is_file():
-        trained_on = read_description(args.weights).classes
-        if trained_on != classes:
-            raise ValueError(f"--data {args.data}: its classes ({some_names(classes)}) are not "
-                             f"those of {args.weights} ({some_names(trained_on)})")
+    if args.eval_only:
+        check_classes(classes, args.weights, args.data)
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
@@ -519,6 +521,7 @@ FLAGS = {
         "max_bad": DATA_FLAGS["max_bad"]},
     "model": {
         **finetune.FLAGS["model"],
+        "stem": STEM,
         "neck": ("fpn", ("fpn", "c4"), "feature pyramid, or ResNet's stage 4 as the head (50 "
                  "layers or more)"),
         "width": (256, number(int, 1, 4096), "channels of the pyramid and of its heads"),
@@ -543,8 +546,8 @@ FLAGS = {
 }
 DETECTOR = ["recipe", "image_size", "longest", "neck", "width", "convs", "anchor", "proposals",
             "detections"]
-DEFAULTS = {**defaults(FLAGS), "recipe_batch": 16, "milestones": (), "warmup_epochs": None,
-            "compile": False}
+DEFAULTS = {**defaults(FLAGS), "recipe_batch": 16, "milestones": (8 / 12, 11 / 12),
+            "warmup_epochs": None, "compile": False}
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
@@ -569,6 +572,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, **about, demo=bool(demo))
     if is_remembered(given):                                 # the rest is in the checkpoint
+        check_resumes_training(given)
         return args
     if args.data is None:
         raise ValueError("--data is missing: a folder in COCO's or Pascal VOC's layout, or shapes")

@@ -127,6 +127,11 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
     else:
         sizes = tuple((side,) for side in anchors)           # one size at each stride
         names, strides = ["0", "1", "2", "3"], (4, 8, 16, 32)
+        if get_family(args.arch).name == "vit":
+            p = args.patch_size
+            if p < 4 or p & (p - 1):
+                raise ValueError(f"--patch-size {p}: a detector needs patches of 4, 8, 16 or 32 px")
+            strides = (p // 4, p // 2, p, 2 * p)
         box_side, mask_side = 7, 14                          # of a region
         wide, hidden = 4 * C, C
         box_head = FastRCNNConvFCHead((C, 7, 7), [C] * args.convs, [wide], nn.BatchNorm2d)

@@ -36,6 +36,7 @@ from data import MAX_PIXELS, list_images, read_image
 from engine.command import Distributed
 from engine.files import printable
 from engine.flags import height_width
+from engine.images import UNREADABLE
 from extras.dense import FEW_IMAGES, Maps, Semantic, name_and_reason
 from model import Encoder
 
@@ -473,7 +474,7 @@ def find_values(files: list[Path], read: Callable, wanted: set[int] | None) -> s
     """The values in the label pictures, without 255. Reading stops when all `wanted` are found."""
     found = set()
     for file in files:
-        with contextlib.suppress(OSError, ValueError, SyntaxError):          # named as broken later
+        with contextlib.suppress(*UNREADABLE):               # named as broken later
             counts = np.bincount(read(str(file)).ravel(), minlength=256)
             found |= set(np.flatnonzero(counts[:IGNORED]).tolist())
         if wanted is not None and found >= wanted:
@@ -558,24 +559,22 @@ class ScaleCropFlip:
         image = fitted(pair[0], min(H, W) * share)
         # by the centres of pixels, as the image. NEAREST would shift the labels up and left
         labels = tvf.resize(pair[1], image.shape[-2:], InterpolationMode.NEAREST_EXACT)
-        inside = torch.ones(1, *image.shape[-2:], dtype=torch.bool)
-        right, bottom = max(0, W - image.shape[-1]), max(0, H - image.shape[-2])
-        image = tvf.pad(image, [0, 0, right, bottom])
-        inside = tvf.pad(inside, [0, 0, right, bottom])      # False: padded
-        labels = tvf.pad(labels, [0, 0, right, bottom], IGNORED)
         h, w = labels.shape
         for _ in range(10):
-            y, x = int(torch.randint(h - H + 1, ())), int(torch.randint(w - W + 1, ()))
+            y = int(torch.randint(max(0, h - H) + 1, ()))
+            x = int(torch.randint(max(0, w - W) + 1, ()))
             part = labels[y:y + H, x:x + W]
             counts = part.flatten().bincount(minlength=256)[:IGNORED]
             if counts.max() and counts.max() <= self.same * counts.sum():
                 break
-        image, inside = image[:, y:y + H, x:x + W], inside[:, y:y + H, x:x + W]
+        image = image[:, y:y + H, x:x + W]
         if torch.rand(()) < 0.5:
-            image, inside, part = image.flip(-1), inside.flip(-1), part.flip(-1)
+            image, part = image.flip(-1), part.flip(-1)
         image = self.distort(tv_tensors.Image(image)).as_subclass(Tensor)
-        mean_colour = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
-        return torch.where(inside, image, mean_colour), part                 # padding becomes 0
+        right, bottom = W - part.shape[1], H - part.shape[0]
+        # padded by the mean colour, which normalisation makes 0
+        image = tvf.pad(image, [0, 0, right, bottom], [124, 116, 104])
+        return image, F.pad(part, (0, right, 0, bottom), value=IGNORED)
 
 
 class Distort(v2.RandomPhotometricDistort):

@@ -40,7 +40,7 @@ from data import (MEAN, STD, ImageDataset, ResumableBatchSampler, every_image_on
                   normalise, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
 from engine.command import Distributed, Failed, command_line
-from engine.description import describe
+from engine.description import check_classes, describe
 from engine.files import printable, replace_atomically, write_text_atomically
 from engine.flags import (AMP, DATA_FLAGS, FRACTION, MAX_EPOCHS, RUN_FLAGS, SIDES, SWITCH, Parser,
                           Several, checked, defaults, format_size, height_width, number, path,
@@ -49,9 +49,10 @@ from engine.images import UnreadableImages
 from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_confusion, sheet
 from engine.step import is_evaluated, make_scaler, take_step, wrap
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, check_part, describe_recipe, evenly_spaced,
-                          layout_for, left_out, load_state, plan_steps, rate, read_state,
-                          resume_or_start, same_size, some_usable, stacked, start_encoder)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, check_part, check_resumes_training,
+                          describe_recipe, evenly_spaced, layout_for, left_out, load_state,
+                          plan_steps, rate, read_state, resume_or_start, same_size, some_usable,
+                          stacked, start_encoder)
 from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_few_images, legend,
                            open_pairs, resize, save_labels, whole)
 from model import get_family
@@ -205,6 +206,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     weights = read_state(args.weights, NO_SEGMENTER) if args.eval_only else {}
     source, val = open_data(args, world, weights)
     classes = val.classes
+    has_names = not all(name.isdigit() for name in classes)
+    if args.eval_only and has_names:
+        check_classes(classes, args.weights, args.data)
     plan = loader = None
     if not args.eval_only:
         plan = plan_steps(args, world, len(source), checkpoint)
@@ -533,6 +537,7 @@ FLAGS = {
         **DATA_FLAGS},
     "model": {
         **finetune.FLAGS["model"],
+        "stem": STEM,
         "head": ("upernet", ("fcn", "upernet"), "fcn: on a dilated ResNet"),
         "width": (512, number(int, 1, 4096), "channels of the head"),
         "dropout": (0.1, number(float, 0, 0.99), "of the head's last features"),
@@ -559,11 +564,15 @@ SEGMENTER = ["recipe", "head", "width", "aux", "image_size", "inference", "ignor
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Flags over the recipe; `given` holds what was typed. Raises ValueError for a wrong value."""
+    recipes = dict(RECIPES)
+    for (recipe, kind), values in EXCEPTIONS.items():
+        recipes[f"{recipe}, {kind}"] = values
     parser = Parser("segment.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
-                    RECIPES)
+                    recipes)
     given = vars(parser.parse_args(argv))
     about = dict(program="segment.py", given=given, typed=sorted(given))
     if is_remembered(given):                                 # the rest is in the checkpoint
+        check_resumes_training(given)
         settings = {**DEFAULTS, **given}
         return SimpleNamespace(**settings, **about, demo=False)
     start, demo = {}, not {"data", "eval_only"} & set(given)

@@ -29,6 +29,7 @@ import data
 from data import make_loader
 from engine import testing
 from engine.command import Distributed
+from engine.description import describe
 from engine.optim import layer_groups
 from engine.testing import close, read_log, same_weights, torchrun
 from extras import dense, pixels, segment
@@ -457,6 +458,20 @@ def test_padding_is_the_mean_colour_whatever_the_photometric_changes():
         assert padded.numel() and padded.abs().max() < 0.02
 
 
+def test_the_photometric_changes_do_not_depend_on_the_padding():
+    """Contrast blends with the mean gray of the image, in which padding has no part."""
+    image = torch.randint(0, 256, (3, 20, 40), dtype=torch.uint8)
+    pair = tv_tensors.Image(image), tv_tensors.Mask(torch.zeros(20, 40, dtype=torch.uint8))
+    seen = {}
+    for height in (20, 60):                                  # without padding, and with
+        args = SimpleNamespace(image_size=(height, 40), scale_min=20 / min(height, 40),
+                               scale_max=20 / min(height, 40), same_class=1.0, distort=True)
+        torch.manual_seed(3)
+        seen[height] = pixels.ScaleCropFlip(args)(pair)[0]
+    assert not torch.equal(seen[20], image) and seen[60].shape == (3, 60, 40)
+    assert torch.equal(seen[20], seen[60][:, :20])
+
+
 def test_an_image_so_slim_that_no_feature_would_be_left_is_padded():
     args = SimpleNamespace(head="upernet", inference="whole", image_size=96, amp="off",
                            channels_last=False, arch="convnext_tiny")
@@ -600,6 +615,32 @@ def test_without_any_object_their_iou_is_a_dash_and_null(tmp_path, capsys, monke
 @pytest.fixture
 def few_scenes(monkeypatch):
     limit_scenes(monkeypatch, train=16, val=6)
+
+
+def test_recomputed_modules_give_the_same_gradients():
+    gradients = []
+    for flags in ([], ["--grad-checkpoint"]):
+        args = segment.parse(["--data", "shapes", "--init", "scratch", "--arch", "convnext_tiny",
+                              "--image-size", "64", *flags])
+        torch.manual_seed(0)
+        encoder = dense.start_encoder(args, Distributed(), None)
+        maps = dense.Maps(encoder)
+        calls = []
+        encoder.backbone.features[1].register_forward_pre_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)                                 # of stochastic depth
+        features = maps(torch.ones(1, 3, 64, 64))
+        sum(z.square().sum() for z in features).backward()
+        assert len(calls) == (2 if flags else 1)             # the backward pass runs it again
+        gradients.append([p.grad for p in encoder.parameters()])
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
+def test_recomputing_is_refused_for_a_net_with_batchnorm(capsys, tmp_path):
+    code, said = testing.complaint(
+        capsys, "--data", "shapes", "--init", "scratch", "--arch", "resnet18", "--grad-checkpoint",
+        "--out", tmp_path / "run", main=segment.main)
+    assert code == 2 and "--grad-checkpoint: this net has BatchNorm" in said
 
 
 def run(out, *flags):
@@ -906,6 +947,19 @@ def test_the_other_classes_keep_their_names_if_one_in_the_middle_is_ignored(tmp_
     other = opened(root, ignore=[2], zero_is_other=True)
     assert other.classes == ["sky", "car"]
     assert other.read(0)[1][0, :4].tolist() == [255, 0, 255, 1]
+
+
+def test_a_net_is_not_scored_on_classes_in_another_order(tmp_path, capsys):
+    root = labelled_set(tmp_path / "set", [(0, 1, 2)] * 4)
+    about = SimpleNamespace(arch="resnet18", patch_size=16, window=7, stem="imagenet")
+    content = describe("segmenter", about, ["sky", "road", "car"], 64, data.MEAN, data.STD)
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    torch.save({segment.LAST_BIAS: torch.zeros(3)}, tmp_path / "best.pt")
+    (root / "classes.txt").write_text("road\nsky\ncar\n")
+    code, said = complaint(capsys, "--data", root, "--arch", "resnet18", "--eval-only",
+                           "--weights", tmp_path / "best.pt", "--out", tmp_path / "run")
+    assert code == 2
+    assert f"its classes (road, sky, car) are not those of {tmp_path}/best.pt (sky, road, " in said
 
 
 def test_another_part_to_evaluate_on_and_evaluation_without_training_images(tmp_path, capsys):

@@ -721,6 +721,50 @@ def test_what_is_found_in_an_image_does_not_depend_on_the_image_before():
     close(found["scores"], expected["scores"])
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16, 32])
+def test_regions_are_pooled_from_their_own_place_whatever_the_patches_of_a_vit(patch):
+    """Maps that hold the place x of their pixels: the pooled region holds its own centre."""
+    args = detect.parse([*TINY, "--arch", "deit_tiny", "--patch-size", str(patch)])
+    args.smallest = args.longest = 64
+    encoder = build_encoder("deit_tiny", 64, 0.0, patch)
+    model = detector(encoder, 11, args, Distributed())
+    maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
+    for name, z in maps.items():
+        stride = 64 / z.shape[-1]
+        places = (torch.arange(z.shape[-1]) + 0.5) * stride  # of the centres, in pixels
+        maps[name] = places.expand_as(z)
+    box = torch.tensor([[32.0, 32.0, 48.0, 48.0]])           # its centre is at 40
+    pooled = model.roi_heads.box_roi_pool(maps, [box], [(64, 64)])
+    # torchvision's RoIAlign is off by half a pixel of the map, which is 16 px wide at most
+    assert abs(pooled.mean().item() - 40) <= 8
+
+
+def test_patches_that_are_no_power_of_two_are_refused(capsys, tmp_path):
+    flags = [*TINY, "--arch", "deit_tiny", "--image-size", 48, "--patch-size", 12]
+    complaint(capsys, "--patch-size 12: a detector needs patches of 4, 8, 16 or 32 px", *flags,
+              "--out", tmp_path / "run")
+
+
+def test_the_schedule_in_steps_has_milestones_in_every_recipe():
+    for recipe in detect.RECIPES:
+        flags = f"--arch resnet18 --recipe {recipe} --schedule steps".split()
+        args = detect.parse([*TINY, *flags])
+        plan = SimpleNamespace(total=24, warmup=0)
+        last = dense.rate(23, plan, 1.0, args)
+        assert last == pytest.approx(0.01), recipe
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--longest 32", "--longest 32: is below --image-size 64"),
+    ("--smallest 128", "--smallest 128: is above --image-size 64")])
+def test_typed_sides_are_used_or_refused(flags, words, capsys, tmp_path):
+    complaint(capsys, words, *TINY, "--arch", "resnet18", *flags.split(), "--out", tmp_path / "run")
+
+
+def test_an_evaluation_cannot_be_resumed(capsys, tmp_path):
+    complaint(capsys, "--resume continues a training", "--resume", "--eval-only", "--out", tmp_path)
+
+
 def test_the_loss_of_masks_passes_over_objects_without_an_outline():
     """Two images, three regions each; the first object of the first image has no outline."""
     torch.manual_seed(0)
