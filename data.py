@@ -41,6 +41,7 @@ NAMED = ("shapes", "cifar10", "cifar100", "stl10", "imagenette")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # counted and named, but not read
 OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_WORKERS = 16                                             # of a process, by default
 MAX_PIXELS = 2**27                                           # more is a decompression bomb
 MAX_RATIO = 100                                              # of an image's sides
@@ -60,7 +61,7 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
     .classes.
 
     data      a folder (see Folder) or one of NAMED
-    split     'train', 'val' or 'all'
+    split     'train', 'val', 'all', or another folder below `data`, such as 'test'
     labelled  a folder then needs two classes. One without train/ and val/ is split: every fifth
               image of a class is held out
     crop_min  smallest area of a crop. Large JPEG files are then decoded at a reduced size, at
@@ -78,8 +79,8 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
     if not labelled:
         return source
     check_classes(source, data)
-    if split_folder(Path(data), "train"):
-        return source
+    if split not in ("train", "val") or source.root != Path(data):
+        return source                                        # all of it, or as the folders split it
     held_out = np.zeros(len(source), bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
@@ -90,9 +91,10 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
 class Folder:
     """The images below `root`: cut as ImageNet is (train/, val/), in class folders, or unsorted.
 
-    For `split` 'train' and 'val', root/<split> is read if root/train exists, and otherwise all of
-    root, as for 'all'. `labels` are the indices of the first-level folders in sorted order ('all':
-    of those inside train/ and val/); a flat folder is one class. min_side: see read_image.
+    For `split` 'train' and 'val' root/<split> is read. Without train/, all of root is read, as for
+    'all', unless val/ is there and asked for. Another split must be there. `labels` are the indices
+    of the first-level folders in sorted order ('all': of those inside train/ and val/); a flat
+    folder is one class. min_side: see read_image.
     Raises ValueError if there is no image."""
 
     def __init__(self, root: Path, split: str, min_side: int | None = None):
@@ -101,12 +103,13 @@ class Folder:
             raise ValueError(f"--data {shown}: no such folder; give a folder of images or one of "
                              f"{', '.join(NAMED)}")
         is_split = split_folder(root, "train") is not None
-        if is_split and split != "all":
-            inside = split_folder(root, split)
-            if inside is None:
-                raise ValueError(f"--data {shown}: has train/ but no {split}/; expected "
-                                 f"{shown}/{split}/<class>/*.jpg")
+        inside = split_folder(root, split) if split != "all" else None
+        if inside is not None:
             root, is_split = inside, False
+        elif split == "val" and is_split or split not in ("train", "val", "all"):
+            there = "train/ but no" if is_split else "no"
+            raise ValueError(f"--data {shown}: has {there} {split}/; expected "
+                             f"{shown}/{split}/<class>/*.jpg")
         names = list_images(root)
         if not names:
             raise ValueError(f"--data {printable(str(root))}: no images below it; expected files "
@@ -214,14 +217,32 @@ def split_folder(root: Path, split: str) -> Path | None:
 def check_classes(source: Folder, data: str) -> None:
     """Raises ValueError unless there are two class folders, each with images."""
     shown = printable(data)
-    for entry in sorted(os.scandir(source.root), key=lambda entry: entry.name):
+    is_whole_set = split_folder(source.root, "train") is not None            # split 'all'
+    entries = [] if is_whole_set else os.scandir(source.root)
+    for entry in sorted(entries, key=lambda entry: entry.name):
         name = printable(entry.name, None)
         if entry.is_dir() and not entry.name.startswith(".") and name not in source.classes:
             raise ValueError(f"--data {printable(str(source.root))}: the class folder "
                              f"{printable(name)}/ holds no images; fill or remove it")
+    if set(map(str.lower, source.classes)) <= SPLITS:
+        raise ValueError(f"--data {shown}: its folders ({', '.join(source.classes)}) look like "
+                         f"parts of a set; name them train/ and val/")
+    if len(source.classes) > 2 and "" in source.classes:
+        stray = source.name(source.labels.tolist().index(source.classes.index("")))
+        raise ValueError(f"--data {shown}: {stray} lies in no class folder; move or remove it")
     if len(source.classes) < 2 or "" in source.classes:
         raise ValueError(f"--data {shown}: needs a folder for each class, at least two; expected "
                          f"{shown}/train/<class>/*.jpg or {shown}/<class>/*.jpg")
+
+
+def check_outside(out: str, source) -> None:
+    """Raises ValueError if --out lies inside the folder of the images: the next run would read the
+    pictures of this one as images."""
+    while isinstance(source, Subset):
+        source = source.source
+    if isinstance(source, Folder) and Path(out).resolve().is_relative_to(source.root.resolve()):
+        raise ValueError(f"--out {out}: lies inside the folder of the images, "
+                         f"{printable(str(source.root))}; choose a folder outside of it")
 
 
 def hold_out(source, asked: dict):

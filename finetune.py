@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, augment, default_workers,
-                  eval_transform, every_image_once, make_loader, normalise, open_images, seed_for,
-                  some_labels)
+from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, Subset, augment,
+                  check_outside, default_workers, eval_transform, every_image_once, make_loader,
+                  normalise, open_images, seed_for, some_labels)
 from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder, open_run
 from engine.command import Distributed, command_line
-from engine.description import describe
+from engine.description import check_classes, describe
 from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
                           SIDES, STAGE_FLAGS, SWITCH, Parser, checked, format_size, height_width,
                           number, path, remembered)
@@ -147,10 +147,11 @@ def train_step(step: int, batches, settings: Settings, world: Distributed,
             state.scaler.scale(loss / settings.accum).backward()
         total = total + loss.detach() / settings.accum
 
-    take_step(state, settings)
+    record = {"loss": total}
+    take_step(state, settings, record)
     if state.ema:
         state.ema.update_parameters(state.model)
-    return {"loss": total}
+    return record
 
 
 def mix_batch(images: Tensor, labels: Tensor, classes: int, mixup: float,
@@ -403,8 +404,13 @@ def start(typed: dict, world: Distributed) -> tuple:
     out, checkpoint = open_run(typed, world, "finetune.py", name, FLAGS)
     if checkpoint:
         asked = resumed(DEFAULTS, checkpoint["args"], typed)
+        before = checkpoint["args"]["ema"]
+        if bool(asked["ema"]) != bool(before):
+            raise ValueError(f"--ema {asked['ema']:g}: the run began with --ema {before:g}; a "
+                             f"moving average cannot begin or end in between")
     asked["out"] = out
     source, val = open_data(asked, world)
+    check_outside(out, source)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
     is_probe = settings.recipe == "linear" and settings.optimizer == "adamw"
     if is_probe and not checkpoint and "optimizer" not in settings.typed:
@@ -440,8 +446,12 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     encoder = build_encoder(settings.arch, size if is_training(settings) else test_size,
                             settings.drop_path, settings.patch_size, settings.window,
                             settings.stem)
+    for side in {size, test_size} if is_training(settings) else {test_size}:
+        encoder.shapes(side)                                 # raises if it is too small
     if settings.grad_checkpoint:
         encoder.checkpoint_gradients()
+    if settings.eval_only:
+        check_classes(source.classes, settings.weights, settings.data)
     model = Classifier(settings.arch, encoder, len(source.classes), settings.frozen)
     head = set()                                             # the names of a loaded head
     if settings.eval_only:
@@ -479,13 +489,21 @@ def open_data(asked: dict, world: Distributed) -> tuple:
     training = trains(asked["recipe"], asked["eval_only"])
     if not training:                                         # all images are seen as in tests
         size = test_size
-    one_set = asked["recipe"] == "features"
+    one_set = asked["recipe"] == "features" or asked["eval_only"]
+    part = asked["split_val"]
+    if part and data in NAMED:
+        raise ValueError(f"--split-val: is for a folder, not for {data}; leave it out")
     is_named = data in NAMED
-    opened = partial(open_images, data, root=asked["data_root"], labelled=is_named or not one_set)
+    labelled = is_named or asked["recipe"] != "features"
+    opened = partial(open_images, data, root=asked["data_root"], labelled=labelled)
     if asked["download"]:                                    # one process fetches for all
         world.broadcast_from_rank0(lambda: len(opened("train", size, download=True)))
     smallest_crop = asked["crop_min"] if training else test_crop**2
-    split = "all" if one_set and not is_named else "train"
+    split = "train"
+    if asked["eval_only"]:
+        split = part or "val"
+    elif one_set and not is_named:
+        split = "all"
     source = opened(split, size, crop_min=smallest_crop)
     val = source
     if not one_set:
@@ -502,13 +520,14 @@ def open_data(asked: dict, world: Distributed) -> tuple:
                          f"one size; use that of --image-size, {format_size(size)}")
     if len(val) < world.size:
         kind = "" if one_set else "validation "
-        raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for "
+        cure = "; every fifth image of a class is held out" if isinstance(val, Subset) else ""
+        raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for {world.size} "
+                         f"process{'es' if world.size > 1 else ''}{cure}")
+    some = some_labels(source, asked["labels"], asked["seed"])
+    if not training and len(some) < world.size:              # each process needs an image
+        raise ValueError(f"--labels {asked['labels']}: {len(some)} images are too few for "
                          f"{world.size} processes")
-    labelled = some_labels(source, asked["labels"], asked["seed"])
-    if not training and len(labelled) < world.size:          # each process needs an image
-        raise ValueError(f"--labels {asked['labels']}: {len(labelled)} images are too few for "
-                         f"{world.size} processes")
-    return labelled, val
+    return some, val
 
 
 def print_start(settings: Settings, world: Distributed, state: TrainState) -> None:
@@ -519,10 +538,17 @@ def print_start(settings: Settings, world: Distributed, state: TrainState) -> No
         labelled = f"{len(state.labels)} labelled images at {format_size(settings.image_size)}, "
         data = "" if settings.eval_only else labelled
         data += f"{len(state.classes)} classes, {len(state.val_labels)} images for validation"
+        if isinstance(state.val_loader.dataset.source, Subset):
+            data += " (every fifth of a class)"
     how = "evaluation only" if settings.eval_only else f"recipe {settings.recipe}"
     world.print0(f"{settings.arch}, {settings.init or settings.weights}; {settings.data}: {data}\n"
                  f"{how}; {world.size} x {world.device.type}, amp {settings.amp}; "
                  f"writing {settings.out}/")
+    steps = round(1 / (1 - settings.ema)) if 0 < settings.ema < 1 else 0
+    if is_training(settings) and steps > 0.3 * state.plan.total:
+        world.print0(f"warning: --ema {settings.ema:g} averages the weights of about {steps} "
+                     f"steps, and the run has {state.plan.total}: the average stays behind; use "
+                     f"--ema 0 or a smaller one")
 
 
 # ---- flags: name -> (default, kind, help). A recipe overrides a default, a typed flag both ----
@@ -533,6 +559,9 @@ FLAGS = {
                  f"{', '.join(NAMED)}"),
         "labels": (None, path("N"), "train on some labels only: a share such as 0.1, or a count "
                    "such as 20/class"),
+        "split_val": (None, path("NAME"), "--eval-only: the folder below --data to evaluate, such "
+                      "as test, or all for all images (val; without train/ and val/: every fifth "
+                      "of a class)"),
         "image_size": (None, SIDES, "side of the square crop, or its height and width (as "
                        "pre-trained, otherwise 224)"),
         "test_size": (None, SIDES, "side or sides of the test crop (--image-size)"),
@@ -612,6 +641,11 @@ def parse(argv: list[str] | None) -> dict:
         raise ValueError("give --weights FILE, or --init scratch to train from random weights")
     if "eval_only" in typed and "init" in typed:
         raise ValueError("--eval-only: needs --weights, such as best.pt of a run")
+    if "eval_only" in typed and typed.get("recipe") in ("knn", "features"):
+        raise ValueError(f"--recipe {typed['recipe']}: trains nothing in any case; leave "
+                         f"--eval-only out")
+    if "split_val" in typed and "eval_only" not in typed:
+        raise ValueError("--split-val: chooses what --eval-only evaluates; add --eval-only")
     if asked_for(typed)["arch"] is None:
         why = "no args.json beside the weights names it"
         if "init" in typed:
@@ -637,7 +671,9 @@ def asked_for(typed: dict) -> dict:
     if not values["image_size"]:
         as_pre_trained.append("image_size")
     if "eval_only" in typed:
-        as_pre_trained += ["test_size", "test_crop"]
+        as_pre_trained.append("test_crop")
+        if "image_size" not in typed:
+            as_pre_trained.append("test_size")
     values |= remembered(typed.get("weights"), FLAGS, as_pre_trained)
     arch = typed.get("arch", values["arch"])
     values |= EXCEPTIONS.get((recipe, arch), {})

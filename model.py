@@ -181,8 +181,8 @@ class Encoder(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Of the images that it takes: the input channels of its first convolution."""
-        return next(m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d))
+        """Of the images that it takes: the input channels of its first convolution, or 3."""
+        return next((m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d)), 3)
 
     def run_stage(self, stage: int, z: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

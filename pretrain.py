@@ -24,16 +24,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 import masking
-from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, default_workers,
-                  denormalise, eval_transform, every_image_once, hold_out, make_loader, normalise,
-                  open_images, seed_for)
+from data import (NAMED, CropAndFlip, ImageDataset, ResumableBatchSampler, check_outside,
+                  default_workers, denormalise, eval_transform, every_image_once, hold_out,
+                  make_loader, normalise, open_images, seed_for)
 from engine.checkpointer import Checkpointer, StepPlan, open_run, steps_per_epoch
 from engine.command import Distributed, command_line
 from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
                           SIDES, STAGE_FLAGS, SWITCH, Parser, checked, format_size, height_width,
                           number, path)
 from engine.images import UnreadableImages
-from engine.optim import lr_at, parameter_groups
+from engine.optim import lr_at, nan_unless_finite, parameter_groups
 from engine.pictures import save_sheet
 from engine.settings import (all_defaults, resolve_batch, resolve_warmup, resumed,
                              settings_class)
@@ -151,6 +151,8 @@ def train_step(step: int, batches, settings: Settings, world: Distributed,
         for name, value in {"loss": loss.detach(), **parts}.items():
             record[name] = record.get(name, 0) + value / settings.accum
 
+    if settings.amp != "fp16":                               # whose gradients overflow now and then
+        record["loss"] = nan_unless_finite(record["loss"], model)
     if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
@@ -179,7 +181,7 @@ def train(typed: dict, world: Distributed) -> None:
 
     batches = checkpointer.timed(state.loader)
     model.train()
-    began = time.time()
+    began = time.monotonic()
     with checkpointer:
         save_reconstructions(plan.start, settings, world, state, previews, checkpointer)
         if not checkpointer.has("held_out"):                 # the run stopped before its evaluation
@@ -195,7 +197,8 @@ def train(typed: dict, world: Distributed) -> None:
             save_reconstructions(step + 1, settings, world, state, previews, checkpointer)
             evaluate(step + 1, settings, world, state, held, checkpointer)
     checkpointer.finish()                                    # raises Failed if a file is missing
-    print_end(settings, world, held, previews is not None)
+    has_pictures = previews is not None and "a picture" not in checkpointer.not_written
+    print_end(settings, world, held, has_pictures)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,6 +348,7 @@ def start(typed: dict, world: Distributed) -> tuple:
     if asked["download"]:                                    # one process fetches for all
         world.broadcast_from_rank0(lambda: len(open_source(asked, download=True)))
     source, others = hold_out(open_source(asked), asked)
+    check_outside(out, source)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
     if settings.crop_min != asked["crop_min"]:               # large files are decoded to fit it
         source, others = hold_out(open_source(vars(settings)), vars(settings))
@@ -507,7 +511,7 @@ def print_length(step: int, settings: Settings, world: Distributed, plan: StepPl
     is_default = settings.recipe == "small" and "epochs" not in settings.typed
     if steps != 20 or not is_default or settings.data == "shapes":
         return
-    minutes = (time.time() - began) / steps / 60             # of a step
+    minutes = (time.monotonic() - began) / steps / 60             # of a step
     longer = LONG_EPOCHS * plan.per_epoch
     if longer <= plan.total:
         return
@@ -540,10 +544,12 @@ FLAGS = {
     "masking": {
         "mask_ratio": (0.6, number(float, -math.inf), "share of hidden mask units, above 0 and "
                        "below 1"),
-        "mask_size": (32, COUNT, "side of a mask unit in pixels, at least the stride at the token"),
+        "mask_size": (32, COUNT, "side of a mask unit in pixels, at least the stride at the token; "
+                      "small: about a sixth of the shorter side"),
         "token_stage": (None, number(int, 0), "the token enters before stage N (of a ViT: block "
                         "N); 1 = after the stem or patch embedding, 4 = before the last stage of a "
-                        "CNN (default: ResNet, ConvNeXt 4; ViT, Swin 1)"),
+                        "CNN (default: ResNet, ConvNeXt 4; ViT, Swin 1; deit_small 8; small: as "
+                        "deep as a mask unit covers 2 x 2 features)"),
         "token": ("gamma", masking.TOKENS, "how the token joins the features"),
         "fill": ("mean", masking.FILLS, "what fills hidden pixels at the input"),
         "baseline": (None, ("simmim",), "SimMIM: token replaces features after the stem, zero "
@@ -576,12 +582,15 @@ FLAGS = {
         "recipe": (None, ("imagenet", "small"), "as released, or for few images (< "
                    f"{FEW_IMAGES:,})"),
         "epochs": (300, number(float, 0.001, MAX_EPOCHS), "passes over the data; a fraction such "
-                   "as 0.5 too"),
-        "batch_size": (None, COUNT, "images per process and forward pass (GPU 256, CPU 32)"),
+                   f"as 0.5 too; small: {SMALL_STEPS} steps"),
+        "batch_size": (None, COUNT, "images per process and forward pass (GPU 256, CPU 32; "
+                       f"small: {SMALL_BATCH} over all processes)"),
         "accum": (1, COUNT, "forward passes per optimiser step"),
-        "lr": (3e-4, NONNEGATIVE, "AdamW's, per 512 images of the global batch"),
+        "lr": (3e-4, NONNEGATIVE, "AdamW's, per 512 images of the global batch; small: a peak of "
+               "3e-3 for a ResNet, of 1e-3 for others"),
         "token_lr": (0.1, NONNEGATIVE, "factor on the lr of mask token and gamma"),
-        "min_lr": (1e-5, NONNEGATIVE, "floor of the cosine, absolute"),
+        "min_lr": (1e-5, NONNEGATIVE, "floor of the cosine, absolute; small: a hundredth of the "
+                   "peak"),
         "schedule": ("cosine", ("cosine", "step"), "after warm-up: cosine, or constant and x0.1 "
                      "for the last eighth"),
         "warmup_epochs": (None, NONNEGATIVE, "10, or a tenth of a run shorter than 100"),
@@ -674,6 +683,8 @@ def chosen_for(values: dict, images: int) -> dict:
     chosen = {}
     if is_small:
         peak = SMALL_PEAK * (3 if kind == "resnet" else 1)
+        if "lr" in values["typed"]:
+            peak = values["lr"] * values["global_batch"] / 512
         per_epoch = steps_per_epoch(images, values["global_batch"])
         chosen = dict(SMALL, lr=peak * 512 / values["global_batch"], min_lr=peak / 100,
                       crop_min=RECIPES[kind]["crop_min"], epochs=SMALL_STEPS / per_epoch)

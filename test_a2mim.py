@@ -950,7 +950,7 @@ def test_a_short_run_on_few_images_says_how_long_a_useful_one_takes_here(capsys)
     world = SimpleNamespace(print0=print)
     for step in range(30):
         # 20 steps take 40 s: 1,500 take 50 minutes
-        pretrain.print_length(step, settings, world, plan, began=time.time() - 40)
+        pretrain.print_length(step, settings, world, plan, began=time.monotonic() - 40)
     said = capsys.readouterr().out
     assert said.count("1500 steps take about 50 minutes here: a first look") == 1
     assert "60 epochs, about 150 minutes here: --epochs 60" in said          # 4,500 steps

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
@@ -86,13 +86,14 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
 
     A refused command makes no folder. Raises ValueError if the folder cannot be used."""
     results = ("result.json", "features.npz")                # of runs that keep no log
+    of_run = ("log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "best.pt")
 
     def numbered(n: int) -> Path:
         return Path("runs") / (name if n == 1 else f"{name}-{n}")
     if out is None:
         taken = [0]
         for n in range(1, 1000):
-            if any((numbered(n) / file).exists() for file in ("log.jsonl", *results)):
+            if any((numbered(n) / file).exists() for file in (*of_run, *results)):
                 taken.append(n)
         newest = max(taken)
         out = str(numbered(max(newest, 1) if resume else newest + 1))
@@ -102,7 +103,7 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
     if out.is_dir():
         refuse_odd_files(out)
         lock_folder(out)
-    begun = (out / "log.jsonl").exists()
+    begun = any((out / file).exists() for file in of_run)
     if begun and not resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
                          f"choose another folder")
@@ -118,6 +119,11 @@ def make_folder(settings, world: Distributed) -> None:
     All processes take part. Raises ValueError if another run writes there."""
     out = Path(settings.out)
     world.broadcast_from_rank0(lambda: make_and_lock(out))
+    # another start may have made, used and left it while this one prepared
+    has_log = world.broadcast_from_rank0(lambda: (out / "log.jsonl").exists())
+    if has_log and not settings.resume:
+        raise ValueError(f"--out {out}: another run has used it since this one began; choose "
+                         f"another folder")
     if world.rank == 0:
         used = dict(workers=settings.workers, torch=torch.__version__,
                     torchvision=torchvision.__version__, world=world.size,
@@ -184,9 +190,10 @@ class Checkpointer:
                 checkpointer.after(step, {"loss": ..., and its parts})
         checkpointer.finish()
 
-    A step whose loss is not finite is undone: GradScaler has skipped its update, and BatchNorm's
-    statistics are put back. Raises Failed if the run cannot go on, Stopped after a signal. If the
-    loader fails (the data are gone, a worker was killed), the last whole step is saved first."""
+    A step whose loss or gradient is not finite is undone: GradScaler has skipped its update, and
+    BatchNorm's statistics are put back. Raises Failed if the run cannot go on, Stopped after a
+    signal. If the loader fails (the data are gone, a worker was killed), the last whole step is
+    saved first."""
 
     def __init__(self, settings, world: Distributed, plan: StepPlan, saved: dict,
                  checkpoint: dict | None, exports: dict | None = None):
@@ -228,7 +235,7 @@ class Checkpointer:
         self.bad_in_a_row = torch.tensor(0, device=world.device)
         skipped = checkpoint["skipped"] if checkpoint else 0
         self.skipped = torch.tensor(skipped, device=world.device)            # non-finite steps
-        self.saved_at = self.logged_at = time.time()
+        self.saved_at = self.logged_at = time.monotonic()
         self.logged = self.done
 
     def __enter__(self) -> "Checkpointer":
@@ -253,7 +260,8 @@ class Checkpointer:
 
     def steps(self):
         """The numbers of the steps to make. Before each, BatchNorm's statistics are kept."""
-        buffers = self.saved["model"].buffers()
+        modules = [kept for kept in self.saved.values() if isinstance(kept, nn.Module)]
+        buffers = [b for module in modules for b in module.buffers()]        # of an EMA, too
         self.statistics = Snapshot([b for b in buffers if b.is_floating_point()])
         for step in range(self.plan.start, self.plan.total):
             self.statistics.take()
@@ -286,9 +294,10 @@ class Checkpointer:
             self.write_line()
         if save or stop or self.done == plan.total:
             self.means.reduce()
+            self.saved["broken"].exchange(self.world)
             if self.world.rank == 0 and not int(self.bad_in_a_row):
                 self.write("checkpoint.pt", self.save)
-                self.saved_at = time.time()
+                self.saved_at = time.monotonic()
         if stop:
             name = signal.Signals(stop).name
             raise Stopped(stop, f"stopped by {name} after step {self.done} of {plan.total}; "
@@ -299,7 +308,7 @@ class Checkpointer:
         every = int(self.settings.save_every.removesuffix("m"))
         if self.settings.save_every.isdecimal():
             return self.done % every == 0
-        return time.time() - self.saved_at > 60 * every
+        return time.monotonic() - self.saved_at > 60 * every
 
     # ---- files ----
 
@@ -420,6 +429,9 @@ class Checkpointer:
     def what_is_missing(self, promised: tuple[str, ...]) -> str | None:
         if int(self.bad_in_a_row):
             return self.describe_not_finite(int(self.bad_in_a_row))
+        for name, content in self.exports.items():           # one may have been moved since
+            if (self.out / "checkpoint.pt").is_file() and not (self.out / name).is_file():
+                self.write(name, save_atomically, content(), self.out / name)
         for name in ("checkpoint.pt", *self.exports, *promised):
             path = self.out / name
             is_there = path.is_file() and path.stat().st_size > 0
@@ -441,7 +453,7 @@ class Checkpointer:
             self.last_loss = means["loss"]
         if self.world.rank:
             return
-        now = time.time()
+        now = time.monotonic()
         steps = self.done - self.logged
         speed = steps * self.plan.global_batch / max(now - self.logged_at, 1e-9)
         line = self.place() | dict(lr=self.lr(), **means)
@@ -499,7 +511,7 @@ class Checkpointer:
         file = self.out / "checkpoint.pt"
         kept = f"{file} is kept" if file.exists() else "there is no checkpoint yet"
         cure = "try a lower --lr" + (" or --amp bf16" if self.settings.amp == "fp16" else "")
-        return (f"loss is not finite, {streak} times in a row at step {self.done} "
+        return (f"loss or gradient is not finite, {streak} times in a row at step {self.done} "
                 f"(lr {self.lr():.1e}, amp {self.settings.amp}, last finite loss "
                 f"{self.last_loss}); {kept}; {cure}")
 

@@ -295,7 +295,8 @@ def explain(error: BaseException, world: Distributed) -> tuple[int, str] | None:
     if isinstance(error, RuntimeError) and WORKER_KILLED in text and not from_worker:
         return 1, ("a loader worker was killed (by the system, if memory ran out); use fewer "
                    "--workers, --workers 0, or a smaller --batch-size")
-    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if no_memory or any(words in text for words in NO_MEMORY):
         return 1, (f"not enough memory ({last or 'no details'}); use a smaller --image-size or "
                    f"--batch-size")
 
@@ -303,12 +304,13 @@ def explain(error: BaseException, world: Distributed) -> tuple[int, str] | None:
         text = last.split(": ", 1)[-1]                       # without the name of the exception
     if isinstance(error, ValueError):
         return 2, f"error: {printable(text, None)}"
-    if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text):
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    if world.size > 1 and (isinstance(error, dist.DistError) or of_gloo):
         return 1, (f"lost another process, or could not reach it ({printable(first)}); --resume "
                    f"continues from the checkpoint")
     if isinstance(error, Failed):
         return 1, printable(text, None)
-    if isinstance(error, (OSError, torch.OutOfMemoryError)):
+    if isinstance(error, OSError):
         return 1, printable(first, None)
 
     names = [kind.__name__ for kind in type(error).__mro__]
@@ -331,8 +333,8 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
     """Runs train(parse(argv), world). An error becomes one line on stderr and an exit code."""
     world = Distributed()
     code, message = 0, ""
-    stderr = sys.stderr
-    sys.stderr = Unbreakable(stderr)
+    stderr = sys.stderr                                      # None if it was closed (2>&-)
+    sys.stderr = Unbreakable(stderr or open(os.devnull, "w"))
     try:
         train(parse(argv), world)
     except (Exception, KeyboardInterrupt) as error:
@@ -374,5 +376,6 @@ def wait_for_rank_0(world: Distributed) -> None:
     deadline = time.monotonic() + 10
     while not world.was_terminated and time.monotonic() < deadline:
         time.sleep(0.05)
-    if world.was_terminated and world.end_was_told():
+    # without a store the mistake was in the flags, which are the same for all processes
+    if world.was_terminated and (world.store is None or world.end_was_told()):
         os._exit(1)

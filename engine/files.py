@@ -287,7 +287,7 @@ def read_lines(log: Path) -> list[dict]:
         return []
     lines = []
     for text in log.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if is_log_line(line):
                 lines.append(line)
@@ -295,9 +295,16 @@ def read_lines(log: Path) -> list[dict]:
 
 
 def is_log_line(line) -> bool:
+    """Is it a dict with the numbers that are read again?"""
+    def is_number(value) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e15             # NaN is not
+
     if not isinstance(line, dict):
         return False
-    return all(type(line.get(name)) in (int, float) for name in ("step", "epoch"))
+    losses = [line.get(name) for name in ("loss", "held_out", "mean_colour", "blur")]
+    numbers = [line.get("step"), line.get("epoch")]
+    numbers += [value for value in losses if value is not None]
+    return all(is_number(value) for value in numbers)
 
 
 def trim_log(log: Path, step: int, per_epoch: int) -> None:

@@ -126,30 +126,41 @@ class UnreadableImages:
         self.source = source
         self.limit = share * len(source)
         self.out = Path(out)
-        self.seen = set()                                    # exchanged among all processes
         self.new = []                                        # of this process, not exchanged yet
+        self.untold = set()                                  # of all processes, not named yet
+        self.seen = set()                                    # of all processes, named
 
     def state_dict(self) -> dict:
-        return dict(seen=sorted({*self.seen, *self.new}), images=len(self.source))
+        """To be called after `exchange`."""
+        untold = sorted({*self.untold, *self.new} - self.seen)
+        return dict(seen=sorted(self.seen), untold=untold, images=len(self.source))
 
     def load_state_dict(self, state: dict) -> None:
         """If images were added or removed since, the indices mean others and are dropped."""
         if state.get("images", len(self.source)) == len(self.source):
             self.seen = set(state["seen"])
+            self.untold = set(state.get("untold", ()))
 
     def note(self, broken: Tensor) -> None:
         """broken (B,): the index of an image that could not be read, or -1."""
         self.new += broken[broken >= 0].tolist()
 
+    def exchange(self, world: Distributed) -> None:
+        """Tells all processes of the new ones. All processes take part."""
+        if world.all_reduce_max(len(self.new))[0]:
+            new = world.all_gather(torch.tensor(self.new, dtype=torch.long))
+            self.untold |= set(new.tolist()) - self.seen
+        self.new = []
+
     def tell(self, world: Distributed) -> None:
         """Names the first new ones, and lists all in broken.txt. All processes take part.
 
         Raises Failed if there are too many."""
-        if not world.all_reduce_max(len(self.new))[0]:
+        self.exchange(world)
+        if not self.untold:
             return
-        new = world.all_gather(torch.tensor(self.new, dtype=torch.long))
-        new = sorted(set(new.tolist()) - self.seen)
-        self.new = []
+        new = sorted(self.untold)
+        self.untold = set()
         if new and len(self.seen) < 3 and world.rank == 0:
             names = name_some(self.source, new)
             world.print0(f"cannot be read, the next image is taken instead: {names}")

@@ -7,6 +7,7 @@
     momentum_sgd       torch's SGD, safe to start
     Lamb               an optimiser that torch lacks
     MovingAverage      of the weights (EMA)
+    nan_unless_finite  the sign of a step that was not made
 """
 
 import copy
@@ -53,6 +54,16 @@ def lr_at(step: int, total: int, warmup: int, base: float, floor: float, schedul
     floor = min(floor, base)                                 # a token's lr may lie below the floor
     angle = math.pi * (step - warmup) / max(1, total - warmup)               # from W: 0 to pi
     return ramp * (floor + (base - floor) / 2 * (1 + math.cos(angle)))
+
+
+def nan_unless_finite(loss: Tensor, model: nn.Module) -> Tensor:
+    """The loss, or NaN if a gradient is not finite. GradScaler then skips the step, which
+    Checkpointer counts by this sign. The host does not wait for a GPU."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return loss
+    is_finite = nn.utils.get_total_norm(gradients).isfinite()
+    return torch.where(is_finite, loss, math.nan)
 
 
 # ---- parameter groups: what decays, and the share of the lr ----

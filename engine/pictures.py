@@ -15,12 +15,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
 
-from .files import read_lines
+from .files import read_lines, replace_atomically
 
 
 def save_sheet(path: Path, columns: dict[str, Tensor], note: str = "") -> None:
     """Saves the page of `sheet`. Raises OSError if the file cannot be written."""
-    sheet(columns, note).save(path)
+    with replace_atomically(path) as beside:
+        sheet(columns, note).save(beside, "PNG")
 
 
 def sheet(columns: dict[str, Tensor], note: str = "") -> Image.Image:
@@ -90,7 +91,8 @@ def save_curve(path: Path, log: Path) -> None:
     page = Image.new("RGB", (width, height * len(panels)), "white")
     for i, (title, curves) in enumerate(panels.items()):
         page.paste(panel(title, curves, first, last), (0, i * height))
-    page.reduce(FINE).save(path)
+    with replace_atomically(path) as beside:
+        page.reduce(FINE).save(beside, "PNG")
 
 
 def running_mean(points: list[tuple[int, float]], half: int) -> list[tuple[int, float]]:

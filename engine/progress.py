@@ -157,7 +157,7 @@ class Progress:
         self.bar = tqdm(total=plan.total, initial=done, unit="step", disable=not has_bar)
         self.has_lines = world.rank == 0 and not has_bar
         self.first_step = done
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
         self.held_out = None                                 # (step, loss) of the last evaluation
 
         # since the last plain line
@@ -169,7 +169,7 @@ class Progress:
         """After every step."""
         self.done += 1
         self.bar.update()
-        is_late = time.time() - self.shown_at > MAX_PAUSE
+        is_late = time.monotonic() - self.shown_at > MAX_PAUSE
         if self.has_lines and is_late and not self.epoch_ends():
             self.write()
 
@@ -187,7 +187,7 @@ class Progress:
     def write(self) -> None:
         """Prints a plain line. Loss and images/s are means since the last plain line."""
         plan = self.plan
-        now = time.time()
+        now = time.monotonic()
         steps = sum(count for _, count in self.losses)
         total = sum(mean * count for mean, count in self.losses)
         loss = total / steps if steps else math.nan

@@ -21,6 +21,8 @@ RESOLVED = {
     "global_batch": "images of a step: batch_size x accum x processes",
     "peak_lr": "the highest learning rate of the schedule",
 }
+# a resumed run must not change these: they made the state that it continues
+KEPT = ("recipe", "baseline", "optimizer", "weights", "init")
 # a resumed run does not take these over
 OF_THIS_START = ("resume", "download", "device", "given", "demo")
 
@@ -80,11 +82,17 @@ def resumed(own: dict, saved: dict, typed: dict) -> dict:
     """The settings of a resumed run. Each overrides those before it: the program's `own` defaults,
     what the run was saved with, what is typed now.
 
-    Raises ValueError for a saved setting that the program does not have, such as a fork's."""
+    Raises ValueError for a saved setting that the program does not have, such as a fork's, and if a
+    setting of KEPT would change."""
     unknown = sorted({*saved} - {*own, *RESOLVED})
     if unknown:
         raise ValueError(f"checkpoint.pt: of another version of the program, which has a setting "
                          f"{printable(unknown[0])}; resume it with that version")
+    for name in KEPT:
+        old, new = saved.get(name), typed.get(name)
+        if name in typed and new != old:
+            raise ValueError(f"--{name} {new}: a resumed run keeps what it began with, "
+                             f"{old or 'none'}; leave --{name} out, or choose another --out")
     names = sorted({*saved.get("typed", []), *typed})
     return {**own, **saved, **typed, "typed": names}
 

@@ -10,11 +10,12 @@ pretrain.py has its own lines in plain sight, and imports nothing from here.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from .checkpointer import StepPlan
 from .command import Distributed
+from .optim import nan_unless_finite
 
 
 def memory_format(settings, world: Distributed, is_cnn: bool) -> torch.memory_format:
@@ -44,10 +45,13 @@ def make_scaler(settings, world: Distributed) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(world.device.type, **scale)
 
 
-def take_step(state, settings) -> None:
-    """Clips the gradients if asked to, and makes the step unless a gradient is not finite.
+def take_step(state, settings, record: dict[str, Tensor]) -> None:
+    """Clips the gradients if asked to, and makes the step unless a gradient is not finite. The loss
+    in `record` is then NaN, as a sign for Checkpointer.
 
     state has `model`, `optimizer` and `scaler`."""
+    if settings.amp != "fp16":                               # whose gradients overflow now and then
+        record["loss"] = nan_unless_finite(record["loss"], state.model)
     if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)

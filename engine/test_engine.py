@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ import loss
 import masking
 import model
 import pretrain
-from engine import optim, pictures, weights
+from engine import command, optim, pictures, weights
 from engine.testing import (HERE, QUICK, SMALL, checkerboard, complaint, labelled_folder, paint,
                             pixels, read_log, resolved, run, settings_of, tune)
 from model import A2MIM, build_encoder
@@ -230,6 +232,23 @@ def test_values_of_flags_are_shown_harmless_and_short(capsys):
         assert code == 2 and "argument --accum: " in said
         assert said.count("\n") == 1 and len(said) < 1200
         assert said.rstrip("\n").isprintable()
+
+
+def test_memory_of_a_gpu_and_names_with_gloo_get_the_right_cure():
+    world = command.Distributed()
+    world.size = 2
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "use a smaller --image-size or --batch-size" in command.explain(full, world)[1]
+    full_disk = OSError("runs/igloo/args.json not written: No space left on device")
+    assert command.explain(full_disk, world) == (1, str(full_disk))
+    lost = RuntimeError("[enforce fail] gloo connectFullMesh failed")
+    assert "lost another process" in command.explain(lost, world)[1]
+
+
+def test_a_closed_stderr_does_not_end_a_run(tmp_path):
+    done = subprocess.run([f"{sys.executable} pretrain.py --epochs banana 2>&-"], shell=True,
+                          cwd=HERE, capture_output=True)
+    assert done.returncode == 2
 
 
 def test_resume_alone_says_which_flag_names_the_run(capsys, tmp_path, monkeypatch):

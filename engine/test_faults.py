@@ -179,7 +179,8 @@ def test_a_checkpoint_is_due_after_minutes_and_the_speed_is_images_over_time(
         written.append(self.done)
         save(self)
 
-    monkeypatch.setattr(checkpointer, "time", SimpleNamespace(time=lambda: now[0]))
+    clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(checkpointer, "time", clock)
     monkeypatch.setattr(pretrain, "train_step", slow)
     monkeypatch.setattr(checkpointer.Checkpointer, "save", noted)
     run(tmp_path, *"--epochs 2 --save-every 1m --log-every 3".split())
@@ -187,6 +188,40 @@ def test_a_checkpoint_is_due_after_minutes_and_the_speed_is_images_over_time(
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     speeds = [line["images_per_s"] for line in lines]
     assert speeds == [pytest.approx(8 / 25, abs=0.05)] * len(lines)          # 8 images in 25 s
+
+
+def test_weights_without_a_log_are_not_overwritten(few_images, tmp_path, capsys, monkeypatch):
+    """Such as those fetched from a server."""
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").unlink()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    code, said = complaint(capsys, *TINY, "--out", tmp_path / "run")
+    assert code == 2 and "already holds a run" in said
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_that_another_run_used_in_the_meantime_is_not_used_again(
+        few_images, tmp_path, capsys, monkeypatch):
+    prepare = pretrain.prepare
+
+    def slow(*given):
+        monkeypatch.setattr(pretrain, "prepare", prepare)
+        run(tmp_path / "run", "--epochs", "1")               # begins later, and ends before
+        return prepare(*given)
+
+    monkeypatch.setattr(pretrain, "prepare", slow)
+    code, said = complaint(capsys, *TINY, "--epochs", "2", "--out", tmp_path / "run")
+    assert code == 2 and "another run has used it since this one began" in said
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_a_finished_run_writes_a_backbone_again_that_was_moved_away(few_images, tmp_path):
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / "backbone.pt").read_bytes()
+    (tmp_path / "run" / "backbone.pt").unlink()
+    pretrain.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert (tmp_path / "run" / "backbone.pt").read_bytes() == before
 
 
 # ---- what a checkpoint holds ----

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.models as tv
 from PIL import Image
 from torch import nn
 from torch._utils import ExceptionWrapper
@@ -137,6 +138,27 @@ def test_weights_are_found_under_the_keys_and_prefixes_of_other_programs_and_the
     assert all(f"under {key!r}" in said for key in keys)
     assert f"prefix '{prefix}' taken off" in said if prefix else "prefix" not in said
     assert said.startswith("120 tensors loaded (")
+
+
+def test_a_file_without_batch_counters_is_complete(tmp_path):
+    """torchvision's first files have none, because BatchNorm did not count its batches then."""
+    state = {name: tensor for name, tensor in tv.resnet18().state_dict().items()
+             if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    encoder = build_encoder("resnet18")
+    found = weights.load_backbone(encoder, tmp_path / "old.pth")
+    assert found["missing"] == [] and found["skipped"] == ["fc.bias", "fc.weight"]
+    assert torch.equal(encoder.backbone.bn1.weight, state["bn1.weight"])
+
+
+@pytest.mark.parametrize("deep, shallow, block", [
+    (tv.resnet34, "resnet18", "layer1.2"), (tv.resnet101, "resnet50", "layer3.10"),
+    (tv.swin_s, "swin_tiny", "features.5.10"),
+    (tv.convnext_small, "convnext_tiny", "features.5.10")])
+def test_a_deeper_net_is_not_loaded_into_a_shallower_one(deep, shallow, block, tmp_path):
+    torch.save(deep().state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match=f"holds {block}, which this backbone lacks"):
+        weights.load_backbone(build_encoder(shallow, (224, 224)), tmp_path / "deep.pth")
 
 
 def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):
@@ -538,6 +560,38 @@ def test_the_smallest_crop_of_a_photograph_decoded_in_part_has_twice_the_pixels(
         assert torch.equal(data.read_image(path), data.read_image(path, least))
 
 
+def test_a_folder_of_results_inside_the_images_is_refused(tmp_path, capsys):
+    labelled_folder(tmp_path, {"set": (5, 5)})
+    for main, flags in ((pretrain.main, []), (finetune.main, ["--init", "scratch"])):
+        code, said = complaint(capsys, *flags, "--data", tmp_path / "set", "--arch", "resnet18",
+                               "--image-size", 64, "--out", tmp_path / "set" / "run", main=main)
+        assert code == 2 and "set/run: lies inside the folder of the images" in said
+    assert not (tmp_path / "set" / "run").exists()
+
+
+def test_images_that_could_not_be_read_before_a_checkpoint_are_named_after_it(tmp_path, capsys):
+    paint(tmp_path / "good.png")
+    (tmp_path / "bad.png").touch()
+    before = images.UnreadableImages(data.Folder(tmp_path, "all"), 0.5, tmp_path)
+    before.note(torch.tensor([0, -1]))                       # then a checkpoint, before a log line
+    before.exchange(command.Distributed())
+    again = images.UnreadableImages(data.Folder(tmp_path, "all"), 0.5, tmp_path)
+    again.load_state_dict(before.state_dict())
+    again.tell(command.Distributed())
+    assert "bad.png" in capsys.readouterr().err and again.seen == {0} and not again.untold
+    assert (tmp_path / "broken.txt").read_text() == f"{tmp_path}/bad.png\n"
+
+
+@pytest.mark.parametrize("line", [
+    '{"step": 3, "epoch": 0.75, "loss": "x"}', '{"step": 3, "epoch": 0.75, "loss": [1]}',
+    '{"step": 3, "epoch": 0.75, "loss": NaN}', '{"step": 3, "epoch": 0.75, "held_out": "x"}',
+    '{"step": 1' + 400 * "0" + ', "epoch": 1}', 100_000 * "["])
+def test_lines_of_the_log_that_are_no_numbers_are_left_out(line, tmp_path):
+    good = '{"step": 1, "epoch": 0.25, "loss": 0.5}'
+    (tmp_path / "log.jsonl").write_text(f"{good}\n{line}\n")
+    assert files.read_lines(tmp_path / "log.jsonl") == [json.loads(good)]
+
+
 def test_the_list_of_unreadable_images_is_dropped_if_images_were_removed(tmp_path):
     """It holds numbers of images, which mean other files then."""
     names = [paint(tmp_path / f"{i}.png") for i in range(4)]
@@ -545,11 +599,11 @@ def test_the_list_of_unreadable_images_is_dropped_if_images_were_removed(tmp_pat
     before.note(torch.tensor([-1, 2]))
     again = images.UnreadableImages(data.Folder(tmp_path, "all"), 1.0, tmp_path)
     again.load_state_dict(before.state_dict())
-    assert again.seen == {2}
+    assert again.untold == {2} and again.seen == set()
     os.remove(names[2])
     after = images.UnreadableImages(data.Folder(tmp_path, "all"), 1.0, tmp_path)
     after.load_state_dict(before.state_dict())
-    assert after.seen == set()
+    assert after.untold == after.seen == set()
 
 
 def png_of_16_bits(path, pixels):

@@ -1,7 +1,9 @@
 """Fine-tuning: its images and their augmentation, targets, recipes, the classifier, the probes."""
 
+import json
 import math
 import re
+import shutil
 import statistics
 from itertools import product
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ import finetune
 import model
 from engine import optim, weights
 from engine.command import Distributed
+from engine.description import describe
 from engine.testing import (SMALL, assert_settings, complaint, flat, labelled_folder, paint,
                             prepared, randomised, read_log, resolved, torchrun, tune)
 from model import build_encoder
@@ -44,6 +47,63 @@ def test_every_fifth_image_of_a_class_is_held_out_and_not_trained_on(tmp_path):
     assert held_out == ["cat/04.png", "cat/09.png", "dog/04.png"]
     assert source.labels.tolist() == [0, 0, 1]
     assert len(trained_on) == 14 and not {*trained_on} & {*held_out}
+
+
+def evaluated(out, folder, *flags):
+    """The result of --eval-only, of a net with random weights and two classes."""
+    torch.manual_seed(0)
+    file = out.parent / "net.pth"
+    torch.save(tv.resnet18(num_classes=2).state_dict(), file)
+    return tune(out, "--data", folder, "--weights", file, "--arch", "resnet18", "--stem",
+                "imagenet", "--eval-only", *flags)
+
+
+def test_an_evaluation_sees_the_part_that_is_asked_for(tmp_path, capsys):
+    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2, 1), "test": (4, 1)})
+    counts = {}
+    for part in (None, "train", "val", "test", "all"):
+        flags = ["--split-val", part] if part else []
+        counts[part] = evaluated(tmp_path / f"run-{part}", tmp_path / "cut", *flags)["images"]
+    assert counts == {None: 3, "train": 5, "val": 3, "test": 5, "all": 13}
+    shutil.rmtree(tmp_path / "cut" / "train")                # only a part to evaluate is there
+    assert evaluated(tmp_path / "no-train", tmp_path / "cut")["images"] == 3
+
+    labelled_folder(tmp_path, {"uncut": (10, 5)})
+    capsys.readouterr()
+    assert evaluated(tmp_path / "fifth", tmp_path / "uncut")["images"] == 3
+    assert "3 images for validation (every fifth of a class)" in capsys.readouterr().err
+    assert evaluated(tmp_path / "all", tmp_path / "uncut", "--split-val", "all")["images"] == 15
+
+
+def test_folders_that_are_no_classes_are_refused(tmp_path, capsys):
+    def refusal(folder):
+        return complaint(capsys, "--data", folder, "--init", "scratch", "--arch", "resnet18",
+                         "--image-size", 32, "--out", tmp_path / "run", main=finetune.main)[1]
+    for part in ("Training", "Testing"):
+        labelled_folder(tmp_path / "kaggle", {part: (2, 2)})
+    said = refusal(tmp_path / "kaggle")
+    assert "its folders (Testing, Training) look like parts of a set" in said
+    labelled_folder(tmp_path, {"set": (5, 5)})
+    paint(tmp_path / "set" / "cover.png")
+    assert "set/cover.png lies in no class folder" in refusal(tmp_path / "set")
+    labelled_folder(tmp_path, {"four": (4, 4)})
+    said = refusal(tmp_path / "four")
+    assert "0 validation images are too few for 1 process; every fifth image of" in said
+
+
+def test_a_classifier_is_not_scored_on_classes_of_other_names(tmp_path, capsys):
+    labelled_folder(tmp_path, {"set": (5, 5)})               # c0 and c1
+    about = SimpleNamespace(arch="resnet18", patch_size=16, window=7, stem="imagenet")
+    for classes in (["c0", "c1"], ["c1", "c0"]):
+        content = describe("classifier", about, classes, 32, data.MEAN, data.STD)
+        (tmp_path / "model.json").write_text(json.dumps(content))
+        if classes == ["c0", "c1"]:
+            assert evaluated(tmp_path / "run", tmp_path / "set")["images"] == 2
+    code, said = complaint(capsys, "--data", tmp_path / "set", "--weights", tmp_path / "net.pth",
+                           "--arch", "resnet18", "--image-size", 32, "--eval-only",
+                           "--out", tmp_path / "again", main=finetune.main)
+    assert code == 2
+    assert f"its classes (c0, c1) are not those of {tmp_path}/net.pth (c1, c0)" in said
 
 
 def test_a_label_subset_is_balanced_and_fixed_by_the_seed():
@@ -279,6 +339,17 @@ def test_best_pt_holds_the_moving_average_of_the_weights(few_images, tmp_path):
     state = torch.load(tmp_path / "run" / "checkpoint.pt")
     assert torch.equal(best, state["ema"]["module.encoder.backbone.conv1.weight"])
     assert not torch.equal(best, state["model"]["encoder.backbone.conv1.weight"])
+
+
+def test_a_moving_average_that_is_longer_than_the_run_is_warned_of(few_images, tmp_path, capsys):
+    """0.9 averages over 1 / (1 - 0.9) = 10 steps."""
+    flags = "--init scratch --arch resnet18".split()
+    for ema, said in (("0.9", True), ("0.5", False)):
+        steps = len(read_log(tmp_path / "a")) if (tmp_path / "a").exists() else 0
+        tune(tmp_path / ("a" if said else "b"), *flags, "--ema", ema)
+        assert ("warning: --ema 0.9 averages the weights of about 10 steps" in
+                capsys.readouterr().err) == said
+    assert steps < 10 / 0.3
 
 
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():

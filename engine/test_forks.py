@@ -89,10 +89,11 @@ def test_fork_decoder_of_two_layers(few_images, tmp_path, monkeypatch):
 def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
     """A fourth channel, as satellites have: the reader, its mean and std, the first convolution."""
     drawn = data.Shapes("train", (40, 40))
+    (tmp_path / "set").mkdir()
     for i in range(len(drawn)):
         image = drawn.read(i)                                # uint8 (3, 40, 40)
         four = torch.cat([image, 255 - image[:1]])
-        Image.fromarray(four.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        Image.fromarray(four.permute(1, 2, 0).numpy()).save(tmp_path / "set" / f"{i}.png")
 
     def read_four(path, min_side=None):
         with Image.open(path) as file:
@@ -105,7 +106,7 @@ def test_fork_images_of_four_channels(few_images, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "build_encoder", build)
     data.mean_and_std.cache_clear()
     try:
-        state = fork(tmp_path / "run", "--data", str(tmp_path), "--val", "0")["model"]
+        state = fork(tmp_path / "run", "--data", str(tmp_path / "set"), "--val", "0")["model"]
     finally:
         data.mean_and_std.cache_clear()                      # other tests have three channels
     assert state["encoder.backbone.conv1.weight"].shape[1] == 4

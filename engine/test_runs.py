@@ -91,6 +91,25 @@ def test_fine_tuning_resumes_into_the_uninterrupted_run(few_images, tmp_path, mo
         assert torch.equal(value, b["ema"][name]), name
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("--optimizer sgd", "--optimizer sgd: a resumed run keeps what it began with, adamw"),
+    ("--recipe linear", "--recipe linear: a resumed run keeps what it began with, default"),
+    ("--weights w.pth", "--weights w.pth: a resumed run keeps what it began with, none"),
+    ("--ema 0.9", "--ema 0.9: the run began with --ema 0"),
+    ("--optimizer adamw --init scratch --epochs 3", "")])
+def test_a_resumed_run_keeps_its_recipe_optimiser_and_start(flags, words, few_images, capsys,
+                                                            tmp_path):
+    tune(tmp_path / "run", "--init", "scratch", "--arch", "resnet18")
+    before = (tmp_path / "run" / "args.json").read_text()
+    again = ["--out", tmp_path / "run", "--resume", *flags.split()]
+    if not words:                                            # the same values may be typed again
+        finetune.main([*map(str, again)])
+        return
+    code, said = complaint(capsys, *again, main=finetune.main)
+    assert code == 2 and words in said
+    assert (tmp_path / "run" / "args.json").read_text() == before
+
+
 @pytest.mark.parametrize("arch, more", [("resnet18", ["--token-stage", "3"]), ("deit_tiny", [])])
 def test_images_that_are_not_square_are_pre_trained_on_resumed_and_fine_tuned(
     arch, more, few_images, tmp_path, monkeypatch, capsys
@@ -933,6 +952,49 @@ def test_a_step_that_overflows_leaves_no_trace_in_batchnorm(few_images, tmp_path
     assert final["scaler"]["scale"] == 1
 
 
+@pytest.mark.parametrize("main, name", [(pretrain.main, "a2mim_loss"),
+                                        (finetune.main, "class_loss")])
+def test_gradients_that_are_not_finite_stop_the_run_although_the_loss_is_finite(
+    main, name, few_images, capsys, tmp_path, monkeypatch
+):
+    """The square root of 0 has an infinite slope: a mistake that a fork makes easily."""
+    module = sys.modules[main.__module__]
+    right = getattr(module, name)
+
+    def with_a_root(pred, *rest, **more):
+        found = right(pred, *rest, **more)
+        zero = (pred - pred.detach()).square().sum().sqrt()
+        return (found[0] + zero, found[1]) if name == "a2mim_loss" else found + zero
+
+    monkeypatch.setattr(module, name, with_a_root)
+    base = TINY if main is pretrain.main else [*SMALL, "--init", "scratch", "--stem", "imagenet"]
+    code, said = complaint(capsys, *base, "--arch", "resnet18", "--epochs", "5",
+                           "--out", tmp_path / "run", main=main)
+    assert code == 1 and "loss or gradient is not finite, 10 times in a row at step 10" in said
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_moving_average_keeps_finite_statistics_after_a_bad_step(few_images, tmp_path,
+                                                                   monkeypatch):
+    right, calls = finetune.normalise, []
+    keep = checkpointer.Checkpointer.keep_best
+    are_finite = []
+
+    def once_nan(images, device):
+        calls.append(1)
+        return right(images, device) * (math.nan if len(calls) == 4 else 1)
+
+    def note_and_keep(self, best, name, value, weights, *rest):
+        are_finite.append(all(bool(tensor.isfinite().all()) for tensor in weights.values()))
+        keep(self, best, name, value, weights, *rest)
+
+    monkeypatch.setattr(finetune, "normalise", once_nan)
+    monkeypatch.setattr(checkpointer.Checkpointer, "keep_best", note_and_keep)
+    tune(tmp_path / "run", "--init", "scratch", "--arch", "resnet18", "--ema", "0.9",
+         "--eval-every", "1")                                # the last step of an epoch is bad
+    assert are_finite == [True, True]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_checkpoint(
     few_images, capsys, tmp_path, monkeypatch
 ):
@@ -947,7 +1009,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_exit_code_1_and_keeps_the_
     monkeypatch.setattr(pretrain, "a2mim_loss", nan)
     flags = ["--data", "shapes", "--out", tmp_path / "run", "--epochs", "5", "--save-every", "1"]
     code, said = complaint(capsys, *flags, "--resume")
-    assert code == 1 and "loss is not finite, 10 times in a row at step 14" in said
+    assert code == 1 and "loss or gradient is not finite, 10 times in a row at step 14" in said
     assert "checkpoint.pt is kept" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
@@ -976,7 +1038,7 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_done(
 
     monkeypatch.setattr(pretrain, "train_step", bad_at_the_end)
     code, said = complaint(capsys, *TINY, *FLAGS, "--out", tmp_path)
-    assert code == 1 and "loss is not finite, 2 times in a row at step 8" in said
+    assert code == 1 and "loss or gradient is not finite, 2 times in a row at step 8" in said
     assert "done" not in said
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
 
@@ -1047,7 +1109,7 @@ def test_a_log_file_gets_a_plain_line_an_epoch(few_images, capsys, tmp_path):
 
 def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(capsys, monkeypatch):
     now = [0.0]
-    clock = SimpleNamespace(time=lambda: now[0], strftime=time.strftime)
+    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
     monkeypatch.setattr(progress, "time", clock)
     plan = SimpleNamespace(per_epoch=1000, total=2000, global_batch=4)
     world = SimpleNamespace(rank=0, print0=command.Distributed().print0)

@@ -259,6 +259,12 @@ def load_backbone(encoder: nn.Module, path: str | Path,
         shown = printable(str(path), None)
         raise ValueError(f"{shown}: fits {found} of this backbone's {len(parameters)} parameters; "
                          f"is it another architecture? {side_by_side(stored, own, used)}")
+    head = str(encoder.head_name).split(".")[0]
+    unused = [name for name in stored.state.keys() - used.keys() if name.split(".")[0] != head]
+    extra = deeper_block(unused, own)
+    if extra:
+        raise ValueError(f"{printable(str(path), None)}: holds {extra}, which this backbone lacks; "
+                         f"is it a deeper one?")
     # this dict is updated, because it holds the version notes that MNASNet asks for
     full.update(used)
     encoder.backbone.load_state_dict(full)
@@ -270,9 +276,29 @@ def load_backbone(encoder: nn.Module, path: str | Path,
         "used": sorted(used),
         "resized": [name for name in resized if name in used],
         "skipped": sorted(stored.state.keys() - used.keys()),
-        "missing": sorted(own.keys() - used.keys()),
+        # files of old versions of torchvision have no such counters, and nothing uses them
+        "missing": sorted(name for name in own.keys() - used.keys()
+                          if not name.endswith("num_batches_tracked")),
         "taken_off": taken_off,
     }
+
+
+def deeper_block(unused: Iterable[str], own: Iterable[str]) -> str | None:
+    """A block among the unused names, such as layer1.2, whose neighbours the backbone has."""
+    blocks = {prefix for name in own for prefix in numbered_prefixes(name)}
+    neighbours = Counter(prefix.rpartition(".")[0] for prefix in blocks)
+    for name in sorted(unused):
+        for prefix in numbered_prefixes(name):
+            # two at least: a norm beside the head, as ConvNeXt's classifier.0, is no list of blocks
+            if prefix not in blocks and neighbours[prefix.rpartition(".")[0]] >= 2:
+                return prefix
+    return None
+
+
+def numbered_prefixes(name: str) -> list[str]:
+    """layer1.2.conv1.weight -> [layer1.2]; features.5.10.weight -> [features.5, features.5.10]."""
+    parts = name.split(".")
+    return [".".join(parts[:i + 1]) for i in range(1, len(parts)) if parts[i].isdigit()]
 
 
 def side_by_side(stored: Stored, own: dict[str, Tensor], used: Container[str]) -> str:

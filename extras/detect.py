@@ -131,7 +131,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
             state.scaler.scale(losses["loss"] / args.accum).backward()
         for name, value in losses.items():
             record[name] = record.get(name, 0) + value.detach() / args.accum
-    take_step(state, args)
+    take_step(state, args, record)
     return record
 
 

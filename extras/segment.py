@@ -127,8 +127,9 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
             state.scaler.scale(loss / args.accum).backward()
         total = total + loss.detach() / args.accum
 
-    take_step(state, args)
-    return {"loss": total}
+    record = {"loss": total}
+    take_step(state, args, record)
+    return record
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
