@@ -380,6 +380,7 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
         world.print0(f"{settings.weights}: {summary_of(found)}")
     model = A2MIM(encoder, size, settings.mask_size, settings.token_stage, settings.token,
                   settings.fill)
+    check_tiling(model, settings)
     model = model.to(world.device)
 
     batches = ResumableBatchSampler(len(source), plan.batch, settings.accum, world.size, world.rank,
@@ -461,6 +462,18 @@ def read_held_out(samples: ImageDataset, settings: Settings, world: Distributed,
         held.mean_colour = held_out_loss(mean_colour, held, settings, world, model)
         held.blur = held_out_loss(blur, held, settings, world, model)
     return held
+
+
+def check_tiling(model: A2MIM, settings: Settings) -> None:
+    """Raises ValueError if the features of a CNN or a Swin do not tile the image.
+
+    These nets halve the image again and again, and round up: 240 px become 8 features, as 256 px
+    do. A square of 30 px of the decoder would then not lie where its feature looks."""
+    stride = 2 ** math.ceil(math.log2(model.stride))
+    halves = get_family(settings.arch).name in ("resnet", "convnext", "swin")
+    if halves and stride != model.stride:
+        raise ValueError(f"--image-size {format_size(settings.image_size)}: both sides must be "
+                         f"multiples of {stride}, the stride of {settings.arch}")
 
 
 def warn_of_few_units(settings: Settings, world: Distributed) -> None:

@@ -29,8 +29,9 @@ import masking
 import model
 import pretrain
 from engine import checkpointer, optim, pictures
-from engine.testing import (TINY, assert_settings, checkerboard, flat, pixels, randomised, read_log,
-                            resolved, run, same_weights, settings_of, verdict_of)
+from engine.testing import (TINY, assert_settings, checkerboard, complaint, flat, pixels,
+                            randomised, read_log, resolved, run, same_weights, settings_of,
+                            verdict_of)
 from model import A2MIM, build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -940,6 +941,37 @@ def test_the_command_of_the_readme_has_the_settings_of_its_table():
         short = vars(resolved(pretrain, *flags_of, images=9_469))
         long = vars(resolved(pretrain, *flags_of, *typed.split(), images=9_469))
         assert {name for name in short if short[name] != long[name]} == {"typed"}
+
+
+@pytest.mark.parametrize("arch, side", [("resnet18", 240), ("resnet18", 48), ("swin_tiny", 72)])
+def test_sides_that_the_features_do_not_tile_are_refused(arch, side, few_images, capsys, tmp_path):
+    """240 / 2 / 2 / 2 / 2 = 15, and a half of it is rounded up to 8."""
+    stem = ["--stem", "imagenet"] if side == 48 else []
+    code, said = complaint(capsys, "--data", "shapes", "--arch", arch, "--image-size", side, *stem,
+                           "--recipe", "small", "--out", tmp_path / "run")
+    assert code == 2
+    assert f"--image-size {side} px: both sides must be multiples of 32, the stride of" in said
+
+
+def test_an_encoder_without_convolutions_takes_images_of_three_channels():
+    class Embed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 8 * 8, 32)
+
+        def forward(self, images):                           # (B, 3, H, W) -> (B, N, 32)
+            return self.linear(nn.functional.unfold(images, 8, stride=8).transpose(1, 2))
+
+    net = A2MIM([Embed(), nn.Linear(32, 32)], image_size=32, mask_size=8)
+    mask = masking.random_mask(2, net.grid, 0.5)
+    assert net(torch.rand(2, 3, 32, 32), mask).shape == (2, 3, 32, 32)
+
+
+def test_the_floor_of_the_cosine_follows_a_typed_lr_of_the_small_recipe():
+    for lr in ("0.024", "3e-4"):
+        flags = ["--data", "x", "--arch", "resnet18", "--image-size", "64", "--lr", lr]
+        settings = resolved(pretrain, *flags, images=9469)
+        assert settings.min_lr == pytest.approx(settings.peak_lr / 100)
 
 
 def test_a_short_run_on_few_images_says_how_long_a_useful_one_takes_here(capsys):

@@ -74,7 +74,9 @@ def fourier(args: SimpleNamespace, world: Distributed) -> Result:
             seen = []
 
             def see(title: str, z: Tensor) -> None:          # z (B, C, h, w)
-                variance = z.float().var((2, 3)).mean(1, keepdim=True)
+                positions = z.shape[2] * z.shape[3]          # of a single one the variance is 0
+                variance = z.float().var((2, 3), correction=int(positions > 1))
+                variance = variance.mean(1, keepdim=True)    # (B, 1)
                 values = torch.cat([inside.log_amplitude(z), variance], 1)
                 seen.append((title, min(z.shape[2:]), values))
 
@@ -349,11 +351,12 @@ def occlusion_report(by_seed: dict[str, Tensor], shares: list[float], cuts: list
         found[kind], series = {}, {}
         for name, top1 in by_seed.items():
             mean, std = top1[k].mean(0)[:len(xs)], top1[k].std(0)[:len(xs)]
-            area = torch.trapezoid(mean, torch.tensor(xs).double()).item() / xs[-1]
             found[kind][name] = dict(top1=mean.tolist(), std=std.tolist(),
-                                     x=cuts if is_shuffled else xs, area=area)
+                                     x=cuts if is_shuffled else xs)
             cells = [name, *(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std))]
-            if not is_shuffled:
+            if not is_shuffled:                              # the cuts are no quantity
+                area = torch.trapezoid(mean, torch.tensor(xs).double()).item() / xs[-1]
+                found[kind][name]["area"] = area
                 cells.append(f"{area:.1f}")
             lines.append(table_row(cells))
             series[name] = [(x, m, m - s, m + s)

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import pretrain
 from data import CropAndFlip, Folder, ImageDataset, make_loader, normalise
-from engine.command import Distributed, command_line
+from engine.command import Distributed, Failed, command_line
 from engine.files import printable
 from engine.flags import AMP, COUNT, MAX_SIDE, Parser, checked, defaults, number, path
 from engine.shapes import Shapes
@@ -290,8 +290,7 @@ def shrunk(args: SimpleNamespace) -> list[dict]:
 
 def processes(args: SimpleNamespace) -> list[dict]:
     """pretrain.py itself, started by torchrun; the speed is from its log."""
-    arch = args.arch if WORLD.on_gpu else "resnet18"
-    batch, size = 32, 128
+    arch, batch, size = "resnet18", 32, 128                  # on the CPU: one GPU is no two
 
     def rate(world: int) -> float:
         with tempfile.TemporaryDirectory() as out:
@@ -300,9 +299,13 @@ def processes(args: SimpleNamespace) -> list[dict]:
                     "--data", "shapes", "--arch", arch, "--image-size", str(size),
                     "--batch-size", str(batch // world), "--epochs", str(12 * batch / 10_000),
                     "--log-every", "2", "--val", "0", "--sheets", "2", "--workers", "0",
-                    "--amp", args.amp, "--out", out]
+                    "--amp", args.amp, "--device", "cpu", "--out", out]
             environment = os.environ | {"OMP_NUM_THREADS": str(2 // world)}
-            subprocess.run(call, check=True, capture_output=True, cwd=ROOT, env=environment)
+            done = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, cwd=ROOT, env=environment)
+            if done.returncode:
+                said = (done.stdout.strip().splitlines() or ["no output"])[-1]
+                raise Failed(f"pretrain.py ended with exit code {done.returncode}: {said}")
             records = (Path(out) / "log.jsonl").read_text().splitlines()
         after_warm_up = [json.loads(record) for record in records[3:]]
         return statistics.median(r["images_per_s"] for r in after_warm_up if "images_per_s" in r)
@@ -370,12 +373,15 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
     WORLD.set_device()
 
     began = time.time()
-    rows, speeds = [], {}
+    rows, speeds, failed = [], {}, []
     for name in args.rows:
-        if name == "scaling":
-            speeds = scaling(args)
-        else:
-            rows += ROWS[name](args)
+        try:
+            if name == "scaling":
+                speeds = scaling(args)
+            else:
+                rows += ROWS[name](args)
+        except (Failed, RuntimeError) as error:              # what was measured is still written
+            failed.append(f"{name} ({printable(str(error))})")
     about = (f"{device_name()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
              f"amp {args.amp}, {args.image_size} px, {args.rounds} turns; "
              f"{(time.time() - began) / 60:.0f} minutes")
@@ -395,6 +401,8 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
         results = json.dumps(dict(rows=rows, scaling=speeds), indent=1)
         (out / "results.json").write_text(results + "\n")
     print(f"written to {out}/")
+    if failed:
+        raise Failed(f"not measured: {', '.join(failed)}")
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:

@@ -31,6 +31,7 @@ missing.
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -53,8 +54,8 @@ from extras.output import check_folder, writing
 from extras.plans import (ABLATION_SHARE, ABLATIONS, ARMS, BASE, BUDGETS, FEW, OWN,
                           PRETRAIN_EPOCHS, SCENE_EPOCHS, SHAPES, TASKS, TUNE_EPOCHS,
                           TUNE_EPOCHS_OF_FEW, Settings, as_text, count_weights, draw_scenes,
-                          first_settings, folder_of, from_scratch, plan, scene_count, slug,
-                          title_of)
+                          first_settings, folder_of, from_scratch, plan, scene_count,
+                          scenes_folder, slug, title_of)
 from extras.scores import (Column, by_pretraining, difference, mean_and_spread, read_scores,
                            sentence)
 from model import ARCHS, get_family
@@ -71,8 +72,9 @@ def compare(settings: Settings, world: Distributed) -> None:
     check_flags(runs, out)
     check_matplotlib()
     if settings.is_dense and settings.is_drawn and not settings.weights_of:
-        with writing(out / "scenes"):
-            draw_scenes(out / "scenes", scene_count(settings), height_width(settings.image_size))
+        scenes = scenes_folder(settings)
+        with writing(scenes):
+            draw_scenes(scenes, scene_count(settings), height_width(settings.image_size))
     print_estimate(settings, runs, world)
     try:
         make_all(runs, out, settings.jobs, world)
@@ -325,7 +327,7 @@ def parse(argv: list[str] | None) -> Settings:
 def resolve(typed: dict) -> Settings:
     """The settings of a comparison. Raises ValueError if the flags do not fit each other."""
     asked = {**defaults(FLAGS), **typed}
-    asked["data"] = asked["data"] or "shapes"
+    asked["data"] = os.path.normpath(asked["data"] or "shapes")              # DIR/ is DIR
     is_dense, is_drawn = asked["task"] != "classify", asked["data"] == "shapes"
     is_shapes = is_drawn and not is_dense
     check_fit(asked, typed, is_dense, is_drawn)
@@ -358,6 +360,7 @@ def resolve(typed: dict) -> Settings:
     about = "scenes" if is_dense and is_drawn else Path(asked["data"]).absolute().name
     quick = "-quick" if asked["quick"] else ""
     asked["out"] = asked["out"] or f"runs/compare-{about}-{asked['arch']}{quick}"
+    asked["out"] = os.path.normpath(asked["out"])
     return Settings(**asked)
 
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -56,6 +57,7 @@ def save_random_backbone(flags: list[str]) -> None:
     (out / "args.json").write_text(json.dumps(settings) + "\n")
 
 
+WORKERS = re.compile(r"--workers \d+ ?")
 PROGRAMS = {"pretrain": pretrain.main, "finetune": finetune.main, "segment": segment.main,
             "detect": detect.main, "random": save_random_backbone}
 SCRIPTS = {"pretrain": pretrain.__file__, "finetune": finetune.__file__,
@@ -82,13 +84,18 @@ class Run:
 
 
 def check_flags(runs: list[Run], out: Path) -> None:
-    """Raises ValueError if a run that is there, or was begun, has other flags."""
+    """Raises ValueError if a run that is there, or was begun, has other flags. The number of
+    workers may differ, because it changes no result."""
     for run in runs:
         for folder in (out / run.name, out / f"{run.name}.part"):
             file = folder / "flags.txt"
-            if file.is_file() and file.read_text() != shlex.join(run.argv):
-                raise ValueError(f"{printable(str(folder))}: was made with other flags; remove "
-                                 f"it, or choose another --out")
+            if not file.is_file():
+                continue
+            before = file.read_text()
+            now = shlex.join(run.argv)
+            if WORKERS.sub("", before) != WORKERS.sub("", now):
+                raise ValueError(f"{printable(str(folder))}: was made with other flags "
+                                 f"({printable(before)}); remove it, or choose another --out")
 
 
 # ---- one run ----

@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -207,7 +208,10 @@ def tiled(photo: Tensor, args: SimpleNamespace, model: A2MIM, ratio: float) -> d
     padded = tvf.pad(photo, [0, 0, columns * W - w, rows * H - h], padding_mode="edge")
     tiles = split_into_tiles(padded, rows, columns)          # (n, 3, H, W)
     if args.mask:
-        masks = drawn(args.mask, (rows * gh, columns * gw))  # of the whole photograph
+        units = math.ceil(h / model.mask_size), math.ceil(w / model.mask_size)
+        masks = drawn(args.mask, units)                      # (1, gh, gw) of the whole photograph
+        right, bottom = columns * gw - units[1], rows * gh - units[0]
+        masks = F.pad(masks, (0, right, 0, bottom))          # what is cut off again is not hidden
         masks = split_into_tiles(masks, rows, columns)[:, 0]
     else:
         masks = choose_masks(args, ratio, len(tiles), model.grid)
@@ -260,7 +264,9 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
         check_folder(out)
     plain, run = load_model(args.checkpoint)
     ratio = run.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    unit = math.lcm(run.mask_size, plain.stride, 32)         # 32: every backbone accepts it
+    unit = math.lcm(run.mask_size, plain.stride)
+    if not any(side % 32 for side in height_width(run.image_size)):
+        unit = math.lcm(unit, 32)                            # which every backbone accepts
 
     for name in args.images:
         photo = read_photo(name)

@@ -352,9 +352,12 @@ def probes(settings: Settings, counts: Counts, arm: str, seed: int) -> list[Run]
 
 
 def token_flags(settings: Settings) -> str:
-    """Of A2MIM on drawn shapes. On a folder the recipe chooses the stage."""
-    is_cnn = settings.family in ("resnet", "convnext")
-    return "--token-stage 3" if settings.is_drawn and is_cnn else ""
+    """Of A2MIM on drawn shapes: the same token and loss for every backbone of a family, although
+    some have released exceptions. On a folder the recipe chooses."""
+    if not settings.is_drawn:
+        return ""
+    stage = {"resnet": 3, "convnext": 3}.get(settings.family, 1)
+    return f"--token-stage {stage} --fourier-weight 0.5 --fourier-focal"
 
 
 def plan_classes(settings: Settings) -> list[Run]:
@@ -394,6 +397,10 @@ def plan_ablations(settings: Settings, counts: Counts) -> list[Run]:
         for title, flags in {BASE: "", **ABLATIONS}.items():
             if title in OWN[settings.family]:
                 continue
+            sides = height_width(settings.image_size)
+            fits = min(sides) >= 64 and not any(side % 32 for side in sides)
+            if "--mask-size 32" in flags and not fits:
+                continue
             name = slug(title)
             more = f"{token_flags(settings)} {flags}"
             runs.append(pretraining(settings, name, seed, counts.unlabelled, more, ABLATION_SHARE))
@@ -418,7 +425,7 @@ def plan_dense(settings: Settings) -> list[Run]:
 
 
 def pretraining_on_scenes(settings: Settings, arm: str, seed: int) -> Run:
-    flags = ["--data", f"{settings.out}/scenes", "--arch", settings.arch,
+    flags = ["--data", str(scenes_folder(settings)), "--arch", settings.arch,
              *size_flags(settings.image_size), "--workers", str(settings.workers),
              "--batch-size", str(SCENE_BATCH),
              *"--recipe small --sheets 2 --val 0 --log-every 50".split(),
@@ -426,6 +433,12 @@ def pretraining_on_scenes(settings: Settings, arm: str, seed: int) -> Run:
              *PRETRAINED[arm].split()]
     steps = settings.pretrain_epochs * (scene_count(settings) // SCENE_BATCH)
     return Run(f"pretrained/{arm}-{seed}", "pretrain", tuple(flags), steps=steps)
+
+
+def scenes_folder(settings: Settings) -> Path:
+    """Its name says how many scenes it holds, of which size: other scenes are another folder."""
+    H, W = height_width(settings.image_size)
+    return Path(settings.out) / f"scenes-{scene_count(settings)}-{H}x{W}"
 
 
 def scene_count(settings: Settings) -> int:

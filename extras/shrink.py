@@ -17,6 +17,7 @@ import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import list_images, read_image, usable_cores
-from engine.command import Distributed, Failed, command_line
+from engine.command import Distributed, Failed, Signals, Stopped, command_line
 from engine.files import printable
 from engine.flags import MAX_SIDE, Parser, defaults, number
 from engine.images import reason
@@ -108,6 +109,7 @@ def start_worker() -> None:
     """Each core works on its own image. Ctrl-C is left to the main process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)            # not the main process's handler
 
 
 def shrink(args: SimpleNamespace, world: Distributed) -> None:
@@ -124,17 +126,23 @@ def shrink(args: SimpleNamespace, world: Distributed) -> None:
     unreadable = []
     workers = min(args.workers or usable_cores(), len(names))
     pool = ProcessPoolExecutor(workers, initializer=start_worker)
-    try:
-        found = pool.map(work, names, chunksize=8)
-        for name, (kind, why) in zip(names, tqdm(found, total=len(names), unit="image")):
-            if kind == "unwritable":
-                raise Failed(f"{printable(str(out / name))}: not written ({why}); make room, "
-                             f"or repair it, and run the same command again")
-            counts[kind] += 1
-            if kind == "unreadable":
-                unreadable.append(f"{printable(name, None)} ({why})")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Signals(world) as signals:
+        try:
+            found = pool.map(work, names, chunksize=8)
+            for name, (kind, why) in zip(names, tqdm(found, total=len(names), unit="image")):
+                if signals.number:
+                    raise Stopped(signals.number, "stopped; the same command does what is missing")
+                if kind == "unwritable":
+                    raise Failed(f"{printable(str(out / name))}: not written ({why}); make room, "
+                                 f"or repair it, and run the same command again")
+                counts[kind] += 1
+                if kind == "unreadable":
+                    unreadable.append(f"{printable(name, None)} ({why})")
+        except BrokenProcessPool:
+            raise Failed("a process was killed (by the system, if memory ran out); use fewer "
+                         "--workers; the same command does what is missing") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     tell(counts, unreadable, out)
 
 
@@ -156,8 +164,9 @@ def check(folder: Path, out: Path) -> None:
 
 def tell(counts: dict[str, int], unreadable: list[str], out: Path) -> None:
     """Prints what was done. Raises Failed if no image could be read."""
+    listed = out / "unreadable.txt"
+    listed.unlink(missing_ok=True)                           # of an earlier start
     if unreadable:
-        listed = out / "unreadable.txt"
         listed.write_text("".join(f"{line}\n" for line in unreadable))
         some = ", ".join(unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
         print(f"{len(unreadable)} files cannot be read and are left out, listed in "

@@ -341,6 +341,13 @@ def results(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())["found"]
 
 
+def test_an_image_of_odd_sides_is_in_one_piece_and_has_no_area_over_pieces():
+    top1 = torch.rand(4, 3, 10).double()
+    lines, found, _ = analyze.occlusion_report({"net": top1}, [k / 10 for k in range(10)], [1], "")
+    assert found["shuffled"]["net"].keys() == {"top1", "std", "x"}
+    assert "area" in found["random patches"]["net"]
+
+
 @needs_matplotlib
 def test_nothing_hidden_is_plain_accuracy_and_more_hidden_is_counted(tuned, tmp_path):
     weights = f"tuned={tuned / 'run' / 'best.pt'} chance=random"

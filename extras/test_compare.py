@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import signal
 import statistics
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import finetune
+import model
 import pretrain
 from engine.command import Distributed, Failed, Stopped
 from engine.testing import CLOCK, complaint, labelled_folder, read_log
@@ -255,6 +257,44 @@ def test_every_run_is_made_at_the_image_size_asked_for(size):
             assert pretrain.asked_for(pretrain.parse(run.argv))["image_size"] == size
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet101", "resnet152", "convnext_tiny",
+                                  "deit_tiny", "deit_small", "swin_tiny"])
+def test_every_ablation_of_drawn_shapes_changes_the_setting_of_its_name_alone(arch):
+    runs = runs_of("--arch", arch, "--seeds", "1", "--ablation-seeds", "1")
+    asked = {name.removeprefix("pretrained/"): pretrain.asked_for(pretrain.parse(run.argv))
+             for name, run in runs.items() if run.program == "pretrain"}
+    base = asked["none-0"]
+    assert base["fourier_weight"] == 0.5 and base["fourier_focal"]
+    titles = [f"token at stage {base['token_stage']}", f"token {base['token']}"]
+    assert titles == [*plans.OWN[model.get_family(arch).name]]
+    for title in plans.ABLATIONS:
+        other = asked.get(f"{plans.slug(title)}-0", base)
+        changed = {name for name in base if base[name] != other[name]} - {"typed"}
+        assert changed or title in titles, title
+        assert changed <= {"token_stage", "mask_size", "fill", "fourier_weight", "stand_in",
+                           "spectrum", "token"} and len(changed) <= 2
+
+
+def test_an_ablation_whose_mask_units_do_not_fit_is_left_out():
+    name = "pretrained/token-at-stage-4-mask-units-of-32-px-0"
+    assert name in runs_of("--image-size", "64") and name not in runs_of("--image-size", "32")
+
+
+def test_the_same_comparison_may_be_typed_in_another_way(classes, tmp_path):
+    flags = [*NET, "--few", "0.1", "--out", str(tmp_path / "out")]
+    plain = compare.parse(["--data", str(classes), *flags])
+    slashes = ["--data", f"{classes}/", *flags[:-1], f"{tmp_path}/out/"]
+    again = compare.parse([*slashes, "--workers", "3"])
+    runs, same = plans.plan(plain), plans.plan(again)
+    file = tmp_path / "out" / runs[0].name / "flags.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(shlex.join(runs[0].argv))
+    many_runs.check_flags(same, tmp_path / "out")
+    other = plans.plan(compare.parse(["--data", str(classes), *flags, "--pretrain-epochs", "7"]))
+    with pytest.raises(ValueError, match="was made with other flags"):
+        many_runs.check_flags(other, tmp_path / "out")
+
+
 def test_drawn_shapes_see_the_images_of_their_tables():
     """10,000 in pre-training (half of them in an ablation), 3,200 in fine-tuning; 10 classes of
     1,000 to train on."""
@@ -302,7 +342,12 @@ def test_in_scenes_every_arm_has_the_same_training_and_only_its_start_differs(ta
     assert arms["a2mim"] == arms["simmim"] == arms["scratch"]
     a, b = (pretrain.asked_for(pretrain.parse(runs[f"pretrained/{arm}-0"].argv))
             for arm in ("a2mim", "simmim"))
-    assert a["data"] == b["data"] == "out/scenes" and a["epochs"] * plans.SCENES == 12_800
+    assert a["data"] == b["data"] == "out/scenes-10000-96x96"
+    assert a["epochs"] * plans.SCENES == 12_800
+    # fewer scenes, or scenes of another size, are another folder
+    for more, name in ((["--quick"], "1250-96x96"), (["--image-size", "64"], "10000-64x64")):
+        runs = runs_of("--task", task, "--seeds", "1", *more)
+        assert f"scenes-{name}" in " ".join(runs["pretrained/a2mim-0"].flags)
     assert (a["baseline"], b["baseline"]) == (None, "simmim")
 
 
@@ -458,7 +503,7 @@ def test_a_comparison_writes_its_table_and_a_second_start_makes_only_what_is_mis
     assert read_log(gone) == read_log(tmp_path / "before")
 
     code, said = complaint(capsys, *flags, "--tune-epochs", "2", main=compare.main)
-    assert code == 2 and "was made with other flags; remove it, or choose another --out" in said
+    assert code == 2 and "was made with other flags (" in said
 
 
 def test_a_run_that_was_stopped_is_continued_and_equals_one_that_was_not(classes, tmp_path,

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from engine.testing import complaint
 from extras import bench, chart, faults, figure, paint, run_notebook
 from extras.output import check_folder, free_name
 from extras.testing import png, short_run
+from model import A2MIM, build_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -139,6 +141,24 @@ def test_paint_answers_a_mistake_in_one_line(flags, words, checkpoint, odd, caps
     argv = [word.format(**places) for word in flags.split()]
     code, message = answer(paint.main, capsys, *argv)
     assert code == 2 and words in message and {*odd.iterdir()} == before
+
+
+@pytest.mark.parametrize("width", [66, 100, 128])
+def test_a_drawn_mask_lies_on_the_photograph_and_not_on_what_is_added_to_it(width):
+    """Whole tiles of 64 px are wider than the photograph; the right half is hidden all the same."""
+    net = A2MIM(build_encoder("resnet18"), 64, 8, 2)
+    photo = torch.randint(0, 256, (3, 70, width), dtype=torch.uint8)
+    seen = paint.tiled(photo, SimpleNamespace(mask=".#"), net, 0.6)["seen"]
+    changed = (seen.int() - photo.int()).abs().amax((0, 1)) > 2              # of each column
+    first = int(changed.int().argmax())
+    assert changed[first:].all() and abs(first - width / 2) <= 8
+
+
+def test_a_photograph_is_shown_at_the_side_of_pre_training(tmp_path, capsys):
+    file = short_run(tmp_path / "run", "--arch resnet18 --image-size 48 --stem small --mask-size 8")
+    Image.effect_noise((100, 80), 80).save(tmp_path / "photo.png")
+    paint.main([file, str(tmp_path / "photo.png"), "--out", str(tmp_path / "painted")])
+    assert "of 42 mask units hidden, 56 x 48 px" in capsys.readouterr().out
 
 
 def test_paint_overwrites_nothing_and_its_panels_are_as_large_as_the_photograph(

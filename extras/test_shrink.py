@@ -92,8 +92,11 @@ def test_the_same_command_goes_on_where_it_was_stopped(photos, tmp_path, capsys)
     lost.unlink()
     os.truncate(empty, 0)                                    # as after a crash of the machine
     (lost.parent / f".{lost.name}.tmp").write_bytes(b"half")
+    assert (out / "unreadable.txt").exists()
+    gradient(80, 80).save(photos / "train/cat/damaged.jpg")
     code, said, _ = run(capsys, photos, out)
-    assert code == 0 and "2 images shrunk, 0 copied as they are, 4 were there" in said
+    assert not (out / "unreadable.txt").exists()             # the file was repaired
+    assert code == 0 and "2 images shrunk, 1 copied as they are, 4 were there" in said
     assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
     assert empty.stat().st_size > 0 and not list(out.rglob(".*"))
 
