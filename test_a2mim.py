@@ -726,7 +726,7 @@ def test_processes_and_accumulation_cut_the_same_steps():
     halves = make(6, 2, 1, 0)
     assert [halves[i] + halves[i + 1] for i in range(0, 18, 2)] == whole
     assert make(12, 1, 1, 0, start=5) == whole[5:]           # resuming is starting later
-    with pytest.raises(ValueError, match="the data set has 50 images, one step takes 64"):
+    with pytest.raises(ValueError, match="there are 50 images to train on, and one step takes 64"):
         flat(data.ResumableBatchSampler(50, 32, 1, 2, 0, 0, 0, 1))
 
 

@@ -170,8 +170,9 @@ class StepPlan:
 def steps_per_epoch(images: int, global_batch: int) -> int:
     """Whole steps in a pass over the images. Raises ValueError if there is none."""
     if images < global_batch:
-        raise ValueError(f"the data set has {images} images, one step takes {global_batch} "
-                         f"(--batch-size x --accum x processes); use a smaller --batch-size")
+        raise ValueError(f"there are {images} images to train on, and one step takes "
+                         f"{global_batch} (--batch-size x --accum x processes); make one of these "
+                         f"smaller")
     return images // global_batch
 
 

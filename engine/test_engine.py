@@ -90,7 +90,7 @@ def test_of_several_processes_each_test_is_run_by_one(tmp_path):
     ("--token-stage 9 --image-size 64", "token stage 9: this encoder has stages 0 to 4"),
     ("--mask-size 8 --token-stage 4 --image-size 64", "a mask unit is smaller than the stride"),
     ("--warmup-epochs 3 --epochs 2", "--warmup-epochs 3: must be less than --epochs 2"),
-    ("--batch-size 20000", "the data set has 10000 images, one step takes 20000"),
+    ("--batch-size 20000", "there are 10000 images to train on, and one step takes 20000"),
     ("--data no/such/folder",
      "--data no/such/folder: no such folder; give a folder of images or one of shapes, cifar10"),
     ("--data cifar10",

@@ -435,7 +435,8 @@ def mim(args: SimpleNamespace, world: Distributed) -> Result:
                   ticks=dict(enumerate(map(str, batches)))),
         ]
     lines += ["", f"{len(images)} images. Of independent residuals the mean of B has 1/B of the "
-              "power. Pulls: norms of the gradients on the decoder, weighted as in the run."]
+              "power. Pulls: norms of the gradients on the decoder, weighted as in the run (by 0.5 "
+              "if the run has no Fourier loss)."]
     return lines, found, [panel for kind in range(3) for panel in panels[kind::3]]
 
 

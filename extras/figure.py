@@ -333,6 +333,9 @@ def make_figure(args: SimpleNamespace, world: Distributed) -> None:
     if not get_family(run.arch).convolutional:
         raise ValueError(f"{checkpoint}: holds {run.arch}; the figure shows the feature maps "
                          "of a CNN")
+    if model.fill != "mean":
+        raise ValueError(f"{checkpoint}: a run with --fill {model.fill}; the figure shows A2MIM's "
+                         f"mean colour")
     if len({*model.image_size}) > 1:
         raise ValueError(f"{checkpoint}: of {format_size(model.image_size)}; the figure has square "
                          "pictures")

@@ -90,7 +90,8 @@ def test_a_vit_of_another_grid_is_the_model_that_was_saved(tmp_path):
 @pytest.mark.parametrize("arch, size, words", [
     ("resnet18", "32", "notes.txt: cannot be read as an image"),
     ("resnet18", "32 64", "of 32 x 64 px; the figure has square pictures"),
-    ("deit_tiny", "32", "the figure shows the feature maps of a CNN")])
+    ("deit_tiny", "32", "the figure shows the feature maps of a CNN"),
+    ("resnet18", "32 --fill zero", "a run with --fill zero; the figure shows A2MIM's mean colour")])
 def test_the_figure_answers_a_mistake_in_one_line(arch, size, words, tmp_path, capsys):
     checkpoint = short_run(tmp_path / "run", f"{ARCHS[arch]} --image-size {size}")
     (tmp_path / "notes.txt").write_text("no picture")
