@@ -210,7 +210,8 @@ def split_folder(root: Path, split: str) -> Path | None:
     except OSError as error:
         raise ValueError(f"--data {printable(str(root))}: cannot be read ({error.strerror})"
                          ) from None
-    found = [entry.path for entry in entries if entry.name.lower() == split and entry.is_dir()]
+    found = [entry.path for entry in entries
+             if entry.name.lower() == split.lower() and entry.is_dir()]
     return Path(max(found)) if found else None               # of train/ and Train/ the former
 
 

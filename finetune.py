@@ -411,6 +411,7 @@ def start(typed: dict, world: Distributed) -> tuple:
     asked["out"] = out
     source, val = open_data(asked, world)
     check_outside(out, source)
+    check_outside(out, val)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
     is_probe = settings.recipe == "linear" and settings.optimizer == "adamw"
     if is_probe and not checkpoint and "optimizer" not in settings.typed:
@@ -520,7 +521,8 @@ def open_data(asked: dict, world: Distributed) -> tuple:
                          f"one size; use that of --image-size, {format_size(size)}")
     if len(val) < world.size:
         kind = "" if one_set else "validation "
-        cure = "; every fifth image of a class is held out" if isinstance(val, Subset) else ""
+        is_fifth = isinstance(val, Subset) and part in (None, "val")
+        cure = "; every fifth image of a class is held out" if is_fifth else ""
         raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for {world.size} "
                          f"process{'es' if world.size > 1 else ''}{cure}")
     some = some_labels(source, asked["labels"], asked["seed"])
@@ -539,7 +541,8 @@ def print_start(settings: Settings, world: Distributed, state: TrainState) -> No
         data = "" if settings.eval_only else labelled
         data += f"{len(state.classes)} classes, {len(state.val_labels)} images for validation"
         if isinstance(state.val_loader.dataset.source, Subset):
-            data += " (every fifth of a class)"
+            others = "all but " if settings.split_val == "train" else ""
+            data += f" ({others}every fifth of a class)"
     how = "evaluation only" if settings.eval_only else f"recipe {settings.recipe}"
     world.print0(f"{settings.arch}, {settings.init or settings.weights}; {settings.data}: {data}\n"
                  f"{how}; {world.size} x {world.device.type}, amp {settings.amp}; "

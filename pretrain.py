@@ -349,6 +349,7 @@ def start(typed: dict, world: Distributed) -> tuple:
         world.broadcast_from_rank0(lambda: len(open_source(asked, download=True)))
     source, others = hold_out(open_source(asked), asked)
     check_outside(out, source)
+    check_outside(out, others)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
     if settings.crop_min != asked["crop_min"]:               # large files are decoded to fit it
         source, others = hold_out(open_source(vars(settings)), vars(settings))
@@ -467,11 +468,13 @@ def read_held_out(samples: ImageDataset, settings: Settings, world: Distributed,
 def check_tiling(model: A2MIM, settings: Settings) -> None:
     """Raises ValueError if the features of a CNN or a Swin do not tile the image.
 
-    These nets halve the image again and again, and round up: 240 px become 8 features, as 256 px
-    do. A square of 30 px of the decoder would then not lie where its feature looks."""
-    stride = 2 ** math.ceil(math.log2(model.stride))
-    halves = get_family(settings.arch).name in ("resnet", "convnext", "swin")
-    if halves and stride != model.stride:
+    These nets halve the image again and again, and round: 240 px become 8 features in a ResNet, as
+    256 px do. A square of 30 px of the decoder would then not lie where its feature looks."""
+    if get_family(settings.arch).name not in ("resnet", "convnext", "swin"):
+        return
+    is_small_stem = settings.stem == "small"
+    stride = 8 if is_small_stem else 32
+    if model.stride != stride:
         raise ValueError(f"--image-size {format_size(settings.image_size)}: both sides must be "
                          f"multiples of {stride}, the stride of {settings.arch}")
 
@@ -524,7 +527,7 @@ def print_length(step: int, settings: Settings, world: Distributed, plan: StepPl
     is_default = settings.recipe == "small" and "epochs" not in settings.typed
     if steps != 20 or not is_default or settings.data == "shapes":
         return
-    minutes = (time.monotonic() - began) / steps / 60             # of a step
+    minutes = (time.monotonic() - began) / steps / 60        # of a step
     longer = LONG_EPOCHS * plan.per_epoch
     if longer <= plan.total:
         return

@@ -943,7 +943,8 @@ def test_the_command_of_the_readme_has_the_settings_of_its_table():
         assert {name for name in short if short[name] != long[name]} == {"typed"}
 
 
-@pytest.mark.parametrize("arch, side", [("resnet18", 240), ("resnet18", 48), ("swin_tiny", 72)])
+@pytest.mark.parametrize("arch, side", [("resnet18", 240), ("resnet18", 48), ("swin_tiny", 72),
+                                        ("convnext_tiny", 72)])
 def test_sides_that_the_features_do_not_tile_are_refused(arch, side, few_images, capsys, tmp_path):
     """240 / 2 / 2 / 2 / 2 = 15, and a half of it is rounded up to 8."""
     stem = ["--stem", "imagenet"] if side == 48 else []

@@ -81,19 +81,20 @@ def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
                              f"move the file away to start from the beginning")
 
 
+OF_A_RUN = ("log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "best.pt")
+RESULTS = ("result.json", "features.npz")                    # of programs that keep no log
+
+
 def choose_folder(out: str | None, name: str, resume: bool) -> str:
     """--out; by default runs/<name>, numbered if taken, and the newest of them with --resume.
 
     A refused command makes no folder. Raises ValueError if the folder cannot be used."""
-    results = ("result.json", "features.npz")                # of runs that keep no log
-    of_run = ("log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "best.pt")
-
     def numbered(n: int) -> Path:
         return Path("runs") / (name if n == 1 else f"{name}-{n}")
     if out is None:
         taken = [0]
         for n in range(1, 1000):
-            if any((numbered(n) / file).exists() for file in (*of_run, *results)):
+            if any((numbered(n) / file).exists() for file in (*OF_A_RUN, *RESULTS)):
                 taken.append(n)
         newest = max(taken)
         out = str(numbered(max(newest, 1) if resume else newest + 1))
@@ -103,11 +104,15 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
     if out.is_dir():
         refuse_odd_files(out)
         lock_folder(out)
-    begun = any((out / file).exists() for file in of_run)
+    there = [file for file in OF_A_RUN if (out / file).exists()]
+    begun = {*there} - {"backbone.pt", "best.pt"}
+    if there and not begun:
+        raise ValueError(f"--out {out}: holds {there[0]}, and no run that could be resumed; choose "
+                         f"another folder")
     if begun and not resume:
         raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
                          f"choose another folder")
-    there = [file for file in results if (out / file).exists()]
+    there = [file for file in RESULTS if (out / file).exists()]
     if there and not begun:
         raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
     return str(out)
@@ -120,8 +125,9 @@ def make_folder(settings, world: Distributed) -> None:
     out = Path(settings.out)
     world.broadcast_from_rank0(lambda: make_and_lock(out))
     # another start may have made, used and left it while this one prepared
-    has_log = world.broadcast_from_rank0(lambda: (out / "log.jsonl").exists())
-    if has_log and not settings.resume:
+    is_used = world.broadcast_from_rank0(
+        lambda: any((out / file).exists() for file in ("log.jsonl", *RESULTS)))
+    if is_used and not settings.resume:
         raise ValueError(f"--out {out}: another run has used it since this one began; choose "
                          f"another folder")
     if world.rank == 0:

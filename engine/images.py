@@ -131,7 +131,7 @@ class UnreadableImages:
         self.seen = set()                                    # of all processes, named
 
     def state_dict(self) -> dict:
-        """To be called after `exchange`."""
+        """Of this process alone, unless `exchange` came before."""
         untold = sorted({*self.untold, *self.new} - self.seen)
         return dict(seen=sorted(self.seen), untold=untold, images=len(self.source))
 
@@ -161,11 +161,11 @@ class UnreadableImages:
             return
         new = sorted(self.untold)
         self.untold = set()
-        if new and len(self.seen) < 3 and world.rank == 0:
+        if len(self.seen) < 3 and world.rank == 0:
             names = name_some(self.source, new)
             world.print0(f"cannot be read, the next image is taken instead: {names}")
         self.seen.update(new)
-        if new and world.rank == 0:
+        if world.rank == 0:
             with contextlib.suppress(OSError):               # on a full disk: the next time
                 self.write_list()
         if len(self.seen) > self.limit:

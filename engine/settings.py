@@ -8,6 +8,7 @@
 """
 
 from dataclasses import make_dataclass
+from pathlib import Path
 
 from .command import Distributed
 from .files import printable
@@ -90,6 +91,8 @@ def resumed(own: dict, saved: dict, typed: dict) -> dict:
                          f"{printable(unknown[0])}; resume it with that version")
     for name in KEPT:
         old, new = saved.get(name), typed.get(name)
+        if name == "weights" and old and new:                # of one file there are many names
+            old, new = Path(old).resolve(), Path(new).resolve()
         if name in typed and new != old:
             raise ValueError(f"--{name} {new}: a resumed run keeps what it began with, "
                              f"{old or 'none'}; leave --{name} out, or choose another --out")

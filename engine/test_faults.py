@@ -200,6 +200,14 @@ def test_weights_without_a_log_are_not_overwritten(few_images, tmp_path, capsys,
     assert code == 2 and "already holds a run" in said
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    (tmp_path / "run" / "checkpoint-previous.pt").unlink(missing_ok=True)
+    before = (tmp_path / "run" / "backbone.pt").read_bytes()
+    for more in ([], ["--resume"]):                          # there is nothing to resume
+        code, said = complaint(capsys, *TINY, *more, "--out", tmp_path / "run")
+        assert code == 2 and "holds backbone.pt, and no run that could be resumed" in said
+    assert (tmp_path / "run" / "backbone.pt").read_bytes() == before
+
 
 def test_a_folder_that_another_run_used_in_the_meantime_is_not_used_again(
         few_images, tmp_path, capsys, monkeypatch):

@@ -59,12 +59,12 @@ def evaluated(out, folder, *flags):
 
 
 def test_an_evaluation_sees_the_part_that_is_asked_for(tmp_path, capsys):
-    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2, 1), "test": (4, 1)})
+    labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2, 1), "Test": (4, 1)})
     counts = {}
-    for part in (None, "train", "val", "test", "all"):
+    for part in (None, "train", "val", "test", "Test", "all"):
         flags = ["--split-val", part] if part else []
         counts[part] = evaluated(tmp_path / f"run-{part}", tmp_path / "cut", *flags)["images"]
-    assert counts == {None: 3, "train": 5, "val": 3, "test": 5, "all": 13}
+    assert counts == {None: 3, "train": 5, "val": 3, "test": 5, "Test": 5, "all": 13}
     shutil.rmtree(tmp_path / "cut" / "train")                # only a part to evaluate is there
     assert evaluated(tmp_path / "no-train", tmp_path / "cut")["images"] == 3
 
@@ -345,11 +345,9 @@ def test_a_moving_average_that_is_longer_than_the_run_is_warned_of(few_images, t
     """0.9 averages over 1 / (1 - 0.9) = 10 steps."""
     flags = "--init scratch --arch resnet18".split()
     for ema, said in (("0.9", True), ("0.5", False)):
-        steps = len(read_log(tmp_path / "a")) if (tmp_path / "a").exists() else 0
         tune(tmp_path / ("a" if said else "b"), *flags, "--ema", ema)
         assert ("warning: --ema 0.9 averages the weights of about 10 steps" in
                 capsys.readouterr().err) == said
-    assert steps < 10 / 0.3
 
 
 def test_rsb_cosine_moves_once_an_epoch_under_a_ramp_per_iteration():

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,7 +314,7 @@ def processes(args: SimpleNamespace) -> list[dict]:
     pairs = [(rate(2), rate(1)) for _ in range(args.rounds)]
     a = [two for two, _ in pairs]
     b = [one for _, one in pairs]
-    return [row(f"2 processes x 1 thread by torchrun, {arch}, {size} px, global batch {batch}",
+    return [row(f"2 processes x 1 thread on the CPU, {arch}, {size} px, global batch {batch}",
                 "1 process x 2 threads", a, b, "images/s")]
 
 
@@ -380,7 +381,9 @@ def bench(args: SimpleNamespace, world: Distributed) -> None:
                 speeds = scaling(args)
             else:
                 rows += ROWS[name](args)
-        except (Failed, RuntimeError) as error:              # what was measured is still written
+        except Exception as error:                           # what was measured is still written
+            if not isinstance(error, Failed):
+                traceback.print_exc()
             failed.append(f"{name} ({printable(str(error))})")
     about = (f"{device_name()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
              f"amp {args.amp}, {args.image_size} px, {args.rounds} turns; "

@@ -556,6 +556,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     RECIPES)
     given = vars(parser.parse_args(argv))
+    check_resumes_training(given)
     about = dict(program="detect.py", given=given, typed=sorted(given))
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):
@@ -572,7 +573,6 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     known = {**DEFAULTS, **RECIPES[recipe], **known, "recipe": recipe}
     args = SimpleNamespace(**known, **about, demo=bool(demo))
     if is_remembered(given):                                 # the rest is in the checkpoint
-        check_resumes_training(given)
         return args
     if args.data is None:
         raise ValueError("--data is missing: a folder in COCO's or Pascal VOC's layout, or shapes")

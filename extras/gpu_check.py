@@ -136,7 +136,7 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
             side, count = 64, 4
         torch.manual_seed(0)
         asked = pretrain.asked_for(pretrain.parse(["--data", "shapes", "--arch", arch]))
-        encoder = build_encoder(arch, (side, side))
+        encoder = build_encoder(arch, (side, side), 0.0)     # the two devices draw other depths
         model = A2MIM(encoder, side, token=asked["token"], fill=asked["fill"])
         show_residual_branches(model)
         images, mask = torch.randn(count, 3, side, side), random_mask(count, model.grid)

@@ -571,9 +571,9 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("segment.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     recipes)
     given = vars(parser.parse_args(argv))
+    check_resumes_training(given)
     about = dict(program="segment.py", given=given, typed=sorted(given))
     if is_remembered(given):                                 # the rest is in the checkpoint
-        check_resumes_training(given)
         settings = {**DEFAULTS, **given}
         return SimpleNamespace(**settings, **about, demo=False)
     start, demo = {}, not {"data", "eval_only"} & set(given)

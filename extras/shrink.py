@@ -106,10 +106,11 @@ def write(file: str, action) -> None:
 # ---- all images ----
 
 def start_worker() -> None:
-    """Each core works on its own image. Ctrl-C is left to the main process."""
+    """Each core works on its own image. Signals are left to the main process, which ends the
+    workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)            # not the main process's handler
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def shrink(args: SimpleNamespace, world: Distributed) -> None:
