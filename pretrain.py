@@ -470,11 +470,9 @@ def check_tiling(model: A2MIM, settings: Settings) -> None:
 
     These nets halve the image again and again, and round: 240 px become 8 features in a ResNet, as
     256 px do. A square of 30 px of the decoder would then not lie where its feature looks."""
-    if get_family(settings.arch).name not in ("resnet", "convnext", "swin"):
-        return
-    is_small_stem = settings.stem == "small"
-    stride = 8 if is_small_stem else 32
-    if model.stride != stride:
+    is_power_of_2 = math.log2(model.stride).is_integer()
+    if get_family(settings.arch).name in ("resnet", "convnext", "swin") and not is_power_of_2:
+        stride = 8 if settings.stem == "small" else 32
         raise ValueError(f"--image-size {format_size(settings.image_size)}: both sides must be "
                          f"multiples of {stride}, the stride of {settings.arch}")
 
