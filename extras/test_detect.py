@@ -739,6 +739,7 @@ def test_regions_are_pooled_from_their_own_place_whatever_the_patches_of_a_vit(p
     assert abs(pooled.mean().item() - 40) <= 8
 
 
+@needs_pycocotools
 def test_patches_that_are_no_power_of_two_are_refused(capsys, tmp_path):
     flags = [*TINY, "--arch", "deit_tiny", "--image-size", 48, "--patch-size", 12]
     complaint(capsys, "--patch-size 12: a detector needs patches of 4, 8, 16 or 32 px", *flags,
@@ -754,6 +755,7 @@ def test_the_schedule_in_steps_has_milestones_in_every_recipe():
         assert last == pytest.approx(0.01), recipe
 
 
+@needs_pycocotools
 @pytest.mark.parametrize("flags, words", [
     ("--longest 32", "--longest 32: is below --image-size 64"),
     ("--smallest 128", "--smallest 128: is above --image-size 64")])
