@@ -193,7 +193,7 @@ def test_a_checkpoint_is_due_after_minutes_and_the_speed_is_images_over_time(
 def test_weights_without_a_log_are_not_overwritten(few_images, tmp_path, capsys, monkeypatch):
     """Such as those fetched from a server."""
     monkeypatch.chdir(tmp_path)
-    run(tmp_path / "run")
+    run(tmp_path / "run", "--epochs", "1")
     (tmp_path / "run" / "log.jsonl").unlink()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     code, said = complaint(capsys, *TINY, "--out", tmp_path / "run")
@@ -225,7 +225,7 @@ def test_a_folder_that_another_run_used_in_the_meantime_is_not_used_again(
 
 
 def test_a_finished_run_writes_a_backbone_again_that_was_moved_away(few_images, tmp_path):
-    run(tmp_path / "run")
+    run(tmp_path / "run", "--epochs", "1")
     before = (tmp_path / "run" / "backbone.pt").read_bytes()
     (tmp_path / "run" / "backbone.pt").unlink()
     pretrain.main(["--out", str(tmp_path / "run"), "--resume"])

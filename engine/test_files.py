@@ -151,14 +151,15 @@ def test_a_file_without_batch_counters_is_complete(tmp_path):
     assert torch.equal(encoder.backbone.bn1.weight, state["bn1.weight"])
 
 
-@pytest.mark.parametrize("deep, shallow, block", [
-    (tv.resnet34, "resnet18", "layer1.2"), (tv.resnet101, "resnet50", "layer3.10"),
-    (tv.swin_s, "swin_tiny", "features.5.10"),
-    (tv.convnext_small, "convnext_tiny", "features.5.10")])
-def test_a_deeper_net_is_not_loaded_into_a_shallower_one(deep, shallow, block, tmp_path):
-    torch.save(deep().state_dict(), tmp_path / "deep.pth")
+@pytest.mark.parametrize("arch, block", [
+    ("resnet18", "layer1.2"), ("swin_tiny", "features.5.10"), ("convnext_tiny", "features.5.10")])
+def test_a_deeper_net_is_not_loaded_into_a_shallower_one(arch, block, tmp_path):
+    """A ResNet-34 has layer1.2, which a ResNet-18 lacks."""
+    encoder = build_encoder(arch, (224, 224))
+    deeper = {**encoder.backbone.state_dict(), f"{block}.norm.weight": torch.ones(8)}
+    torch.save(deeper, tmp_path / "deep.pth")
     with pytest.raises(ValueError, match=f"holds {block}, which this backbone lacks"):
-        weights.load_backbone(build_encoder(shallow, (224, 224)), tmp_path / "deep.pth")
+        weights.load_backbone(encoder, tmp_path / "deep.pth")
 
 
 def test_torchvisions_file_of_densenet_has_old_names_and_loads(tmp_path):

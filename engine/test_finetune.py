@@ -61,10 +61,10 @@ def evaluated(out, folder, *flags):
 def test_an_evaluation_sees_the_part_that_is_asked_for(tmp_path, capsys):
     labelled_folder(tmp_path / "cut", {"train": (3, 2), "val": (2, 1), "Test": (4, 1)})
     counts = {}
-    for part in (None, "train", "val", "test", "Test", "all"):
+    for part in (None, "train", "Test", "all"):
         flags = ["--split-val", part] if part else []
         counts[part] = evaluated(tmp_path / f"run-{part}", tmp_path / "cut", *flags)["images"]
-    assert counts == {None: 3, "train": 5, "val": 3, "test": 5, "Test": 5, "all": 13}
+    assert counts == {None: 3, "train": 5, "Test": 5, "all": 13}
     shutil.rmtree(tmp_path / "cut" / "train")                # only a part to evaluate is there
     assert evaluated(tmp_path / "no-train", tmp_path / "cut")["images"] == 3
 
