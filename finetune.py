@@ -28,7 +28,8 @@ from torchvision.transforms import v2
 from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, Subset, augment,
                   check_outside, default_workers, eval_transform, every_image_once, make_loader,
                   normalise, open_images, seed_for, some_labels)
-from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder, open_run
+from engine.checkpointer import (Checkpointer, StepPlan, check_resumes_training, is_remembered,
+                                 make_folder, open_run)
 from engine.command import Distributed, command_line
 from engine.description import check_classes, describe
 from engine.flags import (AMP, COUNT, DATA_FLAGS, FRACTION, MAX_EPOCHS, NONNEGATIVE, RUN_FLAGS,
@@ -263,7 +264,7 @@ def is_training(settings: Settings) -> bool:
     return trains(settings.recipe, settings.eval_only)
 
 
-def trains(recipe: str, eval_only: bool) -> bool:
+def trains(recipe: str | None, eval_only: bool | None) -> bool:
     """False if nothing is trained: with --eval-only, and for the recipes knn and features."""
     return not eval_only and recipe not in ("knn", "features")
 
@@ -631,10 +632,7 @@ def parse(argv: list[str] | None) -> dict:
     """The flags that were typed, with their values. Raises ValueError for a wrong or missing
     one."""
     typed = vars(make_parser().parse_args(argv))
-    trains_nothing = typed.get("eval_only") or typed.get("recipe") in ("knn", "features")
-    if typed.get("resume") and trains_nothing:
-        raise ValueError("--resume continues a training; leave it out, and give --weights FILE, "
-                         "such as the run's best.pt")
+    check_resumes_training(typed, trains(typed.get("recipe"), typed.get("eval_only")))
     if is_remembered(typed):                                 # the rest is in the checkpoint
         return typed
     if "data" not in typed:

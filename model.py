@@ -185,9 +185,13 @@ class Encoder(nn.Module):
         return next((m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d)), 3)
 
     def run_stage(self, stage: int, z: Tensor) -> Tensor:
+        return self.recomputed(self.run_modules, stage, z)
+
+    def recomputed(self, function, *given) -> Tensor:
+        """function(*given). After `checkpoint_gradients` the backward pass runs it again."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run_modules, stage, z, use_reentrant=False)
-        return self.run_modules(stage, z)
+            return checkpoint(function, *given, use_reentrant=False)
+        return function(*given)
 
     def run_modules(self, stage: int, z: Tensor) -> Tensor:
         for name in self.stages[stage]:

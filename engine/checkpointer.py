@@ -68,6 +68,13 @@ def is_remembered(typed: dict) -> bool:
     return "data" not in typed or bool(checkpoints_in(Path(typed["out"])))
 
 
+def check_resumes_training(typed: dict, trains: bool) -> None:
+    """Raises ValueError for --resume in a command that trains nothing."""
+    if typed.get("resume") and not trains:
+        raise ValueError("--resume continues a training; leave it out, and give --weights FILE, "
+                         "such as the run's best.pt")
+
+
 def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
     """Raises ValueError if a checkpoint is of another program, or its settings are no flags'."""
     made_by = checkpoint["args"]["program"]
@@ -94,7 +101,8 @@ def choose_folder(out: str | None, name: str, resume: bool) -> str:
     if out is None:
         taken = [0]
         for n in range(1, 1000):
-            if any((numbered(n) / file).exists() for file in (*OF_A_RUN, *RESULTS)):
+            folder = numbered(n)
+            if folder.is_dir() and any((folder / file).exists() for file in (*OF_A_RUN, *RESULTS)):
                 taken.append(n)
         newest = max(taken)
         out = str(numbered(max(newest, 1) if resume else newest + 1))

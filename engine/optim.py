@@ -62,8 +62,8 @@ def nan_unless_finite(loss: Tensor, model: nn.Module) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         return loss
-    is_finite = nn.utils.get_total_norm(gradients).isfinite()
-    return torch.where(is_finite, loss, math.nan)
+    norms = torch.stack(torch._foreach_norm(gradients))      # a few kernels for all of them
+    return torch.where(norms.isfinite().all(), loss, math.nan)
 
 
 # ---- parameter groups: what decays, and the share of the lr ----

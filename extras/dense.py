@@ -4,7 +4,7 @@
     Scenes    pictures of several objects with masks and classes, drawn from (seed, split, index)
     resume_or_start, plan_steps, rate, start_encoder, layout_for
               a run counted in iterations, as the released recipes are
-    check_resumes_training, some_usable, left_out, read_state, load_state, describe_recipe
+    some_usable, left_out, read_state, load_state, describe_recipe
               what both programs check and print
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.models.convnext import LayerNorm2d
@@ -79,10 +78,7 @@ class Maps(nn.Module):
         for stage in self.encoder.stages:
             for name in stage:
                 module = attrgetter(name)(self.encoder.backbone)
-                if self.encoder.recompute and torch.is_grad_enabled():
-                    z = checkpoint(module, z, use_reentrant=False)
-                else:
-                    z = module(z)
+                z = self.encoder.recomputed(module, z)
                 if name in self.taps:
                     found.append(self.to_map(z))             # (B, C, h, w)
         return [turn(z) for turn, z in zip(self.turn, found)]
@@ -230,13 +226,6 @@ def name_and_reason(source, index: int, file: str) -> str:
         return printable(file)
     except Exception as error:
         return f"{printable(file)} ({reason(error)})"
-
-
-def check_resumes_training(typed: dict) -> None:
-    """Raises ValueError for --eval-only beside --resume."""
-    if typed.get("resume") and typed.get("eval_only"):
-        raise ValueError("--resume continues a training; leave it out, and give --weights FILE, "
-                         "such as the run's best.pt")
 
 
 def some_usable(source, what: str, args: SimpleNamespace, world: Distributed) -> None:

@@ -42,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, NAMED, STD, ImageDataset, ResumableBatchSampler, every_image_once,
                   make_loader, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
+from engine.checkpointer import (Checkpointer, StepPlan, check_resumes_training, is_remembered,
+                                 make_folder)
 from engine.command import Distributed, Failed, command_line
 from engine.description import check_classes, describe
 from engine.files import printable, write_text_atomically
@@ -54,10 +55,10 @@ from engine.pictures import save_sheet
 from engine.step import is_evaluated, make_scaler, take_step, wrap
 from extras.coco import (average_precision, check_installed, has_few_images, open_objects,
                          results_of, truth_of)
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, Scenes, check_part,
-                          check_resumes_training, describe_recipe, evenly_spaced, layout_for,
-                          left_out, listed, load_state, plan_steps, rate, read_state,
-                          resume_or_start, same_size, some_usable, start_encoder)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, Scenes, check_part, describe_recipe,
+                          evenly_spaced, layout_for, left_out, listed, load_state, plan_steps,
+                          rate, read_state, resume_or_start, same_size, some_usable,
+                          start_encoder)
 from extras.mask_rcnn import detector
 from model import get_family
 
@@ -556,7 +557,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("detect.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     RECIPES)
     given = vars(parser.parse_args(argv))
-    check_resumes_training(given)
+    check_resumes_training(given, trains="eval_only" not in given)
     about = dict(program="detect.py", given=given, typed=sorted(given))
     demo = dict(DEMO) if not {"data", "eval_only"} & set(given) else {}
     if demo and not {"weights", "init", "arch"} & set(given):

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from data import (MEAN, STD, ImageDataset, ResumableBatchSampler, every_image_once, make_loader,
                   normalise, seed_for)
-from engine.checkpointer import Checkpointer, StepPlan, is_remembered, make_folder
+from engine.checkpointer import (Checkpointer, StepPlan, check_resumes_training, is_remembered,
+                                 make_folder)
 from engine.command import Distributed, Failed, command_line
 from engine.description import check_classes, describe
 from engine.files import printable, replace_atomically, write_text_atomically
@@ -49,10 +50,10 @@ from engine.images import UnreadableImages
 from engine.optim import layer_groups, make_optimizer
 from engine.pictures import save_confusion, sheet
 from engine.step import is_evaluated, make_scaler, take_step, wrap
-from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, check_part, check_resumes_training,
-                          describe_recipe, evenly_spaced, layout_for, left_out, load_state,
-                          plan_steps, rate, read_state, resume_or_start, same_size, some_usable,
-                          stacked, start_encoder)
+from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, check_part, describe_recipe,
+                          evenly_spaced, layout_for, left_out, load_state, plan_steps, rate,
+                          read_state, resume_or_start, same_size, some_usable, stacked,
+                          start_encoder)
 from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_few_images, legend,
                            open_pairs, resize, save_labels, whole)
 from model import get_family
@@ -571,7 +572,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     parser = Parser("segment.py", "%(prog)s --weights FILE --data DIR [options]", __doc__, FLAGS,
                     recipes)
     given = vars(parser.parse_args(argv))
-    check_resumes_training(given)
+    check_resumes_training(given, trains="eval_only" not in given)
     about = dict(program="segment.py", given=given, typed=sorted(given))
     if is_remembered(given):                                 # the rest is in the checkpoint
         settings = {**DEFAULTS, **given}
