@@ -135,9 +135,10 @@ def grid_of(args: SimpleNamespace) -> tuple[int, int]:
     low, high = sorted(height_width(args.image_size))
     fit = [g for g in range(2, low + 1) if low % g == 0 and high % (low // g) == 0]
     if args.grid not in fit:
-        fit = ", ".join(str(g) for g in fit if g < 17)
+        few = ", ".join(str(g) for g in fit if g < 17)
+        cure = f"use one of {few}" if few else "use another --image-size"
         raise ValueError(f"--grid {args.grid}: does not divide a side of "
-                         f"{format_size(args.image_size)}; use one of {fit}")
+                         f"{format_size(args.image_size)}; {cure}")
     return mask_grid(height_width(args.image_size), low // args.grid)
 
 

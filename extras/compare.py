@@ -324,10 +324,17 @@ def parse(argv: list[str] | None) -> Settings:
     return resolve(vars(parser.parse_args(argv)))
 
 
+def folder_or_name(data: str) -> str:
+    """--data, with DIR/ as DIR. But "shapes/" is a folder, and "shapes" the built-in set."""
+    folder = os.path.normpath(data)
+    is_name = folder in (*NAMED, "voc")
+    return os.path.join(".", folder) if is_name and folder != data else folder
+
+
 def resolve(typed: dict) -> Settings:
     """The settings of a comparison. Raises ValueError if the flags do not fit each other."""
     asked = {**defaults(FLAGS), **typed}
-    asked["data"] = os.path.normpath(asked["data"] or "shapes")              # DIR/ is DIR
+    asked["data"] = folder_or_name(asked["data"] or "shapes")
     is_dense, is_drawn = asked["task"] != "classify", asked["data"] == "shapes"
     is_shapes = is_drawn and not is_dense
     check_fit(asked, typed, is_dense, is_drawn)

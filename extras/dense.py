@@ -328,7 +328,7 @@ OPTIM_FLAGS = {
     "clip_grad": (0.0, NONNEGATIVE, "largest gradient norm, 0 = none"),
     "schedule": ("cosine", ("cosine", "poly", "steps"),
                  "steps: x0.1 at two milestones of the recipe"),
-    "power": (1.0, number(float, 0, 100), "of poly"),
+    "power": (1.0, number(float, 0, 100), "exponent of the poly schedule"),
     "warmup": (0, number(int, 0, MOST_STEPS),
                "steps of linear warm-up, at most a tenth of the run"),
     "min_lr": (0.0, NONNEGATIVE, "floor of cosine and poly"),

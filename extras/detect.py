@@ -62,8 +62,8 @@ from extras.dense import (FEW_IMAGES, OPTIM_FLAGS, STEM, Scenes, check_part, des
 from extras.mask_rcnn import detector
 from model import get_family
 
-# ---- recipes: every value has a flag of the same name, but for the milestones; lr is per 16 images
-# of a step ----
+# ---- recipes: every value but recipe_batch and milestones has a flag of the same name; lr is per
+# `lr_batch` images of a step ----
 
 SGD = dict(optimizer="sgd", lr=0.02, weight_decay=1e-4, schedule="steps", epochs=12,
            milestones=(8 / 12, 11 / 12))
@@ -126,7 +126,7 @@ def train_step(step: int, batches, args: SimpleNamespace, world: Distributed,
         is_last = part == args.accum - 1
         average_gradients = is_last or world.size == 1       # over the processes, once a step
         with contextlib.nullcontext() if average_gradients else state.net.no_sync():
-            # of proposals: 2, of their boxes and classes: 2, masks: 1
+            # five losses: objectness and box of the proposals; class and box of the regions; masks
             losses = state.net(images, targets)
             losses = {"loss": sum(losses.values()), **losses}
             state.scaler.scale(losses["loss"] / args.accum).backward()
@@ -196,7 +196,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     state.model.train()
     batches = checkpointer.timed(state.loader)
     with checkpointer:
-        evaluate_after(plan.start)                           # a checkpoint comes before it
+        evaluate_after(plan.start)                           # if the run stopped just before it
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
                 group["lr"] = rate(step, plan, peak * group["scale"], args)
@@ -226,11 +226,11 @@ def longest_side(args: SimpleNamespace) -> int:
 
 
 def tell_outlines(source, what: str, world: Distributed) -> None:
-    """Prints how many objects have no outline, if some have none. what: passes over these."""
+    """Prints how many objects have no outline, if some have none. what: is without them."""
     count, outlines = getattr(source, "count", 0), getattr(source, "outlines", 0)
     if outlines < count:
-        world.print0(f"{count - outlines} of {count} objects have no outline: {what} passes over "
-                     f"them")
+        world.print0(f"{count - outlines} of {count} objects have no outline and are not used "
+                     f"for {what}")
 
 
 def share_images(source, val) -> bool:
@@ -247,6 +247,9 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if "smallest" in args.typed and args.smallest > size:
         raise ValueError(f"--smallest {args.smallest}: is above --image-size {size}; choose a "
                          f"smaller one")
+    if "image_size" in args.given:                           # of a resumed run, too: both follow it
+        for name in {"smallest", "longest"} - {*args.typed, *args.given}:
+            setattr(args, name, RECIPES[args.recipe].get(name))
     args.smallest = min(args.smallest or round(size * 0.8), size)
     args.longest = max(args.longest or size * 5 // 3, size)
     val = open_scenes(args, "val")
@@ -295,7 +298,7 @@ def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) 
     if not with_masks:
         world.print0("no outlines: Faster R-CNN, boxes only")
     else:
-        tell_outlines(val, "AP of masks", world)
+        tell_outlines(val, "the AP of masks", world)
     if with_masks and not args.eval_only:
         tell_outlines(source, "the loss of masks", world)
     model, net = wrap(model, args, world, layout_for(args, world))
@@ -517,7 +520,7 @@ FLAGS = {
         "image_size": (800, SIDE, "shorter side at evaluation; ViT: of the padded square"),
         "smallest": (None, SIDE, "shorter side in training: from this to --image-size, in steps of "
                      "32 (4/5 of it)"),
-        "longest": (None, SIDE, "most for the longer side (5/3 of --image-size)"),
+        "longest": (None, SIDE, "largest longer side (5/3 of --image-size)"),
         "workers": DATA_FLAGS["workers"],
         "max_bad": DATA_FLAGS["max_bad"]},
     "model": {
@@ -529,9 +532,9 @@ FLAGS = {
         "convs": (4, number(int, 1, 100), "convolutions in the heads of boxes and of masks"),
         "anchor": (32, number(int, 1, MAX_SIDE),
                    "side of the smallest of five anchors, px, each twice the last"),
-        "proposals": (1000, UP_TO_100_000, "regions per image for the second stage"),
-        "rois": (512, UP_TO_100_000, "of them trained on, per image"),
-        "detections": (100, UP_TO_100_000, "most per image")},
+        "proposals": (1000, UP_TO_100_000, "proposed regions per image for the second stage"),
+        "rois": (512, UP_TO_100_000, "proposals per image that the heads are trained on"),
+        "detections": (100, UP_TO_100_000, "largest number of detections per image")},
     "optimiser": {
         "recipe": (None, tuple(RECIPES),
                    f"the table below (drawn scenes: shapes; under {FEW_IMAGES:,} images: small; "

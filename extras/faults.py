@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.command import Failed, Distributed, command_line
+from engine.files import read_lines
 from engine.flags import COUNT, Parser, defaults, number, path
 from extras.output import check_folder, writing
 
@@ -240,15 +241,15 @@ def memory(work: Path) -> tuple[str, bool]:
     at = {}                                                  # step -> MB
     while run.poll() is None and 2000 not in at:
         time.sleep(0.2)
-        step = 0
-        if log.exists() and log.stat().st_size:
-            step = json.loads(log.read_text().splitlines()[-1])["step"]
+        lines = read_lines(log)
+        step = lines[-1]["step"] if lines else 0
         for mark in (200, 2000):
             if step >= mark and mark not in at:
                 call = ["ps", "-o", "rss=", "-g", str(run.pid)]
                 sizes = subprocess.run(call, capture_output=True, text=True).stdout.split()
                 at[mark] = sum(map(int, sizes)) / 1024
-    os.killpg(run.pid, signal.SIGKILL)
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
     what = (f"resident memory with workers: {at.get(200, 0):.0f} MB after 200 steps, "
             f"{at.get(2000, 0):.0f} MB after 2,000")
     return what, 2000 in at and at[2000] <= 1.05 * at[200]
@@ -599,7 +600,10 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
         TUNE, TUNE_SMALL = TUNE.format(**places), TUNE_SMALL.format(**places)
         for name, part in PARTS.items():
             if name in args.only:
-                checks += part(work, args)
+                try:
+                    checks += part(work, args)
+                except Exception as error:                   # the report still names the others
+                    checks.append((f"{name} ended early: {error!r}", False))
                 minutes = (time.time() - began) / 60
                 print(f"{name}: {minutes:.1f} minutes since the start", flush=True)
         if MISTAKES in args.only:
@@ -627,7 +631,7 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
 FLAGS = {
     "what is done": {
         "kills": (20, COUNT, "how many SIGKILLs at random moments"),
-        "seed": (0, number(int, 0), "of the moments"),
+        "seed": (0, number(int, 0), "seed of the random moments"),
     },
     "where it goes": {
         "out": ("runs/faults", path("DIR"), "faults.md in this folder is replaced"),

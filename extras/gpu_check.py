@@ -47,13 +47,15 @@ from data import (CropAndFlip, ImageDataset, ResumableBatchSampler, list_images,
                   normalise, open_images, read_image, usable_cores)
 from engine.checkpointer import Snapshot
 from engine.command import Distributed, Failed, command_line
+from engine.files import read_lines
 from engine.flags import COUNT, Parser, defaults, path
 from engine.progress import RunningMeans
 from engine.shapes import Shapes
 from extras.bench import bare_step, endless, prepared
+from extras.inside import open_residual_branches
 from extras.output import check_folder, free_name
 from loss import a2mim_loss
-from masking import random_mask
+from masking import random_mask, resize_mask
 from model import A2MIM, build_encoder, get_family
 
 # ---- the report ----
@@ -109,20 +111,12 @@ def loss_and_gradient(model: A2MIM, images: Tensor, mask: Tensor, device: torch.
     torch.manual_seed(0)
     with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         pred = model(images, mask)
-    hidden = pretrain.resize_mask(mask, images.shape[-2:])
+    hidden = resize_mask(mask, images.shape[-2:])
     loss, _ = a2mim_loss(pred, images, hidden, spectrum="image", focal_pixels=focal)
     scale = 1024                                             # fp16 needs it
     (scale * loss).backward()
     parts = [p.grad.flatten().cpu().double() for p in model.parameters()]
     return loss.item(), torch.cat(parts) / scale
-
-
-def show_residual_branches(model: nn.Module) -> None:
-    """BatchNorm weights that start at 0 would hide whole branches from the comparison."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            hidden = module.weight.eq(0).all()
-            nn.init.constant_(module.weight, 0.2 if hidden else 1.0)
 
 
 def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None:
@@ -138,7 +132,7 @@ def closeness(args: SimpleNamespace, world: Distributed, report: Report) -> None
         asked = pretrain.asked_for(pretrain.parse(["--data", "shapes", "--arch", arch]))
         encoder = build_encoder(arch, (side, side), 0.0)     # the two devices draw other depths
         model = A2MIM(encoder, side, token=asked["token"], fill=asked["fill"])
-        show_residual_branches(model)
+        open_residual_branches(model, 0.2)                   # else they would not be compared
         images, mask = torch.randn(count, 3, side, side), random_mask(count, model.grid)
         given = (images, mask)
         focal = asked["focal_pixels"]
@@ -262,7 +256,7 @@ def speed(args: SimpleNamespace, world: Distributed, report: Report) -> None:
             continue
         memory = torch.cuda.max_memory_allocated() / 2**30 if world.on_cuda else 0
         is_fast = found >= least * bare or not world.on_cuda
-        needless = [line for line in waits if not line.startswith(may_wait or ("-",))]
+        needless = [line for line in waits if not line.startswith(may_wait)]
         report.fact(name, is_fast and not needless,
                     f"{found:.0f} images/s = {found / bare:.2f} of the bare backbone, "
                     f"{memory:.1f} GiB, {launches} launches, waits {waits}")
@@ -340,10 +334,7 @@ def last_line(said: str) -> str:
 
 def losses(folder: Path) -> dict[int, float]:
     """step -> loss, of log.jsonl; {} if there is none."""
-    file = folder / "log.jsonl"
-    if not file.exists():
-        return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = read_lines(folder / "log.jsonl")
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 

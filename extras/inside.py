@@ -83,12 +83,12 @@ def load(file: str, args: SimpleNamespace, size: tuple[int, int], world: Distrib
     return model.to(world.device).to(memory_format=memory_format)
 
 
-def open_residual_branches(net: nn.Module) -> None:
+def open_residual_branches(net: nn.Module, value: float = 1.0) -> None:
     """For random features: training starts the blocks of a ResNet with a last BatchNorm of 0, so
-    that only their shortcuts compute. Sets it to 1."""
+    that only their shortcuts compute. Sets it to `value`."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, value)
 
 
 def gather(rows: list[Tensor], count: int, world: Distributed) -> Tensor:

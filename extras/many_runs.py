@@ -112,7 +112,7 @@ def make_run(run: Run, out: Path) -> str | None:
         resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
         stale = ["result.json"]                              # of a start that was cut short
         if not resume:
-            stale.append("log.jsonl")
+            stale += ["log.jsonl", "best.pt", "backbone.pt"]
         for name in stale:
             (part / name).unlink(missing_ok=True)
         with open(printed, "a") as file, contextlib.redirect_stderr(file):

@@ -91,7 +91,7 @@ def region_pool(names: list[str], strides: tuple[int, ...], side: int,
                 canonical: int) -> MultiScaleRoIAlign:
     """RoIAlign to side x side from the maps of these names and strides.
 
-    A region of `canonical` px is taken from the map of stride 16. torchvision would infer the
+    A region of `canonical` px is taken from the third map (stride 16). torchvision would infer the
     strides from the first image. It would be wrong if much of a side is padding: 65 px are padded
     to 96."""
     pool = MultiScaleRoIAlign(names, side, 2, canonical_scale=canonical)
@@ -129,7 +129,7 @@ def detector(encoder: Encoder, classes: int, args: SimpleNamespace, world: Distr
         names, strides = ["0", "1", "2", "3"], (4, 8, 16, 32)
         if get_family(args.arch).name == "vit":
             p = args.patch_size
-            if p < 4 or p & (p - 1):
+            if p not in (4, 8, 16, 32):
                 raise ValueError(f"--patch-size {p}: a detector needs patches of 4, 8, 16 or 32 px")
             strides = (p // 4, p // 2, p, 2 * p)
         box_side, mask_side = 7, 14                          # of a region

@@ -557,8 +557,10 @@ class ScaleCropFlip:
         H, W = self.size
         share = self.low + (self.high - self.low) * float(torch.rand(()))
         image = fitted(pair[0], min(H, W) * share)
-        # by the centres of pixels, as the image. NEAREST would shift the labels up and left
-        labels = tvf.resize(pair[1], image.shape[-2:], InterpolationMode.NEAREST_EXACT)
+        # By the centres of pixels, as the image. NEAREST would shift the labels up and left, and
+        # older versions of torchvision resize a Mask, though not a Tensor, by it in any case.
+        labels = pair[1].as_subclass(Tensor)
+        labels = tvf.resize(labels[None], image.shape[-2:], InterpolationMode.NEAREST_EXACT)[0]
         h, w = labels.shape
         for _ in range(10):
             y = int(torch.randint(max(0, h - H) + 1, ()))

@@ -27,8 +27,8 @@ class Column:
 
 
 def read_scores(out: Path, column: Column, arm: str) -> dict[int, float]:
-    """Label seed -> score in percent. Runs that are missing, or have no such score, are left
-    out."""
+    """Label seed -> score in percent. Runs that are missing, or have no such score, are left out,
+    and so is an AP of -1, which means that there is no object."""
     scores = {}
     for seed in range(column.seeds):
         file = out / column.folder / f"{arm}-{seed}" / "result.json"
@@ -37,7 +37,7 @@ def read_scores(out: Path, column: Column, arm: str) -> dict[int, float]:
         score = json.loads(file.read_text())
         for key in column.keys:
             score = score.get(key) if isinstance(score, dict) else None
-        if score is not None:
+        if score is not None and score >= 0:
             scores[seed] = 100 * score
     return scores
 

@@ -58,7 +58,8 @@ from extras.pixels import (IGNORED, ScaleCropFlip, Segmenter, colours_of, has_fe
                            open_pairs, resize, save_labels, whole)
 from model import get_family
 
-# ---- recipes: every value has a flag of the same name; lr is per `lr_batch` images of a step ----
+# ---- recipes: every value but recipe_batch has a flag of the same name; lr is per `lr_batch`
+# images of a step ----
 
 ADE = dict(recipe_batch=16, iterations=160_000, warmup=1500, schedule="poly")  # as released
 SGD = dict(optimizer="sgd", lr=0.01, weight_decay=5e-4, power=0.9, min_lr=1e-4, warmup=0)
@@ -182,7 +183,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     state.model.train()
     batches = checkpointer.timed(state.loader)
     with checkpointer:
-        evaluate_after(plan.start)                           # a checkpoint comes before it
+        evaluate_after(plan.start)                           # if the run stopped just before it
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
                 group["lr"] = rate(step, plan, peak * group["scale"], args)
@@ -320,7 +321,7 @@ def slide(f: Callable, images: Tensor, size: tuple[int, int]) -> Tensor:
     return (total / count)[..., :H, :W]
 
 
-SMALLEST = 32                                                # px: the deepest stride of a backbone
+SMALLEST = 32                                                # px: the largest stride of a backbone
 
 
 def predict(model: Segmenter, images: Tensor, size: tuple[int, int], args: SimpleNamespace,
@@ -529,13 +530,13 @@ FLAGS = {
         "image_size": (512, SIDES, "side of the square crop, or its height and width; the shorter "
                        "one is the shorter side in tests"),
         "scale_min": (0.5, number(float, 0.05, 10),
-                      "least shorter side before the crop, times that of --image-size"),
-        "scale_max": (2.0, number(float, 0.05, 10), "most"),
+                      "smallest shorter side before the crop, as a multiple of --image-size's"),
+        "scale_max": (2.0, number(float, 0.05, 10), "the largest"),
         "same_class": (0.75, FRACTION,
                        "a crop with a larger share of one class is drawn again"),
         "distort": (True, bool, "change brightness, contrast, saturation and hue"),
         "zero_is_other": (None, bool,
-                          "class 0 is not asked for, the others count from 1; yes for ADE20K"),
+                          "label 0 is no class, and the classes count from 1; yes for ADE20K"),
         **DATA_FLAGS},
     "model": {
         **finetune.FLAGS["model"],
@@ -580,7 +581,7 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     start, demo = {}, not {"data", "eval_only"} & set(given)
     if demo:
         start = dict(data="shapes", arch="resnet18")
-        if not {"weights", "init"} & set(given):
+        if not {"weights", "init", "arch"} & set(given):
             start |= dict(weights=str(DEMO)) if DEMO.exists() else dict(init="scratch")
     weights = given.get("weights", start.get("weights"))
     names = ["arch", "patch_size", "window", "stem"]         # as pre-trained; to evaluate, all

@@ -52,8 +52,7 @@ def shrink_file(name: str, folder: str, out: str, side: int, quality: int) -> tu
     'unreadable'  no image, or a damaged one
     'unwritable'  the disk is full, for example"""
     source = os.path.join(folder, name)
-    is_jpeg = name.lower().endswith((".jpg", ".jpeg"))
-    shrunk = os.path.join(out, name if is_jpeg else f"{name}.jpg")
+    shrunk = os.path.join(out, shrunk_name(name))
     copied = os.path.join(out, name)
     if is_whole(shrunk) or is_whole(copied):
         return "there", ""
@@ -69,6 +68,12 @@ def shrink_file(name: str, folder: str, out: str, side: int, quality: int) -> tu
         return "shrunk", ""
     except OSError as error:
         return "unwritable", reason(error)
+
+
+def shrunk_name(name: str) -> str:
+    """a.jpg stays a.jpg, and a.png becomes a.png.jpg."""
+    is_jpeg = name.lower().endswith((".jpg", ".jpeg"))
+    return name if is_jpeg else f"{name}.jpg"
 
 
 def is_whole(file: str) -> bool:
@@ -121,6 +126,7 @@ def shrink(args: SimpleNamespace, world: Distributed) -> None:
     if not names:
         raise ValueError(f"{printable(args.folder)}: no images below it; expected JPEG, PNG, WebP "
                          f"or BMP files")
+    check_names(names)
     work = partial(shrink_file, folder=str(folder), out=str(out), side=args.side,
                    quality=args.quality)
     counts = dict.fromkeys(("shrunk", "copied", "there", "unreadable"), 0)
@@ -161,6 +167,15 @@ def check(folder: Path, out: Path) -> None:
     except OSError as error:
         raise ValueError(f"{shown}: cannot be written ({error.strerror}); choose another "
                          f"folder") from None
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError if two images would have the same name: a.png becomes a.png.jpg."""
+    own = {*names}
+    for name in names:
+        if shrunk_name(name) != name and shrunk_name(name) in own:
+            raise ValueError(f"{printable(name)}: would become {printable(shrunk_name(name))}, "
+                             f"which is there; rename one of them")
 
 
 def tell(counts: dict[str, int], unreadable: list[str], out: Path) -> None:

@@ -177,6 +177,8 @@ def test_scores_of_the_last_epoch_are_read_and_missing_ones_are_left_out(tmp_pat
     assert scores.read_scores(tmp_path, column, "simmim") == {}
     column = Column("few", "few", ("mask", "AP"), 5)         # a set without outlines
     assert scores.read_scores(tmp_path, column, "a2mim") == {}
+    (tmp_path / "few" / "a2mim-2" / "result.json").write_text('{"mask": {"AP": -1.0}}')
+    assert scores.read_scores(tmp_path, column, "a2mim") == {}               # no object to find
 
 
 # ---- what is planned ----
@@ -528,6 +530,21 @@ def test_a_run_that_was_stopped_is_continued_and_equals_one_that_was_not(classes
     assert many_runs.make_run(run, out) is None
     assert made == [0, 1, 2, 3]                              # no step twice
     assert read_log(out / run.name) == read_log(tmp_path / "whole" / run.name)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_made_again(classes, tmp_path):
+    run = runs_of("--data", str(classes), *NET, "--pretrain-epochs", "4")["pretrained/a2mim-0"]
+    part = tmp_path / f"{run.name}.part"
+    part.mkdir(parents=True)
+    for name in ("log.jsonl", "backbone.pt", "best.pt"):
+        (part / name).touch()
+    assert many_runs.make_run(run, tmp_path) is None
+
+
+def test_a_folder_with_the_name_of_a_set_is_a_folder():
+    assert compare.folder_or_name("shapes") == "shapes"
+    assert compare.folder_or_name("shapes/") == compare.folder_or_name("./shapes") == "./shapes"
+    assert compare.folder_or_name("set/") == compare.folder_or_name("./set") == "set"
 
 
 def test_a_run_waits_for_the_one_it_needs_and_a_failure_holds_up_no_other(tmp_path, monkeypatch,

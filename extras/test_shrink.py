@@ -121,12 +121,17 @@ def test_side_and_quality_are_the_flags(photos, tmp_path, capsys):
     ("{photos} {photos}/notes.txt/x", "lies inside"),
     ("{photos} {empty}/file/x", "cannot be written"),
     ("{photos} {out} --side 0", "--side: 0: must be an integer from 1"),
+    ("{twice} {out}", "a.png: would become a.png.jpg, which is there"),
 ])
 def test_a_mistake_gets_one_line(words, expected, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     if "file" in words:
         (tmp_path / "empty" / "file").write_text("")
-    places = dict(photos=photos, out=tmp_path / "out", empty=tmp_path / "empty")
+    (tmp_path / "twice").mkdir()
+    for name in ("a.png", "a.png.jpg"):
+        (tmp_path / "twice" / name).touch()
+    places = dict(photos=photos, out=tmp_path / "out", empty=tmp_path / "empty",
+                  twice=tmp_path / "twice")
     code, _, said = run(capsys, *words.format(**places).split())
     assert code == 2 and expected in said and said.count("\n") == 1 and "Traceback" not in said
 
