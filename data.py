@@ -62,8 +62,8 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
 
     data      a folder (see Folder) or one of NAMED
     split     'train', 'val', 'all', or another folder below `data`, such as 'test'
-    labelled  a folder then needs two classes. One without train/ and val/ is split: every fifth
-              image of a class is held out
+    labelled  a folder then needs at least two class folders. If it has no train/ and val/, 'val'
+              is every fifth image of a class, and 'train' the others
     crop_min  smallest area of a crop. Large JPEG files are then decoded at a reduced size, at
               which the smallest crop still has twice image_size
 
@@ -80,7 +80,7 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
         return source
     check_classes(source, data)
     if split not in ("train", "val") or source.root != Path(data):
-        return source                                        # all of it, or as the folders split it
+        return source                                        # 'all', or a folder below data
     held_out = np.zeros(len(source), bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
@@ -89,27 +89,31 @@ def open_images(data: str, split: str, image_size: tuple[int, int],
 
 
 class Folder:
-    """The images below `root`: cut as ImageNet is (train/, val/), in class folders, or unsorted.
+    """The images below `root`: in ImageNet's layout (train/, val/), in class folders, or unsorted.
 
-    For `split` 'train' and 'val' root/<split> is read. Without train/, all of root is read, as for
-    'all', unless val/ is there and asked for. Another split must be there. `labels` are the indices
-    of the first-level folders in sorted order ('all': of those inside train/ and val/); a flat
-    folder is one class. min_side: see read_image.
-    Raises ValueError if there is no image."""
+    split  'all'    all of root
+           'train'  root/train if it is there, otherwise all of root
+           'val'    root/val if it is there, otherwise all of root unless there is a root/train
+           another  root/<split>
+
+    `labels` are the indices of the first-level folders in sorted order ('all': of the folders
+    inside train/ and val/); a flat folder is one class. min_side: see read_image. Raises ValueError
+    if the split is not there, or holds no image."""
 
     def __init__(self, root: Path, split: str, min_side: int | None = None):
         shown = printable(str(root))
         if not root.is_dir():
             raise ValueError(f"--data {shown}: no such folder; give a folder of images or one of "
                              f"{', '.join(NAMED)}")
-        is_split = split_folder(root, "train") is not None
-        inside = split_folder(root, split) if split != "all" else None
-        if inside is not None:
-            root, is_split = inside, False
-        elif split == "val" and is_split or split not in ("train", "val", "all"):
-            there = "train/ but no" if is_split else "no"
+        has_train = split_folder(root, "train") is not None
+        folder = split_folder(root, split) if split != "all" else None
+        needs_folder = split not in ("train", "val", "all") or (split == "val" and has_train)
+        if folder is None and needs_folder:
+            there = "train/ but no" if has_train else "no"
             raise ValueError(f"--data {shown}: has {there} {split}/; expected "
                              f"{shown}/{split}/<class>/*.jpg")
+        below_splits = has_train and folder is None          # names begin with train/ or val/
+        root = folder or root
         names = list_images(root)
         if not names:
             raise ValueError(f"--data {printable(str(root))}: no images below it; expected files "
@@ -117,7 +121,7 @@ class Folder:
         folders = []                                         # of the class of each image
         for name in names:
             parts = name.split(os.sep)[:-1]
-            if is_split:                                     # without train/ or val/
+            if below_splits:
                 parts = parts[1:]
             folders.append(parts[0] if parts else "")
         classes = sorted(set(folders))
@@ -171,8 +175,8 @@ class Subset:
 def list_images(root: Path) -> list[str]:
     """Every image file below `root`, sorted, relative to it.
 
-    Links are followed, a loop of links once. If there are image files of other kinds, such as
-    TIFF, their number is printed once."""
+    Links are followed. A folder that is reached twice, such as by a loop of links, is read once. If
+    there are image files of other kinds, such as TIFF, their number is printed once."""
     def tell(error: OSError) -> None:
         print_once(f"{printable(str(error.filename))}: cannot be read ({error.strerror}); its "
                    f"images are left out")
@@ -249,8 +253,9 @@ def check_outside(out: str, source) -> None:
 def hold_out(source, asked: dict):
     """For pre-training: (images to train on, held-out images, or None if --val is 0).
 
-    16 to 2,000 images are held out, but at most a quarter of a small set. They are of val/ if it is
-    there, and otherwise chosen by the seed. asked: the settings of the run, as a dict."""
+    16 to 2,000 images are held out, but at most a quarter of a small set. They are taken from val/
+    if train/ and val/ are there, and otherwise out of the training images. The seed chooses them.
+    asked: the settings of the run, as a dict."""
     data, val, seed = asked["data"], asked["val"], asked["seed"]
     count = 0
     if val:
@@ -259,12 +264,12 @@ def hold_out(source, asked: dict):
         return source, None
     has_val = data in NAMED or all(
         split_folder(Path(data), split) for split in ("train", "val"))
-    others = source
+    pool = source                                            # to take them from
     if has_val:
-        others = open_images(data, "val", height_width(asked["image_size"]), asked["data_root"],
-                             crop_min=asked["crop_min"])
-    order = np.random.default_rng((seed, len(others))).permutation(len(others))
-    held_out = Subset(others, np.sort(order[:count]))
+        pool = open_images(data, "val", height_width(asked["image_size"]), asked["data_root"],
+                           crop_min=asked["crop_min"])
+    order = np.random.default_rng((seed, len(pool))).permutation(len(pool))
+    held_out = Subset(pool, np.sort(order[:count]))
     if has_val:
         return source, held_out
     return Subset(source, np.sort(order[count:])), held_out
@@ -306,9 +311,9 @@ def read_image(path: str, min_side: int | None = None) -> Tensor:
     Gray, palette, CMYK and alpha are converted. Images of more than 8 bits per channel are refused,
     because the file does not say which value is white: 65535, or the 4095 of a 12-bit camera?
 
-    min_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if the shorter one keeps so many
-    pixels. Raises OSError, in one line, for a file that cannot be opened, that holds no image or a
-    damaged one, or one of more than MAX_PIXELS."""
+    min_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side still has at
+    least so many pixels. Raises OSError, in one line, for a file that cannot be opened, that holds
+    no image or a damaged one, or one of more than MAX_PIXELS."""
     if not stat.S_ISREG(os.stat(path).st_mode):              # a pipe would be waited for
         raise OSError("not a regular file")
     content = np.fromfile(path, np.uint8)

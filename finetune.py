@@ -1,7 +1,8 @@
 """Fine-tuning: what pre-trained weights bring on a labelled set. Also probes and features.
 
     python finetune.py --weights runs/shapes-resnet18/backbone.pt --data shapes --labels 0.05
-    torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --data IMAGENET --recipe rsb_a2
+    torchrun --nproc_per_node=8 finetune.py --weights backbone.pt --arch resnet50 \
+        --data /path/to/imagenet --recipe rsb_a2
 
 In the order of this file: the recipes, one training step, the loop, the evaluation, the set-up,
 the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the
@@ -159,8 +160,8 @@ def mix_batch(images: Tensor, labels: Tensor, classes: int, mixup: float,
               cutmix: float) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W), (B,) -> mixed images, targets (B, classes) = lam onehot(a) + (1-lam) onehot(b).
 
-    With both alphas: mixup or cutmix with even odds per batch. cutmix's lam is the share of the
-    area that was pasted."""
+    a is the image's own class, b the class of the image that is mixed in. cutmix's lam is the share
+    of the area that is kept. With both alphas: mixup or cutmix with even odds per batch."""
     choices = []
     for mix, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)):
         if alpha:
@@ -239,7 +240,7 @@ def train(typed: dict, world: Distributed) -> None:
     batches = checkpointer.timed(state.loader)
     state.model.train()
     with checkpointer:
-        # a checkpoint is written before the evaluation of its step
+        # the run may have stopped after the checkpoint of a step and before its evaluation
         result = evaluate_epoch(plan.start, settings, world, state, best, checkpointer)
         for step in checkpointer.steps():
             for group in state.optimizer.param_groups:
@@ -371,11 +372,11 @@ def neighbours(model: Classifier, settings: Settings, world: Distributed, state:
         values, index = (some @ bank.T).topk(min(k, len(bank)))              # (256, k)
         near.append(torch.stack([values, bank_labels[index].float()]))
     near = torch.cat(near, dim=1)                            # (2, N, k)
-    values, votes_for = world.all_gather(near, dim=2)        # (N, k * processes) each
+    values, label_of = world.all_gather(near, dim=2)         # (N, k * processes) each
     values, index = values.topk(min(k, values.shape[1]))
     votes = torch.zeros(len(queries), classes, device=world.device)
-    classes_of = votes_for.gather(1, index).long()
-    votes.scatter_add_(1, classes_of, (values / temperature).exp())
+    voted = label_of.gather(1, index).long()                 # (N, k), the neighbours' classes
+    votes.scatter_add_(1, voted, (values / temperature).exp())
     mine = slice(world.rank, None, world.size)               # each process reports a part
     return score(votes.topk(min(5, classes)).indices[mine], labels[mine], classes, world)
 
@@ -448,13 +449,19 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     encoder = build_encoder(settings.arch, size if is_training(settings) else test_size,
                             settings.drop_path, settings.patch_size, settings.window,
                             settings.stem)
-    for side in {size, test_size} if is_training(settings) else {test_size}:
-        encoder.shapes(side)                                 # raises if it is too small
+    sizes = {size, test_size} if is_training(settings) else {test_size}
+    for height_and_width in sizes:
+        encoder.shapes(height_and_width)                     # raises if it is too small
     if settings.grad_checkpoint:
         encoder.checkpoint_gradients()
     if settings.eval_only:
         check_classes(source.classes, settings.weights, settings.data)
     model = Classifier(settings.arch, encoder, len(source.classes), settings.frozen)
+    layers = [module for module in model.head.modules() if isinstance(module, nn.Linear)]
+    if settings.recipe == "linear" and len(layers) > 1:
+        raise ValueError(f"--recipe linear: the head of {settings.arch} has {len(layers)} linear "
+                         f"layers, so the probe would not be linear; use --recipe knn, or an "
+                         f"--arch whose head is one layer")
     head = set()                                             # the names of a loaded head
     if settings.eval_only:
         head = load_head(model, settings.weights)
@@ -645,6 +652,9 @@ def parse(argv: list[str] | None) -> dict:
     if "eval_only" in typed and typed.get("recipe") in ("knn", "features"):
         raise ValueError(f"--recipe {typed['recipe']}: trains nothing in any case; leave "
                          f"--eval-only out")
+    if "labels" in typed and "eval_only" in typed:
+        raise ValueError("--labels: chooses the images to train on, and --eval-only trains "
+                         "nothing; leave one of them out")
     if "split_val" in typed and "eval_only" not in typed:
         raise ValueError("--split-val: chooses what --eval-only evaluates; add --eval-only")
     if asked_for(typed)["arch"] is None:

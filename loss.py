@@ -72,7 +72,8 @@ def fourier_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, stand_in: str =
     w = log(1 + |D|) / max log(1 + |D|) has no gradient and lies in [0, 1].
 
     stand_in        at visible pixels, see `residual`
-    visible_weight  share of the gradient that visible pixels keep: 1e-3 (ResNet), 0 (the others)
+    visible_weight  share of the gradient that visible pixels keep: 1e-3 in the released ResNet
+                    configs, 0 in the others
     spectrum        'batch' (default, as released): p - image is averaged over the images of this
                     forward pass, then there is one D per channel, and one maximum over all
                     channels. Errors that differ between images cancel. 'image' (the paper): one D
@@ -107,7 +108,7 @@ def a2mim_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, fourier_weight: f
     """L_spatial + fourier_weight * L_fourier, and both as {'spatial', 'fourier'}, detached.
 
     The target is the true image. The defaults are the released ResNet-50 configuration. With
-    fourier_weight 0 (ConvNeXt, SimMIM) no FFT is computed, and there is no 'fourier'."""
+    fourier_weight 0, as for ConvNeXt and SimMIM, no FFT is computed, and there is no 'fourier'."""
     total = spatial_loss(pred, image, hidden, focal_pixels)
     parts = {"spatial": total.detach()}
     if fourier_weight:
@@ -121,21 +122,21 @@ def a2mim_loss(pred: Tensor, image: Tensor, hidden: Tensor, *, fourier_weight: f
 # ---- what a loss on held-out images says ----
 
 def skill(loss: float, mean_colour: float, blur: float,
-          error: float = 0.0) -> tuple[str, bool]:
+          standard_error: float = 0.0) -> tuple[str, bool]:
     """Compares the pixel loss of the model on held-out images with two baselines.
 
-    mean_colour  the pixel loss if hidden patches are filled with the image's mean colour
-    blur         the pixel loss if they are filled with a blur of the visible pixels
-    error        the standard error of (loss - blur); less than twice that counts as equal
+    mean_colour     the pixel loss if hidden patches are filled with the image's mean colour
+    blur            the pixel loss if they are filled with a blur of the visible pixels
+    standard_error  of (loss - blur); a difference of less than twice that counts as equal
 
     Returns a sentence, and whether the model is better than the blur."""
     of_mean = loss / max(mean_colour, 1e-9)
     of_blur = loss / max(blur, 1e-9)
-    margin = 2 * error / max(blur, 1e-9)
+    margin = 2 * standard_error / max(blur, 1e-9)
     is_better = False
     if not of_mean <= 0.95:                                  # a loss of NaN, too
-        verdict = "no better than the mean colour: it has learned nothing yet"
-    elif abs(loss - blur) <= 2 * error:
+        verdict = "not clearly better than the mean colour: it has learned nothing yet"
+    elif abs(loss - blur) <= 2 * standard_error:
         verdict = "level with a blur"
     elif of_blur > 1:
         verdict = "worse than a blur: it does not reconstruct objects yet"

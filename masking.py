@@ -60,9 +60,9 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6,
 
     `generator` must be on `device`. Raises ValueError as `hidden_count` does."""
     units = grid[0] * grid[1]
-    hidden = hidden_count(units, ratio)
+    count = hidden_count(units, ratio)
     noise = torch.rand(batch, units, device=device, generator=generator)
-    chosen = noise.topk(hidden, dim=1).indices               # (B, hidden), a uniform subset
+    chosen = noise.topk(count, dim=1).indices                # (B, count), a uniform subset
     mask = torch.zeros(batch, units, dtype=torch.bool, device=device)
     return mask.scatter_(1, chosen, True).view(batch, *grid)
 
@@ -70,8 +70,8 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float = 0.6,
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, gh, gw) -> (B, 1, h, w) by nearest neighbour: to the pixels, or to a feature map.
 
-    If the target is no multiple of the mask, what lies on two units goes to the nearest. Raises
-    ValueError if the target is coarser than the mask."""
+    If h, w are no multiples of gh, gw, each place takes the unit nearest to it. Raises ValueError
+    if the target is coarser than the mask."""
     gh, gw = mask.shape[-2:]
     h, w = size
     if h < gh or w < gw:
@@ -135,7 +135,7 @@ def expand_mask(mask: Tensor, features: Tensor, layout: str = "nchw") -> Tensor:
     layout 'nchw': (B, C, h, w) -> (B, 1, h, w)
     layout 'nhwc': (B, h, w, C) -> (B, h, w, 1), Swin
     a sequence:    (B, N, C) -> (B, N, 1). N is the number of patches, gh gw s^2 for s patches
-                   across a mask unit, plus 1 if a class token stands first. It is never hidden
+                   across a mask unit, plus 1 for a class token, which is never hidden
 
     Raises ValueError if the features do not fit the mask."""
     if features.dim() == 4:

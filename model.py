@@ -115,19 +115,19 @@ class A2MIM(nn.Module):
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For pictures, in eval mode: (the filled input, the reconstruction, the image with hidden
         patches replaced). Raises ValueError if the model was trained for another target."""
-        def same_colours():                                  # in both calls, for the fill 'random'
+        def new_generator():                                 # the fill 'random': twice the same
             return torch.Generator(images.device).manual_seed(0)
 
         training = self.training
         self.eval()
         # forward, because self(...) may be compiled for another batch size
-        reconstruction = self.forward(images, mask, same_colours()).float()
+        reconstruction = self.forward(images, mask, new_generator()).float()
         self.train(training)
         if reconstruction.shape != images.shape:
             raise ValueError(f"this model reconstructs maps {tuple(reconstruction.shape[1:])}, and "
                              f"no image {tuple(images.shape[1:])}")
         pasted = torch.where(resize_mask(mask, self.image_size), reconstruction, images)
-        seen = fill_hidden(images, mask, self.fill, same_colours())
+        seen = fill_hidden(images, mask, self.fill, new_generator())
         return seen, reconstruction, pasted
 
 
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
         return shapes
 
 
-FEW_UNITS = 9                                                # fewer teach little
+FEW_UNITS = 9                                                # with fewer, a run learns little
 
 
 def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], unit: int = 8,
@@ -271,8 +271,8 @@ def choose_mask_size_and_stage(encoder: Encoder, image_size: tuple[int, int], un
     if encoder.layout != "nchw" or len(shapes[-1]) != 4:     # a Transformer
         return mask_size, encoder.token_stage
     maps = shapes[:-1]                                       # (1, C, h, w) each
-    two_features = [2 * H // shape[2] for shape in maps]     # in pixels
-    stages = [k for k, width in enumerate(two_features) if width <= mask_size]
+    two_features = [2 * H // shape[2] for shape in maps]     # their side in pixels
+    stages = [k for k, side in enumerate(two_features) if side <= mask_size]
     if not stages:
         raise ValueError(f"mask size {mask_size}: must be at least {min(two_features)} pixels")
     return mask_size, stages[-1]
@@ -337,7 +337,8 @@ class Classifier(nn.Module):
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> what the linear head sees, (B, C)."""
+        """Normalised images (B, 3, H, W) -> mean-pooled features, (B, C): what a linear head
+        sees."""
         z = self.encoder(images)
         if self.family.name == "vit":
             return self.norm(z[:, 1:].mean(1))

@@ -151,7 +151,9 @@ def train_step(step: int, batches, settings: Settings, world: Distributed,
         for name, value in {"loss": loss.detach(), **parts}.items():
             record[name] = record.get(name, 0) + value / settings.accum
 
-    if settings.amp != "fp16":                               # whose gradients overflow now and then
+    # In fp16 a gradient overflows now and then, and GradScaler skips the step. Otherwise a gradient
+    # that is not finite is a fault, which Checkpointer counts.
+    if settings.amp != "fp16":
         record["loss"] = nan_unless_finite(record["loss"], model)
     if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
@@ -169,8 +171,8 @@ def train(typed: dict, world: Distributed) -> None:
     """The whole run, from the flags that were typed.
 
     Raises ValueError for a mistake, before it starts; Failed and Stopped as Checkpointer does."""
-    settings, checkpoint, source, others = start(typed, world)
-    state, held, previews = prepare(settings, world, checkpoint, source, others)
+    settings, checkpoint, source, held_out = start(typed, world)
+    state, held, previews = prepare(settings, world, checkpoint, source, held_out)
     model, plan = state.model, state.plan
     # Any object with state_dict and load_state_dict in `saved` is saved and resumed exactly.
     saved = dict(model=model, optimizer=state.optimizer, scaler=state.scaler,
@@ -214,21 +216,21 @@ UNTRAINED = "visible patches carry practically no loss: their reconstruction is 
 class HeldOut:
     """Images that are not trained on, with their masks: n of them in this process, `count` in all.
 
-    mean_colour, blur  the loss of two baselines that learn nothing, (count,). None if the target
-                       has another shape than the image
-    first              the model's loss at the first evaluation since the program was started"""
+    mean_colour, blur  the loss of two baselines that learn nothing, one number for each image that
+                       can be read. None if the target has another shape than the image
+    first_loss         the model's at the first evaluation since the program was started"""
     images: Tensor                                           # (n, 3, H, W), uint8
     masks: Tensor                                            # (n, gh, gw), always the same
     count: int
     mean_colour: Tensor | None = None
     blur: Tensor | None = None
-    first: float | None = None
+    first_loss: float | None = None
 
 
 @torch.no_grad()
 def held_out_loss(reconstruct, held: HeldOut, settings: Settings, world: Distributed,
                   model: A2MIM) -> Tensor:
-    """The pixel loss of reconstruct(images, mask) on each held-out image: (count,), on the CPU.
+    """The pixel loss of reconstruct(images, mask) on each held-out image: a vector on the CPU.
 
     All processes take part. Each gets the losses of all images, always in the same order."""
     losses = []
@@ -270,14 +272,15 @@ def evaluate(done: int, settings: Settings, world: Distributed, state: TrainStat
     losses = held_out_loss(state.model.forward, held, settings, world, state.model)
     state.model.train()
     loss = losses.mean().item()
-    if held.first is None:
-        held.first = loss
     if held.blur is None:
         checkpointer.note(held_out=loss)
+        before = held.first_loss
+        held.first_loss = loss if before is None else before
         if is_last:
-            world.print0(f"loss of {len(losses)} held-out images: {held.first:.4f} -> {loss:.4f} "
+            change = "" if before is None else f"{before:.4f} -> "
+            world.print0(f"loss of {len(losses)} held-out images: {change}{loss:.4f} "
                          f"(no baselines for this target)\n"
-                         f"{next_step(loss < held.first, settings)}")
+                         f"{next_step(before is None or loss < before, settings)}")
         return
     mean_colour, blur = held.mean_colour.mean().item(), held.blur.mean().item()
     checkpointer.note(held_out=loss, mean_colour=mean_colour, blur=blur)
@@ -311,6 +314,8 @@ def save_reconstructions(done: int, settings: Settings, world: Distributed, stat
     """--sheets times in a run, a picture of the same images under the same masks."""
     gaps = max(1, settings.sheets - 1)
     steps = {round(i / gaps * state.plan.total) for i in range(settings.sheets)}
+    if settings.sheets == 1:
+        steps = {state.plan.total}
     if world.rank or previews is None or done not in steps:
         return
     model = state.model
@@ -337,9 +342,11 @@ def start(typed: dict, world: Distributed) -> tuple:
     asked = asked_for(typed)
     name = f"{Path(asked['data']).resolve().name}-{asked['arch']}"
     name += f"-{asked['baseline']}" if asked["baseline"] else ""
+    name += "-quick" if asked["quick"] else ""
     out, checkpoint = open_run(typed, world, "pretrain.py", name, FLAGS)
     if checkpoint:
         asked = resumed({**DEFAULTS, **DEFAULTS_OF_OLD_RUNS}, checkpoint["args"], typed)
+        check_parameter_groups(asked, checkpoint["args"])
     elif "data" not in typed and not asked["quick"]:
         world.print0("no --data given: running the demo on drawn shapes; the released run is\n"
                      "  torchrun --nproc_per_node=8 pretrain.py --data /path/to/imagenet")
@@ -347,13 +354,25 @@ def start(typed: dict, world: Distributed) -> tuple:
 
     if asked["download"]:                                    # one process fetches for all
         world.broadcast_from_rank0(lambda: len(open_source(asked, download=True)))
-    source, others = hold_out(open_source(asked), asked)
+    source, held_out = hold_out(open_source(asked), asked)
     check_outside(out, source)
-    check_outside(out, others)
+    check_outside(out, held_out)
     settings = resolve(asked, len(source), world, is_resumed=checkpoint is not None)
     if settings.crop_min != asked["crop_min"]:               # large files are decoded to fit it
-        source, others = hold_out(open_source(vars(settings)), vars(settings))
-    return settings, checkpoint, source, others
+        source, held_out = hold_out(open_source(vars(settings)), vars(settings))
+    return settings, checkpoint, source, held_out
+
+
+def check_parameter_groups(asked: dict, before: dict) -> None:
+    """Raises ValueError if a resumed run would have other parameter groups than it began with.
+
+    Parameters with the same weight decay and the same factor on the lr form one group."""
+    special = (("token_lr", "--token-lr", 1.0), ("weight_decay", "--weight-decay", 0.0))
+    for name, flag, value in special:
+        if (asked[name] == value) != (before[name] == value):
+            raise ValueError(f"{flag} {asked[name]:g}: the run began with {before[name]:g}, and a "
+                             f"change from or to {value:g} would change the optimiser's parameter "
+                             f"groups; leave {flag} out, or begin a new run")
 
 
 def open_source(asked: dict, download: bool = False):
@@ -362,7 +381,7 @@ def open_source(asked: dict, download: bool = False):
                        asked["data_root"], download, crop_min=asked["crop_min"])
 
 
-def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, source, others
+def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, source, held_out
             ) -> tuple[TrainState, HeldOut | None, Tensor | None]:
     """Model, optimiser and loader; held-out images; six images for pictures, (6, 3, H, W).
 
@@ -409,12 +428,12 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
     unreadable = UnreadableImages(source, settings.max_bad, settings.out)
     state = TrainState(plan, loader, model, net, optimizer, scaler, memory_format, unreadable)
 
-    centred = ImageDataset(others or source, eval_transform(size), settings.seed)
+    centred = ImageDataset(held_out or source, eval_transform(size), settings.seed)
     previews = torch.stack([centred[0, i * len(centred) // 6][0] for i in range(6)])
     previews = normalise(previews, world.device)
     target = target_of_previews(previews, model)
     held = None
-    if others:
+    if held_out:
         has_baselines = target.shape == previews.shape
         held = read_held_out(centred, settings, world, model, has_baselines)
     # other targets and four channels are no pictures
@@ -471,7 +490,11 @@ def check_tiling(model: A2MIM, settings: Settings) -> None:
     These nets halve the image again and again, and round: 240 px become 8 features in a ResNet, as
     256 px do. A square of 30 px of the decoder would then not lie where its feature looks."""
     is_power_of_2 = math.log2(model.stride).is_integer()
-    if get_family(settings.arch).name in ("resnet", "convnext", "swin") and not is_power_of_2:
+    kind = get_family(settings.arch).name
+    halves = kind in ("resnet", "convnext", "swin", "torchvision")
+    if settings.arch.startswith("squeezenet"):               # not padded: it has no fixed stride
+        halves = False
+    if halves and not is_power_of_2:
         stride = 8 if settings.stem == "small" else 32
         raise ValueError(f"--image-size {format_size(settings.image_size)}: both sides must be "
                          f"multiples of {stride}, the stride of {settings.arch}")
@@ -613,7 +636,8 @@ FLAGS = {
     "run": {
         **RUN_FLAGS,
         "quick": (False, SWITCH, "100 steps on drawn shapes in under a minute, to try a change"),
-        "sheets": (5, number(int, 0, 1000), "pictures over the run, first and last included")},
+        "sheets": (5, number(int, 0, 1000), "pictures over the run, the first step and the last "
+                   "included; 1 = the last")},
 }
 Settings = settings_class(FLAGS)                             # frozen, with a field for each flag
 DEFAULTS = all_defaults("pretrain.py", FLAGS)
@@ -672,13 +696,13 @@ def resolve(asked: dict, images: int, world: Distributed, is_resumed: bool = Fal
     if values["workers"] is None:
         values["workers"] = default_workers(world)
     if not is_resumed:
-        fixed = {*values["typed"]}
+        kept = {*values["typed"], *demo_of(values["typed"])}
         if values["baseline"]:
-            fixed |= {*SIMMIM}
-        fixed |= {*demo_of(values["typed"])}
+            kept |= {*SIMMIM}
         for name, value in chosen_for(values, images).items():
-            if name not in fixed:
+            if name not in kept:
                 values[name] = value
+    # resumed, perhaps with another batch: the peak of the small recipe stays
     elif values["recipe"] == "small" and values["peak_lr"] and "lr" not in values["typed"]:
         values["lr"] = values["peak_lr"] * 512 / values["global_batch"]
     values["warmup_epochs"] = resolve_warmup(values)

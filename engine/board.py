@@ -16,9 +16,9 @@ PLACE = ("step", "epoch", "time")                            # of a log line: no
 class Board:
     """Writes to --out/tensorboard on rank 0. Without --tensorboard every call does nothing.
 
-    start: the step where this start of the run begins. Points after that step, of an earlier start,
-    are hidden, but not if it is step 0. If the disk fails, one line is printed, and nothing more is
-    written.
+    start: the step where this start of the run begins. If it is above 0, TensorBoard hides the
+    later points that an earlier start wrote. If the disk fails, one line is printed, and nothing
+    more is written.
 
     Raises ValueError if the package tensorboard is missing."""
 

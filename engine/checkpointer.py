@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .board import Board
 from .command import Distributed, Failed, Signals, Stopped, explain
 from .description import write_description
-from .files import (all_finite, append_line, check_folder, checkpoints_in, lock_folder,
+from .files import (all_finite, append_line, check_folder, checkpoints_in, cure_of, lock_folder,
                     make_and_lock, peak_memory_mb, printable, read_checkpoint, read_lines,
                     refuse_odd_files, save_atomically, trim_log, write_text_atomically)
 from .flags import accepts, format_size
@@ -88,42 +88,47 @@ def check_settings(checkpoint: dict, program: str, flags: dict) -> None:
                              f"move the file away to start from the beginning")
 
 
-OF_A_RUN = ("log.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "backbone.pt", "best.pt")
-RESULTS = ("result.json", "features.npz")                    # of programs that keep no log
+OF_A_RUN = ("log.jsonl", "checkpoint.pt", "checkpoint-previous.pt")
+RESULTS = ("backbone.pt", "best.pt", "result.json", "features.npz")
 
 
 def choose_folder(out: str | None, name: str, resume: bool) -> str:
-    """--out; by default runs/<name>, numbered if taken, and the newest of them with --resume.
+    """--out; by default `default_folder`. A refused command makes no folder.
 
-    A refused command makes no folder. Raises ValueError if the folder cannot be used."""
-    def numbered(n: int) -> Path:
-        return Path("runs") / (name if n == 1 else f"{name}-{n}")
-    if out is None:
-        taken = [0]
-        for n in range(1, 1000):
-            folder = numbered(n)
-            if folder.is_dir() and any((folder / file).exists() for file in (*OF_A_RUN, *RESULTS)):
-                taken.append(n)
-        newest = max(taken)
-        out = str(numbered(max(newest, 1) if resume else newest + 1))
-
+    Raises ValueError if the folder cannot be used."""
+    out = Path(out or default_folder(name, resume))
     out = Path(os.path.normpath(out))                        # "new/../runs" makes no folder "new"
     check_folder(out)
     if out.is_dir():
         refuse_odd_files(out)
         lock_folder(out)
-    there = [file for file in OF_A_RUN if (out / file).exists()]
-    begun = {*there} - {"backbone.pt", "best.pt"}
-    if there and not begun:
-        raise ValueError(f"--out {out}: holds {there[0]}, and no run that could be resumed; choose "
-                         f"another folder")
-    if begun and not resume:
-        raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
+    results = present(out, RESULTS)
+    if present(out, OF_A_RUN):
+        if not resume:
+            raise ValueError(f"--out {out}: already holds a run; add --resume to continue it, or "
+                             f"choose another folder")
+    elif results:
+        raise ValueError(f"--out {out}: holds {results[0]}, and no run that could be resumed; "
                          f"choose another folder")
-    there = [file for file in RESULTS if (out / file).exists()]
-    if there and not begun:
-        raise ValueError(f"--out {out}: already holds a {there[0]}; choose another folder")
     return str(out)
+
+
+def default_folder(name: str, resume: bool) -> Path:
+    """runs/<name>, with a number if it is taken: the first free one, or the newest with
+    --resume."""
+    def numbered(n: int) -> Path:
+        return Path("runs") / (name if n == 1 else f"{name}-{n}")
+
+    newest = 0
+    for n in range(1, 1000):
+        if present(numbered(n), (*OF_A_RUN, *RESULTS)):
+            newest = n
+    return numbered(max(newest, 1) if resume else newest + 1)
+
+
+def present(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Those of the files that are in the folder."""
+    return [name for name in names if (folder / name).exists()]
 
 
 def make_folder(settings, world: Distributed) -> None:
@@ -238,6 +243,7 @@ class Checkpointer:
         self.last_loss = "none yet"
         self.saved_step = None                               # of the last checkpoint of this start
         self.not_written = {}                                # file -> why its last writing failed
+        self.cures = {}                                      # file -> what to do about it
         # a broken checkpoint.pt must not replace the whole one before it
         self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
         if checkpoint:                                       # older ones have no means
@@ -337,6 +343,7 @@ class Checkpointer:
         except OSError as error:
             self.world.print0(f"step {self.done}: {name} not written ({error})")
             self.not_written[name] = str(error)
+            self.cures[name] = "choose a lower --lr" if str(error) == NOT_FINITE else cure_of(error)
             return False
         self.not_written.pop(name, None)
         return True
@@ -452,7 +459,7 @@ class Checkpointer:
             is_there = path.is_file() and path.stat().st_size > 0
             if name in self.not_written or not is_there:
                 reason = self.not_written.get(name, f"{path} is not there")
-                cure = "choose a lower --lr" if NOT_FINITE in reason else "make room"
+                cure = self.cures.get(name, "put it back")
                 return f"{reason}; {cure}, then go on with --out {self.out} --resume"
         return None
 
@@ -519,7 +526,9 @@ class Checkpointer:
         if not (self.out / "checkpoint.pt").exists():
             return "there is no checkpoint yet"
         reason = self.not_written.get("checkpoint.pt")
-        lost = f"its last steps are lost ({reason}); make room, and " if reason else ""
+        lost = ""
+        if reason:
+            lost = f"its last steps are lost ({reason}); {self.cures['checkpoint.pt']}, and "
         return f"{lost}go on with --out {self.out} --resume"
 
     def describe_not_finite(self, streak: int) -> str:

@@ -28,8 +28,6 @@ def describe(kind: str, settings, classes: list[str], image_size, mean, std,
     image_size  in pixels, one side or (H, W), at which the net was evaluated
     mean, std   of the input in [0, 1], one number per channel
     more        what the kind needs beside: the test crop, or the settings of its head"""
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     backbone = {name: getattr(settings, name) for name in ("arch", "patch_size", "window", "stem")}
     return {"kind": kind, **backbone, "classes": list(classes),
             "image_size": list(height_width(image_size)), "mean": list(mean), "std": list(std),

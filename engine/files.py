@@ -125,7 +125,9 @@ def replace_atomically(path: Path, fix: str = "", keep_previous: bool = False) -
         reason = disk_error(error, path.parent)
         if fix:
             raise OSError(f"{path}: not written ({reason}); {cure_of(error)}, then {fix}") from None
-        raise OSError(f"{path} not written: {reason}") from None
+        failure = OSError(f"{path} not written: {reason}")
+        failure.errno = error.errno                          # for cure_of
+        raise failure from None
     finally:
         with contextlib.suppress(OSError):                   # after an error; else it is renamed
             beside.unlink(missing_ok=True)

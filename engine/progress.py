@@ -190,7 +190,6 @@ class Progress:
         now = time.monotonic()
         steps = sum(count for _, count in self.losses)
         total = sum(mean * count for mean, count in self.losses)
-        loss = total / steps if steps else math.nan
         images = (self.done - self.shown_step) * plan.global_batch
         speed = images / max(now - self.shown_at, 1e-9)
         seconds_per_step = (now - self.started_at) / max(self.done - self.first_step, 1)
@@ -199,8 +198,9 @@ class Progress:
             time.strftime("%Y-%m-%d %H:%M:%S"),
             f"epoch {self.done / plan.per_epoch:.4g}/{plan.total / plan.per_epoch:.4g}",
             f"step {self.done}/{plan.total}",
-            f"loss {loss:.4f}",
         ]
+        if steps:                                            # a log line came in between
+            parts.append(f"loss {total / steps:.4f}")
         if self.held_out:
             step, held_out = self.held_out
             parts.append(f"held-out {held_out:.4f} (step {step})")

@@ -43,7 +43,7 @@ def settings_class(flags: dict) -> type:
 
 def all_defaults(program: str, flags: dict, **more) -> dict:
     """Field -> default value, before a recipe or the user has set any. more: other fields."""
-    resolved = dict.fromkeys(RESOLVED, None)
+    resolved = dict.fromkeys(RESOLVED)
     return {**resolved, **defaults(flags), "program": program, "typed": [], **more}
 
 

@@ -50,7 +50,7 @@ def take_step(state, settings, record: dict[str, Tensor]) -> None:
     in `record` is then NaN, as a sign for Checkpointer.
 
     state has `model`, `optimizer` and `scaler`."""
-    if settings.amp != "fp16":                               # whose gradients overflow now and then
+    if settings.amp != "fp16":                               # in which gradients may overflow
         record["loss"] = nan_unless_finite(record["loss"], state.model)
     if settings.clip_grad:
         state.scaler.unscale_(state.optimizer)

@@ -339,10 +339,10 @@ def test_probes_and_evaluations_leave_args_json_and_never_overwrite_a_result(
         tune(tmp_path / name, "--weights", best, *more)
         assert json.loads((tmp_path / name / "args.json").read_text())["arch"] == "resnet18"
         before = (tmp_path / name / "result.json").read_bytes()
-        for out in (tmp_path / name, tmp_path / "tuned"):
-            flags = [*SMALL, "--weights", best, *more, "--out", out]
+        for out, holds in (name, "holds result.json, and no run"), ("tuned", "already holds a run"):
+            flags = [*SMALL, "--weights", best, *more, "--out", tmp_path / out]
             code, said = complaint(capsys, *flags, main=finetune.main)
-            assert code == 2 and "already holds a" in said
+            assert code == 2 and holds in said
         assert (tmp_path / name / "result.json").read_bytes() == before
     assert json.loads((tmp_path / "tuned" / "result.json").read_text()) == result
 
@@ -466,7 +466,8 @@ def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_imag
     arch = ["--arch", "shufflenet_v2_x0_5", "--val", "0"]
     pretrain.main([*flags, *arch, "--lr", "0.03", "--sheets", "1", "--out", str(tmp_path / "pre")])
     log = read_log(tmp_path / "pre")
-    assert len(log) == 4 and (tmp_path / "pre" / "reconstruction-000000.png").exists()
+    pictures = [file.name for file in (tmp_path / "pre").glob("reconstruction-*")]
+    assert len(log) == 4 and pictures == ["reconstruction-000004.png"]       # one: of the last step
     # args.json beside the weights names the net
     weights_file = ["--weights", str(tmp_path / "pre" / "backbone.pt")]
     finetune.main([*flags, *weights_file, "--eval-every", "1", "--out", str(tmp_path / "tuned")])

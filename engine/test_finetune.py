@@ -73,6 +73,17 @@ def test_an_evaluation_sees_the_part_that_is_asked_for(tmp_path, capsys):
     assert evaluated(tmp_path / "fifth", tmp_path / "uncut")["images"] == 3
     assert "3 images for validation (every fifth of a class)" in capsys.readouterr().err
     assert evaluated(tmp_path / "all", tmp_path / "uncut", "--split-val", "all")["images"] == 15
+    code, said = complaint(capsys, "--data", tmp_path, "--weights", "best.pt", "--eval-only",
+                           "--labels", "0.1", main=finetune.main)
+    assert code == 2 and "--labels: chooses the images to train on" in said
+
+
+def test_a_linear_probe_has_one_linear_layer(few_images, tmp_path, capsys):
+    """A MobileNet's own head has two, with a nonlinearity between them."""
+    flags = ["--data", "shapes", "--init", "scratch", "--arch", "mobilenet_v3_small"]
+    code, said = complaint(capsys, *flags, "--image-size", 64, "--recipe", "linear", "--out",
+                           tmp_path / "run", main=finetune.main)
+    assert code == 2 and "the head of mobilenet_v3_small has 2 linear layers" in said
 
 
 def test_folders_that_are_no_classes_are_refused(tmp_path, capsys):
@@ -646,7 +657,7 @@ def test_features_are_torchvisions_before_its_head_of_every_image_in_order(
     (tmp_path / "flat" / "2.png").write_bytes(b"no image")
     again = [*flags, "--data", tmp_path / "flat", "--out", tmp_path / "flat-out"]
     code, said = complaint(capsys, *again, main=finetune.main)
-    assert code == 2 and "already holds a features.npz" in said
+    assert code == 2 and "holds features.npz, and no run" in said
     done = torchrun("finetune.py", *flags, "--data", tmp_path / "flat", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert f"1 images cannot be read and are left out: {tmp_path}/flat/2.png" in done.stderr

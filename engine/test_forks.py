@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tvf
 
 import data
+import finetune
 import masking
 import model
 import pretrain
@@ -53,6 +54,36 @@ def test_fork_masks_in_one_block(few_images, tmp_path, monkeypatch):
     # in a block most neighbours are alike, with random masks half of them
     alike = (masks[:, 1:] == masks[:, :-1]).float().mean()
     assert alike > 0.8
+
+
+def test_fork_with_a_backbone_of_its_own(few_images, tmp_path, monkeypatch):
+    """Pre-training and fine-tuning know it by its name."""
+    class MyNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+            self.stage1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+            self.stage2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
+
+    def build(arch, *more, **rest):
+        if arch != "mynet":
+            return model.build_encoder(arch, *more, **rest)
+        return model.Encoder(MyNet(), [["stem"], ["stage1"], ["stage2"]], token_stage=2)
+
+    families = [*model.FAMILIES, model.Family("mynet", ("mynet",), "head")]
+    monkeypatch.setattr(model, "FAMILIES", families)
+    monkeypatch.setitem(pretrain.RECIPES, "mynet", pretrain.RECIPES["resnet"])
+    for program in (pretrain, finetune):
+        monkeypatch.setattr(program, "build_encoder", build)
+    flags = "--data shapes --image-size 32 --batch-size 8 --workers 0 --amp off --epochs 4"
+    before = ["--arch", "mynet", "--out", str(tmp_path / "run"), "--lr", "1", "--log-every", "1"]
+    pretrain.main([*flags.split(), *before])
+    losses = [line["loss"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < losses[0]
+    weights = ["--weights", str(tmp_path / "run" / "backbone.pt")]
+    finetune.main([*flags.split(), *weights, "--out", str(tmp_path / "tuned")])
+    best = torch.load(tmp_path / "tuned" / "best.pt", weights_only=True)
+    assert {*best} == {*MyNet().state_dict(), "head.weight", "head.bias"}
 
 
 def test_fork_fill_with_the_mirrored_image(few_images, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Facts about runs: exact resume, several processes, signals, faults, and what is saved when."""
 
+import errno
 import io
 import json
 import math
@@ -108,6 +109,22 @@ def test_a_resumed_run_keeps_its_recipe_optimiser_and_start(flags, words, few_im
     code, said = complaint(capsys, *again, main=finetune.main)
     assert code == 2 and words in said
     assert (tmp_path / "run" / "args.json").read_text() == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--token-lr 0.2", "--token-lr 0.2: the run began with 1,"),
+    ("--weight-decay 0", "--weight-decay 0: the run began with 0.05"),
+    ("--weight-decay 0.01", "")])
+def test_a_resumed_run_keeps_its_parameter_groups(flags, words, few_images, capsys, tmp_path):
+    """Pre-training has a group for each pair of weight decay and factor on the lr, which is 1 for
+    the token in the small recipe."""
+    run(tmp_path / "run", *FLAGS)
+    again = ["--out", tmp_path / "run", "--resume", *flags.split()]
+    if not words:
+        run(tmp_path / "run", *FLAGS, "--resume", *flags.split())
+        return
+    code, said = complaint(capsys, *again)
+    assert code == 2 and words in said
 
 
 @pytest.mark.parametrize("arch, more", [("resnet18", ["--token-stage", "3"]), ("deit_tiny", [])])
@@ -660,8 +677,9 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("cause, cure", [(errno.ENOSPC, "make room"), (errno.EROFS, "repair that")])
 def test_a_run_whose_last_checkpoint_is_not_written_fails_and_can_be_resumed(
-    few_images, capsys, tmp_path, monkeypatch
+    cause, cure, few_images, capsys, tmp_path, monkeypatch
 ):
     log, final = run(tmp_path / "whole", *FLAGS)
     save = checkpointer.save_atomically
@@ -669,13 +687,14 @@ def test_a_run_whose_last_checkpoint_is_not_written_fails_and_can_be_resumed(
 
     def full(state, path, **more):
         if path.name == "checkpoint.pt" and state["step"] == final["step"]:
-            raise OSError("no space left on device")
+            with files.replace_atomically(path):
+                raise OSError(cause, os.strerror(cause))
         save(state, path, **more)
 
     monkeypatch.setattr(checkpointer, "save_atomically", full)
     code, said = complaint(capsys, *TINY, *FLAGS, "--out", tmp_path / "cut")
     assert code == 1
-    assert f"make room, then go on with --out {tmp_path / 'cut'} --resume" in said
+    assert f"{cure}, then go on with --out {tmp_path / 'cut'} --resume" in said
     assert "done:" not in said
     monkeypatch.setattr(checkpointer, "save_atomically", save)
     again, repeated = run(tmp_path / "cut", *FLAGS, "--resume")
@@ -1123,6 +1142,13 @@ def test_a_long_epoch_gets_a_plain_line_every_ten_minutes_and_a_terminal_a_bar(c
             if done == 500:
                 shown.held_out = (500, 0.25)
         shown.close()
+
+    silent = progress.Progress(world, plan, done=0)
+    for done in range(101):                                  # with no log line so far
+        now[0] += 6
+        silent.update()
+    assert re.fullmatch(r"\S+ \S+  epoch 0.101/2  step 101/2000  1 images/s  \S+ left\n",
+                        capsys.readouterr().err)
 
     walk(progress.Progress(world, plan, done=0))
     lines = capsys.readouterr().err.splitlines()
