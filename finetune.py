@@ -489,55 +489,73 @@ def prepare(settings: Settings, world: Distributed, checkpoint: dict | None, sou
 
 
 def open_data(asked: dict, world: Distributed) -> tuple:
-    """(images to train on, images for validation). `features` has one set, labelled or not.
+    """(images to train on, images for validation). Both are one set if only one is needed.
 
-    asked: see `asked_for`. Raises ValueError if they do not fit each other or the flags."""
-    data, arch, test_crop = asked["data"], asked["arch"], asked["test_crop"]
+    Raises ValueError if they do not fit each other or the flags."""
+    data, test_crop = asked["data"], asked["test_crop"]
+    if asked["split_val"] and data in NAMED:
+        raise ValueError(f"--split-val: is for a folder, not for {data}; leave it out")
     size = height_width(asked["image_size"])                 # (H, W)
     test_size = height_width(asked["test_size"] or asked["image_size"])
-    training = trains(asked["recipe"], asked["eval_only"])
-    if not training:                                         # all images are seen as in tests
+    smallest_crop = asked["crop_min"]
+    is_trained = trains(asked["recipe"], asked["eval_only"])
+    if not is_trained:                                       # all images are seen as in tests
         size = test_size
-    one_set = asked["recipe"] == "features" or asked["eval_only"]
-    part = asked["split_val"]
-    if part and data in NAMED:
-        raise ValueError(f"--split-val: is for a folder, not for {data}; leave it out")
-    is_named = data in NAMED
-    labelled = is_named or asked["recipe"] != "features"
+        smallest_crop = test_crop**2
+
+    labelled = data in NAMED or asked["recipe"] != "features"
     opened = partial(open_images, data, root=asked["data_root"], labelled=labelled)
     if asked["download"]:                                    # one process fetches for all
         world.broadcast_from_rank0(lambda: len(opened("train", size, download=True)))
-    smallest_crop = asked["crop_min"] if training else test_crop**2
-    split = "train"
-    if asked["eval_only"]:
-        split = part or "val"
-    elif one_set and not is_named:
-        split = "all"
-    source = opened(split, size, crop_min=smallest_crop)
-    val = source
-    if not one_set:
-        val = opened("val", test_size, crop_min=test_crop**2)
+    train_split, val_split = splits_of(asked)
+    source = val = opened(train_split, size, crop_min=smallest_crop)
+    if val_split != train_split:
+        val = opened(val_split, test_size, crop_min=test_crop**2)
+    check_data(source, val, asked, world)
 
+    chosen = some_labels(source, asked["labels"], asked["seed"])
+    if not is_trained and len(chosen) < world.size:          # each process needs an image
+        raise ValueError(f"--labels {asked['labels']}: {len(chosen)} images are too few for "
+                         f"{world.size} processes")
+    return chosen, val
+
+
+def splits_of(asked: dict) -> tuple[str, str]:
+    """The parts of --data to train on and to evaluate. --eval-only and the recipe features have one
+    part."""
+    if asked["eval_only"]:
+        part = asked["split_val"] or "val"
+        return part, part
+    if asked["recipe"] == "features":
+        part = "train" if asked["data"] in NAMED else "all"
+        return part, part
+    return "train", "val"
+
+
+def check_data(source, val, asked: dict, world: Distributed) -> None:
+    """Raises ValueError if both parts differ in their classes, if the test size does not suit the
+    net, or if there are too few images."""
+    data, arch = asked["data"], asked["arch"]
     different = sorted(set(source.classes) ^ set(val.classes))
     if different:
         more = ", ..." if len(different) > 3 else ""
         raise ValueError(f"--data {data}: train/ and val/ hold different classes "
                          f"({', '.join(different[:3])}{more})")
-    one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
-    if test_size != size and one_grid and training:
+
+    size = height_width(asked["image_size"])
+    test_size = height_width(asked["test_size"] or asked["image_size"])
+    has_one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
+    is_trained = trains(asked["recipe"], asked["eval_only"])
+    if test_size != size and has_one_grid and is_trained:
         raise ValueError(f"--test-size of {format_size(test_size)}: the positions of {arch} have "
                          f"one size; use that of --image-size, {format_size(size)}")
+
     if len(val) < world.size:
-        kind = "" if one_set else "validation "
-        is_fifth = isinstance(val, Subset) and part in (None, "val")
+        kind = "" if val is source else "validation "
+        is_fifth = isinstance(val, Subset) and asked["split_val"] in (None, "val")
         cure = "; every fifth image of a class is held out" if is_fifth else ""
         raise ValueError(f"--data {data}: {len(val)} {kind}images are too few for {world.size} "
                          f"process{'es' if world.size > 1 else ''}{cure}")
-    some = some_labels(source, asked["labels"], asked["seed"])
-    if not training and len(some) < world.size:              # each process needs an image
-        raise ValueError(f"--labels {asked['labels']}: {len(some)} images are too few for "
-                         f"{world.size} processes")
-    return some, val
 
 
 def print_start(settings: Settings, world: Distributed, state: TrainState) -> None:
