@@ -32,7 +32,7 @@ from engine.flags import (COUNT, RUN_FLAGS, SIDES, SWITCH, Parser, checked, defa
 from extras import inside
 from extras.chart import Panel, charts, check_matplotlib
 from extras.output import check_folder, free_name, writing
-from extras.paint import build_model, load_model
+from extras.reconstruct import build_model, load_model
 from loss import residual
 from masking import fill_hidden, mask_grid, random_mask, resize_mask
 from model import STEMS, get_family

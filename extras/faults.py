@@ -417,7 +417,7 @@ def damaged(work: Path) -> list[tuple[str, bool]]:
 
 # ---- bad input ----
 
-def paint(folder: Path, count: int, size: int = 48) -> None:
+def save_noise(folder: Path, count: int, size: int = 48) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -442,7 +442,7 @@ def bad_inputs(work: Path, images: Path, classes: Path) -> list[tuple[str, str, 
         ("hollow/a", 3),
         ("one_class/a", 3),
     ):
-        paint(work / folder, count)
+        save_noise(work / folder, count)
     (work / "hollow/b").mkdir()
     shutil.copytree(images, work / "half_bad")
     for i in range(20):
@@ -592,9 +592,9 @@ def faults(args: SimpleNamespace, world: Distributed) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         global PRE, TUNE, PRE_SMALL, TUNE_SMALL
-        paint(work / "images", 40)
-        paint(work / "classes/a", 20)
-        paint(work / "classes/b", 20)
+        save_noise(work / "images", 40)
+        save_noise(work / "classes/a", 20)
+        save_noise(work / "classes/b", 20)
         places = dict(images=work / "images", classes=work / "classes")
         PRE, PRE_SMALL = PRE.format(**places), PRE_SMALL.format(**places)
         TUNE, TUNE_SMALL = TUNE.format(**places), TUNE_SMALL.format(**places)

@@ -31,7 +31,7 @@ from engine.files import printable
 from engine.flags import Parser, defaults, number, path, format_size
 from engine.shapes import Shapes
 from extras.output import check_file, free_name, writing
-from extras.paint import choose_masks, load_model, read_photo
+from extras.reconstruct import choose_masks, load_model, read_photo
 from loss import residual
 from masking import fill_hidden, random_mask, resize_mask
 from model import A2MIM, get_family

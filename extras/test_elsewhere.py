@@ -1,4 +1,5 @@
-"""Facts about our weights in other people's code, and about the pictures of figure.py and paint.py.
+"""Facts about our weights in other people's code, and about the pictures of figure.py and
+reconstruct.py.
 
     pytest extras/test_elsewhere.py        from the root; pip install timm for the tests of the ViT
 """
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import MEAN, STD, eval_transform
 from engine.testing import randomised
-from extras import figure, paint
+from extras import figure, reconstruct
 from extras.testing import short_run
 from loss import a2mim_loss
 from masking import fill_hidden, random_mask, resize_mask
@@ -229,12 +230,12 @@ def test_figure_why_takes_the_checkpoint_of_a_resnet_and_refuses_other_nets(tmp_
     assert "--figure why and --measure need" in said
 
 
-# ---- paint.py at the photograph's own size ----
+# ---- reconstruct.py at the photograph's own size ----
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     """Of a run of one or two steps: a ResNet-18 at 64 px, a grid of 4 x 4 mask units."""
-    out = tmp_path_factory.mktemp("paint") / "run"
+    out = tmp_path_factory.mktemp("reconstruct") / "run"
     return short_run(out, "--arch resnet18 --mask-size 16 --token-stage 2")
 
 
@@ -255,8 +256,8 @@ def test_a_photograph_is_reconstructed_tile_by_tile_at_its_own_size(checkpoint, 
     monkeypatch.chdir(tmp_path)
     photo = photograph("photo.png", 150, 70)                 # 3 x 2 tiles of 64 px, not whole ones
     rows = ["#" + 9 * ".", *3 * [10 * "."], 9 * "." + "#"]   # units of 16 px, the last are cut off
-    paint.main([checkpoint, "photo.png", "--full-size", "tiled", "--mask", "/".join(rows)])
-    seen, whole, pasted = (pixels(f"painted-photo-{name}.png")
+    reconstruct.main([checkpoint, "photo.png", "--full-size", "tiled", "--mask", "/".join(rows)])
+    seen, whole, pasted = (pixels(f"reconstructed-photo-{name}.png")
                            for name in ("seen", "reconstruction", "pasted"))
     assert seen.shape == whole.shape == pasted.shape == photo.shape
     hidden = torch.tensor([[c == "#" for c in row] for row in rows])
@@ -266,7 +267,7 @@ def test_a_photograph_is_reconstructed_tile_by_tile_at_its_own_size(checkpoint, 
     assert torch.equal(seen[:, ~hidden], photo[:, ~hidden])
     assert torch.equal(pasted[:, hidden], whole[:, hidden])
 
-    model, _ = paint.load_model(checkpoint)
+    model, _ = reconstruct.load_model(checkpoint)
     tile = figure.normalise(photo[None, :, :64, :64])        # the first
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, 0, 0] = True
@@ -283,30 +284,30 @@ def test_full_size_by_resizing_pastes_into_the_photograph_and_overwrites_nothing
     photo = photograph("photo.png", 300, 200)
     call = [checkpoint, "photo.png", "--full-size", "resized", "--mask", "#./.."]
     capsys.readouterr()
-    paint.main(call)
-    first = {file.name: file.read_bytes() for file in Path().glob("painted-*")}
-    assert sorted(first) == [f"painted-photo-{name}.png"
+    reconstruct.main(call)
+    first = {file.name: file.read_bytes() for file in Path().glob("reconstructed-*")}
+    assert sorted(first) == [f"reconstructed-photo-{name}.png"
                              for name in ("pasted", "reconstruction", "seen")]
-    pasted = pixels("painted-photo-pasted.png")
+    pasted = pixels("reconstructed-photo-pasted.png")
     assert torch.equal(pasted[:, 100:], photo[:, 100:])
     assert torch.equal(pasted[:, :, 150:], photo[:, :, 150:])
     assert not torch.equal(pasted[:, :100, :150], photo[:, :100, :150])
     assert torch.equal(pasted[:, :100, :150],
-                       pixels("painted-photo-reconstruction.png")[:, :100, :150])
+                       pixels("reconstructed-photo-reconstruction.png")[:, :100, :150])
 
-    Path("painted-photo-2-seen.png").touch()                 # one of three names is enough
-    paint.main(call)
-    assert Path("painted-photo-3-pasted.png").exists()
+    Path("reconstructed-photo-2-seen.png").touch()                 # one of three names is enough
+    reconstruct.main(call)
+    assert Path("reconstructed-photo-3-pasted.png").exists()
     assert all(Path(name).read_bytes() == content for name, content in first.items())
-    paint.main([*call, "--out", "new/one.png"])
+    reconstruct.main([*call, "--out", "new/one.png"])
     assert Path("new/one-pasted.png").exists()
     assert "new/one-pasted.png: 300 x 200 px" in capsys.readouterr().out
 
     photograph("tiny.png", 3, 3)
-    paint.main([checkpoint, "tiny.png", "--full-size", "tiled"])
-    assert Image.open("painted-tiny-pasted.png").size == (3, 3)
+    reconstruct.main([checkpoint, "tiny.png", "--full-size", "tiled"])
+    assert Image.open("reconstructed-tiny-pasted.png").size == (3, 3)
     with pytest.raises(SystemExit) as exit:
-        paint.main([checkpoint, "tiny.png", "--full-size", "resized"])
+        reconstruct.main([checkpoint, "tiny.png", "--full-size", "resized"])
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.count("\n") == 1 and "3 x 3 pixels is too small" in said
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.testing import complaint
-from extras import bench, chart, faults, figure, paint, run_notebook
+from extras import bench, chart, faults, figure, reconstruct, run_notebook
 from extras.output import check_folder, free_name
 from extras.testing import png, short_run
 from model import A2MIM, build_encoder
@@ -39,7 +39,7 @@ def began(*_):
     pytest.fail("the work began")
 
 
-# ---- paint.py and figure.py ----
+# ---- reconstruct.py and figure.py ----
 
 ARCHS = {
     "resnet18": "--arch resnet18 --mask-size 16 --token-stage 3",
@@ -58,20 +58,20 @@ def checkpoint(tmp_path_factory) -> str:
 def test_paint_takes_any_size_and_a_mask_drawn_by_hand(arch, tmp_path, capsys):
     checkpoint = short_run(tmp_path / "run", ARCHS[arch])
     Image.effect_noise((150, 100), 80).save(tmp_path / "wide.jpg")
-    call = [checkpoint, str(tmp_path / "wide.jpg"), "--out", str(tmp_path / "painted")]
-    paint.main([*call, "--mask", ".#/##"])
+    call = [checkpoint, str(tmp_path / "wide.jpg"), "--out", str(tmp_path / "reconstructed")]
+    reconstruct.main([*call, "--mask", ".#/##"])
     printed = capsys.readouterr().out
     assert "24 of 24" not in printed and "18 of 24 mask units hidden, 96 x 64 px" in printed
-    sheet = Image.open(tmp_path / "painted" / "painted-wide.png")
+    sheet = Image.open(tmp_path / "reconstructed" / "reconstructed-wide.png")
     assert sheet.width > 5 * 96                              # five columns
-    paint.main([*call, "--mask-ratio", "0.25"])
+    reconstruct.main([*call, "--mask-ratio", "0.25"])
     assert "6 of 24 mask units hidden" in capsys.readouterr().out
     for flag, value, words in (
             ("--mask", "#x/..", "must be rows of . and #"),
             ("--mask", "#" * 9, "finer than the 4 x 6"),
             ("--mask-ratio", "2", "--mask-ratio: 2: must be a number from 0 to 1"),
             ("--mask-ratio", "1", "mask ratio 1.0: must lie between 0 and 1")):
-        code, message = answer(paint.main, capsys, *call, flag, value)
+        code, message = answer(reconstruct.main, capsys, *call, flag, value)
         assert code == 2 and words in message
 
 
@@ -79,9 +79,9 @@ def test_a_vit_of_another_grid_is_the_model_that_was_saved(tmp_path):
     """At its own size the model of a checkpoint has the saved weights, bit by bit."""
     checkpoint = short_run(tmp_path / "run", f"{ARCHS['deit_tiny']} --amp off")
     state = torch.load(checkpoint, weights_only=True)["model"]
-    model, _ = paint.load_model(checkpoint)
+    model, _ = reconstruct.load_model(checkpoint)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    wide, _ = paint.load_model(checkpoint, (64, 96))
+    wide, _ = reconstruct.load_model(checkpoint, (64, 96))
     assert wide.grid == (4, 6)
     images, mask = torch.randn(1, 3, 64, 96), torch.ones(1, 4, 6)
     assert wide(images, mask).shape == (1, 3, 64, 96)
@@ -140,7 +140,7 @@ def test_paint_answers_a_mistake_in_one_line(flags, words, checkpoint, odd, caps
     before = {*odd.iterdir()}
     places = dict(run=checkpoint, odd=odd, empty="")
     argv = [word.format(**places) for word in flags.split()]
-    code, message = answer(paint.main, capsys, *argv)
+    code, message = answer(reconstruct.main, capsys, *argv)
     assert code == 2 and words in message and {*odd.iterdir()} == before
 
 
@@ -149,7 +149,7 @@ def test_a_drawn_mask_lies_on_the_photograph_and_not_on_what_is_added_to_it(widt
     """Whole tiles of 64 px are wider than the photograph; the right half is hidden all the same."""
     net = A2MIM(build_encoder("resnet18"), 64, 8, 2)
     photo = torch.randint(0, 256, (3, 70, width), dtype=torch.uint8)
-    seen = paint.tiled(photo, SimpleNamespace(mask=".#"), net, 0.6)["seen"]
+    seen = reconstruct.tiled(photo, SimpleNamespace(mask=".#"), net, 0.6)["seen"]
     changed = (seen.int() - photo.int()).abs().amax((0, 1)) > 2              # of each column
     first = int(changed.int().argmax())
     assert changed[first:].all() and abs(first - width / 2) <= 8
@@ -158,7 +158,7 @@ def test_a_drawn_mask_lies_on_the_photograph_and_not_on_what_is_added_to_it(widt
 def test_a_photograph_is_shown_at_the_side_of_pre_training(tmp_path, capsys):
     file = short_run(tmp_path / "run", "--arch resnet18 --image-size 48 --stem small --mask-size 8")
     Image.effect_noise((100, 80), 80).save(tmp_path / "photo.png")
-    paint.main([file, str(tmp_path / "photo.png"), "--out", str(tmp_path / "painted")])
+    reconstruct.main([file, str(tmp_path / "photo.png"), "--out", str(tmp_path / "reconstructed")])
     assert "of 42 mask units hidden, 56 x 48 px" in capsys.readouterr().out
 
 
@@ -169,19 +169,19 @@ def test_paint_overwrites_nothing_and_its_panels_are_as_large_as_the_photograph(
         Image.new("RGB", size, "green").save(tmp_path / folder / "photo.jpg")
     photos = [str(tmp_path / folder / "photo.jpg") for folder in "ab"]
     monkeypatch.chdir(tmp_path)
-    paint.main([checkpoint, *photos])
-    first = Path("painted-photo.png").read_bytes()
-    paint.main([checkpoint, photos[0]])
+    reconstruct.main([checkpoint, *photos])
+    first = Path("reconstructed-photo.png").read_bytes()
+    reconstruct.main([checkpoint, photos[0]])
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["painted-photo.png", "painted-photo-2.png", "painted-photo-3.png"]
-    assert Path("painted-photo.png").read_bytes() == first
+    assert names == [f"reconstructed-photo{number}.png" for number in ("", "-2", "-3")]
+    assert Path("reconstructed-photo.png").read_bytes() == first
 
     # a panel is at least as wide as the photograph, or as the bound of 512 pixels
     small, large = (Image.open(name).width / 5 for name in names[:2])        # five columns
     assert 300 < small < 2 * 300 and 512 < large < 2 * 512
 
     for _ in range(2):
-        paint.main([checkpoint, photos[0], "--out", "new/one.png"])          # not a folder
+        reconstruct.main([checkpoint, photos[0], "--out", "new/one.png"])          # not a folder
     assert sorted(os.listdir("new")) == ["one-2.png", "one.png"]
 
 
@@ -189,9 +189,9 @@ def test_a_photograph_whose_name_is_not_text_is_reconstructed_and_named(checkpoi
                                                                         capsys):
     file = os.path.join(os.fsencode(tmp_path), b"\xff.png")
     Image.new("RGB", (64, 64)).save(io.FileIO(file, "w"), "PNG")
-    paint.main([checkpoint, os.fsdecode(file), "--out", str(tmp_path)])
-    assert "painted-\\xff.png: " in capsys.readouterr().out
-    assert b"painted-\xff.png" in os.listdir(os.fsencode(tmp_path))
+    reconstruct.main([checkpoint, os.fsdecode(file), "--out", str(tmp_path)])
+    assert "reconstructed-\\xff.png: " in capsys.readouterr().out
+    assert b"reconstructed-\xff.png" in os.listdir(os.fsencode(tmp_path))
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,16 +1,17 @@
 """Hides parts of my photographs and shows what a pre-trained model reconstructs.
 
-    python extras/paint.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
-    python extras/paint.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."
+    python extras/reconstruct.py runs/shapes-resnet18/checkpoint.pt photo.jpg another.png
+    python extras/reconstruct.py runs/x/checkpoint.pt photo.jpg --mask "..../.##./.##./...."
                                                                     a mask drawn by hand
-    python extras/paint.py runs/x/checkpoint.pt photo.jpg --full-size tiled
+    python extras/reconstruct.py runs/x/checkpoint.pt photo.jpg --full-size tiled
                                                                     at the photograph's own size
 
-Writes painted-<name>.png for each photograph, a row of five panels: image, what the encoder sees,
-reconstruction, image with only its hidden patches reconstructed, and a blur of the visible pixels,
-a baseline that learns nothing. The shorter side is resized to the shorter side of pre-training, and
-both sides become multiples of what the model needs. The image need not be square. Each panel is
-then enlarged by a whole number, until its longer side reaches the photograph's or 512 pixels.
+Writes reconstructed-<name>.png for each photograph, a row of five panels: image, what the encoder
+sees, reconstruction, image with only its hidden patches reconstructed, and a blur of the visible
+pixels, a baseline that learns nothing. The shorter side is resized to the shorter side of pre-
+training, and both sides become multiples of what the model needs. The image need not be square.
+Each panel is then enlarged by a whole number, until its longer side reaches the photograph's or 512
+pixels.
 
 With --full-size there are three files for each photograph, all at its own size: -seen,
 -reconstruction, and -pasted, which is the photograph with its hidden patches replaced.
@@ -20,7 +21,7 @@ With --full-size there are three files for each photograph, all at its own size:
     tiled     The photograph is cut into tiles of the size of pre-training, and each tile has its
               own mask. Hidden patches are reconstructed from their own tile alone.
 
-No file is overwritten: if the name is taken, the picture is called painted-<name>-2.png, and so on.
+No file is overwritten: if the name is taken, a number is added, as in reconstructed-<name>-2.png.
 """
 
 import itertools
@@ -254,7 +255,7 @@ def save_full_size(pictures: dict[str, Tensor], wanted: Path) -> list[Path]:
 
 # ---- the command ----
 
-def paint(args: SimpleNamespace, world: Distributed) -> None:
+def reconstruct(args: SimpleNamespace, world: Distributed) -> None:
     """Writes a picture for each image. Raises ValueError for a mistake."""
     out = Path(args.out)
     one_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
@@ -270,7 +271,7 @@ def paint(args: SimpleNamespace, world: Distributed) -> None:
 
     for name in args.images:
         photo = read_photo(name)
-        wanted = out if one_file else out / f"painted-{Path(name).stem}.png"
+        wanted = out if one_file else out / f"reconstructed-{Path(name).stem}.png"
         if args.full_size:
             if args.full_size == "tiled":
                 pictures = tiled(photo, args, plain, ratio)
@@ -303,21 +304,21 @@ FLAGS = {
     "where it goes": {
         "full_size": (None, ("resized", "tiled"), "three pictures at the photograph's own size"),
         "out": (".", path("PATH"),
-                "a folder, or a file such as painted.png; a name that is taken gets a number")},
+                "a folder, or a file such as photo-2.png; a name that is taken gets a number")},
 }
 
 
 def parse(argv: list[str] | None) -> SimpleNamespace:
     """Raises ValueError for a value that is off."""
     usage = "%(prog)s CHECKPOINT IMAGE [IMAGE ...] [options]"
-    parser = Parser("paint.py", usage, __doc__, FLAGS, {})
+    parser = Parser("reconstruct.py", usage, __doc__, FLAGS, {})
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of pretrain.py")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG, WebP or BMP files")
     return SimpleNamespace(**{**defaults(FLAGS), **vars(parser.parse_args(argv))})
 
 
 def main(argv: list[str] | None = None) -> None:
-    command_line("paint.py", parse, paint, argv)
+    command_line("reconstruct.py", parse, reconstruct, argv)
 
 
 if __name__ == "__main__":
