@@ -8,8 +8,8 @@
 
 Writes reconstructed-<name>.png for each photograph, a row of five panels: image, what the encoder
 sees, reconstruction, image with only its hidden patches reconstructed, and a blur of the visible
-pixels, a baseline that learns nothing. The shorter side is resized to the shorter side of pre-
-training, and both sides become multiples of what the model needs. The image need not be square.
+pixels, a baseline that learns nothing. The shorter side is resized to the shorter side of
+pre-training, and both sides become multiples of what the model needs. The image need not be square.
 Each panel is then enlarged by a whole number, until its longer side reaches the photograph's or 512
 pixels.
 
