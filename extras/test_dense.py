@@ -188,7 +188,8 @@ def test_a_batch_of_scenes_crosses_a_worker_as_plain_tensors(scenes, collate):
 
 def test_learning_rates_as_released():
     steps = SimpleNamespace(total=160_000, warmup=1500)
-    poly = SimpleNamespace(schedule="poly", power=0.9, min_lr=1e-4)
+    poly = segment.parse(["--data", "ade", "--init", "scratch", "--arch", "resnet50"])
+    assert (poly.lr, poly.iterations, poly.warmup) == (0.01, 160_000, 0)     # FCN's
     assert dense.rate(0, steps, 0.01, poly) == pytest.approx(1e-8)           # mmsegmentation: 1e-6
     held = SimpleNamespace(schedule="steps", milestones=(), min_lr=0.0)
     assert dense.rate(0, steps, 0.02, held) == pytest.approx(2e-5)           # mmdetection: 0.001
@@ -426,10 +427,33 @@ def test_image_and_classes_are_cropped_and_flipped_together():
         flipped.add(bool((classes[0, 1].long() - classes[0, 0].long()) % 11 == 10))
     assert flipped == {True, False}
 
+    high = tuple(part.transpose(-1, -2) for part in pair)    # 60 x 20: other rows
+    rows = set()
+    for i in range(20):
+        torch.manual_seed(i)
+        got, classes = pixels.ScaleCropFlip(args)(high)
+        assert got.shape == (3, 20, 20) and torch.equal(got[0], 20 * classes)
+        rows.add(int(classes[0, 0]))
+    assert len(rows) > 4                                     # flips alone would give two
+
     args.scale_min = args.scale_max = 0.5                    # 10 x 30, padded to 20 x 20
     got, classes = pixels.ScaleCropFlip(args)(pair)
     assert (classes[10:] == 255).all() and (classes[:10] != 255).all()
     assert data.normalise(got[None])[0, :, 10:].abs().max() < 0.02           # the mean colour
+
+
+def test_the_scale_of_a_crop_is_drawn_between_its_bounds():
+    """Columns numbered by their places: at scale s, neighbours of a crop are 1 / s apart."""
+    places = torch.arange(80, dtype=torch.uint8).expand(80, 80).contiguous()
+    pair = (tv_tensors.Image(torch.zeros(3, 80, 80, dtype=torch.uint8)), tv_tensors.Mask(places))
+    args = SimpleNamespace(image_size=40, scale_min=1.0, scale_max=2.0, same_class=1.0,
+                           distort=False)
+    spans = []
+    for i in range(60):
+        torch.manual_seed(i)
+        _, classes = pixels.ScaleCropFlip(args)(pair)
+        spans.append(int(classes[0].max()) - int(classes[0].min()))
+    assert 38 <= min(spans) < 44 and 72 < max(spans) <= 79   # 40 columns at scale 2, 80 at scale 1
 
 
 def test_labels_are_resized_by_the_centres_of_pixels_as_images_are():
@@ -734,6 +758,36 @@ def test_validation_images_that_are_left_out_are_named_and_not_counted(tmp_path,
 TWO_EPOCHS = [*SMALL_NET, "--data", "shapes", "--batch-size", 8, "--epochs", 2, "--eval-every", 1]
 
 
+def test_training_goes_on_in_training_mode_after_an_evaluation(few_scenes, tmp_path, monkeypatch):
+    step, modes = segment.train_step, []
+
+    def noted(number, batches, args, world, state):
+        modes.append(state.model.training)
+        return step(number, batches, args, world, state)
+
+    monkeypatch.setattr(segment, "train_step", noted)
+    run(tmp_path / "run", *TWO_EPOCHS)
+    assert len(modes) > 1 and all(modes)
+
+
+def test_a_step_uses_the_lr_of_its_batch_its_layer_and_its_schedule(few_scenes, tmp_path,
+                                                                    monkeypatch):
+    """The head has lr x 8 / 4, the stem half of it for each of the five levels above it; poly with
+    power 1 falls by a half over the first half."""
+    step, rates = segment.train_step, []
+
+    def noted(number, batches, args, world, state):
+        rates.append([group["lr"] for group in state.optimizer.param_groups])
+        return step(number, batches, args, world, state)
+
+    monkeypatch.setattr(segment, "train_step", noted)
+    run(tmp_path / "run", *SMALL_NET, "--data", "shapes", "--batch-size", 8, "--iterations", 4,
+        "--lr", 0.01, "--lr-batch", 4, "--layer-decay", 0.5, "--schedule", "poly", "--power", 1,
+        "--warmup", 0, "--min-lr", 0)
+    assert max(rates[0]) == pytest.approx(0.02) and min(rates[0]) == pytest.approx(0.02 / 2**5)
+    assert rates[2] == pytest.approx([rate / 2 for rate in rates[0]])
+
+
 def same_score(monkeypatch):
     """Every evaluation gives a mIoU of one half."""
     evaluate = segment.evaluate
@@ -835,7 +889,7 @@ def test_two_processes_train_and_score_as_one_with_two_halves(tmp_path):
     # 7 images: two processes have 4 and 3
     (tmp_path / "ade/annotations/validation/ADE_val_00000002.png").unlink()
     flags = [*SMALL_NET, "--data", tmp_path / "ade", "--iterations", 2, "--dropout", 0,
-             "--log-every", 1]
+             "--log-every", 1, "--optimizer", "sgd", "--lr", 0.1, "--warmup", 0]
     flags[flags.index("--batch-size") + 1] = "2"
     done = torchrun("extras/segment.py", *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -942,8 +996,7 @@ def test_the_other_classes_keep_their_names_if_one_in_the_middle_is_ignored(tmp_
     source = opened(root, ignore=[0, 2])
     assert source.classes == ["sky", "car"] and source.code.numbers == [1, 3]
     assert source.read(0)[1][0, :4].tolist() == [255, 0, 255, 1]
-    other = opened(root, ignore=[2], zero_is_other=True)     # then void is not in the list
-    (root / "classes.txt").write_text("sky\nroad\ncar\n")
+    (root / "classes.txt").write_text("sky\nroad\ncar\n")   # without void
     other = opened(root, ignore=[2], zero_is_other=True)
     assert other.classes == ["sky", "car"]
     assert other.read(0)[1][0, :4].tolist() == [255, 0, 255, 1]

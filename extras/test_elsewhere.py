@@ -313,7 +313,7 @@ def test_full_size_by_resizing_pastes_into_the_photograph_and_overwrites_nothing
 
 
 def test_the_table_over_a_folder_has_the_numbers_of_each_picture(tmp_path, capsys):
-    """Of one image twice under one mask, the mean is the number of that image."""
+    """Here of one picture, by hand."""
     checkpoint = short_run(tmp_path / "run", "--arch resnet18 --mask-size 16 --token-stage 2")
     (tmp_path / "set").mkdir()
     picture = Image.effect_noise((128, 128), 80).convert("RGB")
