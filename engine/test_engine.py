@@ -233,7 +233,7 @@ def test_values_of_flags_are_shown_harmless_and_short(capsys):
         assert said.rstrip("\n").isprintable()
 
 
-def test_memory_of_a_gpu_and_names_with_gloo_get_the_right_cure():
+def test_errors_of_memory_disk_and_gloo_are_told_apart():
     world = command.Distributed()
     world.size = 2
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -244,7 +244,7 @@ def test_memory_of_a_gpu_and_names_with_gloo_get_the_right_cure():
     assert "lost another process" in command.explain(lost, world)[1]
 
 
-def test_a_closed_stderr_does_not_end_a_run(monkeypatch):
+def test_a_mistake_has_exit_code_2_though_stderr_is_closed(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)                 # as Python has it after 2>&-
     with pytest.raises(SystemExit) as end:
         pretrain.main(["--epochs", "banana"])
@@ -472,7 +472,7 @@ def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_imag
     weights_file = ["--weights", str(tmp_path / "pre" / "backbone.pt")]
     finetune.main([*flags, *weights_file, "--eval-every", "1", "--out", str(tmp_path / "tuned")])
     best = torch.load(tmp_path / "tuned" / "best.pt", weights_only=True)
-    assert tv.shufflenet_v2_x0_5(num_classes=10).load_state_dict(best)
+    tv.shufflenet_v2_x0_5(num_classes=10).load_state_dict(best)              # strictly
     tuned_file = ["--weights", str(tmp_path / "tuned" / "best.pt")]
     finetune.main([*flags, *tuned_file, "--eval-only", "--out", str(tmp_path / "eval")])
     tuned = json.loads((tmp_path / "tuned" / "result.json").read_text())
@@ -480,16 +480,30 @@ def test_a_net_of_torchvision_is_pre_trained_and_fine_tuned_by_its_name(few_imag
     assert again["top1"] == tuned["best_top1"]
 
 
+def test_of_a_frozen_vit_the_new_linear_layer_alone_is_trained():
+    net = model.Classifier("deit_tiny", build_encoder("deit_tiny", 64), 3, frozen=True)
+    learns = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert learns == {"head.weight", "head.bias"}
+
+
 def test_stochastic_depth_of_torchvisions_nets_rises_to_the_rate_asked_for():
     def rates(arch, drop_path):
         modules = build_encoder(arch, 64, drop_path).backbone.modules()
         return [module.p for module in modules if isinstance(module, StochasticDepth)]
 
-    for arch in ("efficientnet_b0", "resnext50_32x4d"):
+    for arch in ("efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "swin_tiny"):
         found = rates(arch, 0.3)
         assert found == sorted(found), arch
         assert found[0] == 0 and found[-1] == pytest.approx(0.3), arch
         assert not any(rates(arch, None)), arch
+
+
+def test_the_window_of_a_swin_is_the_one_asked_for():
+    """A window of 6 x 6 patches has 11 x 11 relative positions."""
+    for window, rows in ((6, 121), (7, 169)):
+        state = build_encoder("swin_tiny", 192, window=window).backbone.state_dict()
+        tables = [value for name, value in state.items() if name.endswith("bias_table")]
+        assert {len(table) for table in tables} == {rows}
 
 
 class More(tv.MobileNetV2):

@@ -35,7 +35,7 @@ close = torch.testing.assert_close
 
 # ---- weights in ----
 
-# our name -> the authors' name, a row for each rule of METHOD (openmixup's MIMConvNeXt, SimMIMViT)
+# our name -> the authors' name, a row for each rule of RENAMES in engine/weights.py
 AUTHORS = {
     "convnext_tiny": {
         "features.0.0.weight": "downsample_layers.0.0.weight",

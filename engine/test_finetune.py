@@ -148,15 +148,48 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each():
     assert not first & second                                # and never the same draw
 
 
+# ---- the settings of a step ----
+
+def test_each_setting_of_fine_tuning_reaches_the_step(few_images, tmp_path):
+    settings = ["", "--erasing 1", "--mixup 1", "--cutmix 1", "--loss bce", "--smoothing 0",
+                "--repeats 2", "--randaug 9", "--jitter 0.5", "--crop-min 0.1", "--drop-path 0.5"]
+    gradients = []
+    for i, more in enumerate(settings):
+        tune(tmp_path / str(i), "--init", "scratch", "--arch", "resnet18", "--epochs", "0.25",
+             *more.split())
+        state = torch.load(tmp_path / str(i) / "checkpoint.pt", weights_only=True)
+        # the first moment of AdamW after a step: a tenth of the gradient
+        moments = [moment["exp_avg"].norm() for moment in state["optimizer"]["state"].values()]
+        gradients.append(torch.stack(moments).norm().item())
+    assert len(set(gradients)) == len(settings)
+
+
+def test_layer_decay_and_the_largest_gradient_norm_act(few_images, tmp_path):
+    """AdamW's first step moves a weight by the lr, however large its gradient is. With a layer
+    decay of a half the stem of a ResNet, five levels below the head, has lr / 32."""
+    weights_after = {}
+    for name, more in (("still", "--lr 0"), ("decayed", "--layer-decay 0.5"),
+                       ("clipped", "--clip-grad 1e-12")):
+        tune(tmp_path / name, "--init", "scratch", "--arch", "resnet18", "--epochs", "0.25",
+             "--lr-batch", "8", "--lr", "0.01", "--warmup-epochs", "0", "--weight-decay", "0",
+             *more.split())
+        state = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        weights_after[name] = state["model"]
+    for layer, expected in (("head.weight", 0.01), ("encoder.backbone.conv1.weight", 0.01 / 32)):
+        start = weights_after["still"][layer]
+        moved = (weights_after["decayed"][layer] - start).abs()
+        assert moved.median().item() == pytest.approx(expected, rel=0.01)
+        assert (weights_after["clipped"][layer] - start).abs().max() < 1e-5
+
+
 # ---- RandAugment ----
 
-def test_randaugment_leaves_an_image_alone_at_least_a_quarter_of_the_time_and_keeps_its_form():
+def test_randaugment_changes_images_and_keeps_their_form():
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     change = data.RandAugment(9.0)
-    out = [change(image) for _ in range(300)]
+    out = [change(image) for _ in range(50)]
     assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
-    same = sum(torch.equal(o, image) for o in out)
-    assert 0.25 * 300 - 38 < same < 0.25 * 300 + 75  # both ops skipped, or one that changed nothing
+    assert any(not torch.equal(o, image) for o in out)
 
 
 def test_randaugment_makes_one_operation_on_average_whose_magnitude_scatters_by_a_half():

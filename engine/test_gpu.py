@@ -292,7 +292,7 @@ def test_a_checkpoint_is_written_when_it_is_due_and_at_the_end(few_images, monke
 
 
 def test_validation_workers_start_once(few_images, tmp_path):
-    """finetune evaluates three times: the process ids of the workers of the second set."""
+    """Two passes over the validation images have the same worker processes."""
     world = Distributed()
     world.use("cpu")
     flags = "--data shapes --init scratch --arch resnet18 --image-size 64 --batch-size 8 --amp off"
