@@ -158,6 +158,7 @@ def train(args: SimpleNamespace, world: Distributed) -> None:
     kind = "eval" if args.eval_only else args.recipe + ("-scratch" if args.init else "")
     name = f"{Path(args.data or '').resolve().name}-{args.arch}-detect-{kind}"
     args, checkpoint = resume_or_start(args, world, DEFAULTS, name, FLAGS)
+    args = with_sides(args)                                  # again: --resume may change them
     if args.demo:
         hint = "" if Path(DEMO_WEIGHTS).is_file() else f"; python pretrain.py makes {DEMO_WEIGHTS}"
         start = args.weights or "random weights"
@@ -238,34 +239,31 @@ def share_images(source, val) -> bool:
     return not files[0].isdisjoint(files[1])
 
 
-def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
-    """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
-    size = args.image_size                                   # as released: 640 to 800, at most 1333
-    if "longest" in args.typed and args.longest < size:
-        raise ValueError(f"--longest {args.longest}: is below --image-size {size}, the shorter "
-                         f"side; choose a smaller --image-size, too")
-    if "smallest" in args.typed and args.smallest > size:
-        raise ValueError(f"--smallest {args.smallest}: is above --image-size {size}; choose a "
-                         f"smaller one")
-    if "image_size" in args.given:                           # of a resumed run, too: both follow it
-        for name in {"smallest", "longest"} - {*args.typed, *args.given}:
-            setattr(args, name, RECIPES[args.recipe].get(name))
-    args.smallest = min(args.smallest or round(size * 0.8), size)
-    args.longest = max(args.longest or size * 5 // 3, size)
+def open_data(args: SimpleNamespace, world: Distributed) -> tuple:
+    """(images to train on, images for validation). In an evaluation both are the latter.
+
+    Raises ValueError if the data cannot be used."""
     val = open_scenes(args, "val")
     source = val if args.eval_only else open_scenes(args, "train")
     for part in dict.fromkeys((source, val)):
         for note in getattr(part, "notes", ()):
             world.print0(note)
     some_usable(val, "images for validation", args, world)
-    if not args.eval_only:
-        some_usable(source, "images for training", args, world)
-    if args.split_val and not args.eval_only and share_images(source, val):
+    if args.eval_only:
+        return source, val
+    some_usable(source, "images for training", args, world)
+    if args.split_val and share_images(source, val):
         raise ValueError(f"--split-val {args.split_val}: these images are trained on; choose "
                          f"another part, or add --eval-only")
     if source.classes != val.classes:
         raise ValueError(f"--data {args.data}: the annotations of train and val list different "
                          f"classes")
+    return source, val
+
+
+def prepare(args: SimpleNamespace, world: Distributed, checkpoint: dict | None) -> TrainState:
+    """Data, model, weights and optimiser. Raises ValueError if they do not fit."""
+    source, val = open_data(args, world)
     classes = val.classes
     if args.data == "shapes":                                # scenes count the background
         classes = classes[1:]
@@ -587,7 +585,28 @@ def parse(argv: list[str] | None) -> SimpleNamespace:
     if args.arch is None:
         raise ValueError("--arch is missing: no args.json beside the weights names it; try --arch "
                          "resnet50")
-    return args
+    return with_sides(args)
+
+
+def with_sides(args: SimpleNamespace) -> SimpleNamespace:
+    """The settings with `smallest` and `longest`. If they are neither typed nor in the recipe, they
+    follow --image-size as released: 800 px gives 640 to 800, and at most 1333 for the longer side.
+
+    Raises ValueError if they do not fit."""
+    size = args.image_size
+    sides = dict(smallest=args.smallest, longest=args.longest)
+    if "image_size" in args.given:
+        for name in {*sides} - {*args.typed, *args.given}:
+            sides[name] = RECIPES[args.recipe].get(name)
+    if "longest" in args.typed and args.longest < size:
+        raise ValueError(f"--longest {args.longest}: is below --image-size {size}, the shorter "
+                         f"side; choose a smaller --image-size, too")
+    if "smallest" in args.typed and args.smallest > size:
+        raise ValueError(f"--smallest {args.smallest}: is above --image-size {size}; choose a "
+                         f"smaller one")
+    smallest = min(sides["smallest"] or round(size * 0.8), size)
+    longest = max(sides["longest"] or size * 5 // 3, size)
+    return SimpleNamespace(**{**vars(args), "smallest": smallest, "longest": longest})
 
 
 def default_recipe(data: str | None, arch: str | None) -> str:

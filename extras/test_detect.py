@@ -667,8 +667,6 @@ def built(*flags, with_masks=True):
     """(settings, detector) of these flags."""
     args = detect.parse([*TINY, *map(str, flags)])
     args.amp = "off" if args.amp is None else args.amp
-    args.smallest = min(args.smallest or 64, 64)
-    args.longest = max(args.longest or 106, 64)
     torch.manual_seed(0)
     encoder = build_encoder(args.arch, args.image_size, args.drop_path)
     return args, detector(encoder, 11, args, Distributed(), with_masks)
@@ -738,7 +736,6 @@ def test_what_is_found_in_an_image_does_not_depend_on_the_image_before():
 def test_regions_are_pooled_from_their_own_place_whatever_the_patches_of_a_vit(patch):
     """Maps that hold the place x of their pixels: the pooled region holds its own centre."""
     args = detect.parse([*TINY, "--arch", "deit_tiny", "--patch-size", str(patch)])
-    args.smallest = args.longest = 64
     encoder = build_encoder("deit_tiny", 64, 0.0, patch)
     model = detector(encoder, 11, args, Distributed())
     maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
@@ -774,6 +771,15 @@ def test_the_schedule_in_steps_has_milestones_in_every_recipe():
     ("--smallest 128", "--smallest 128: is above --image-size 64")])
 def test_typed_sides_are_used_or_refused(flags, words, capsys, tmp_path):
     complaint(capsys, words, *TINY, "--arch", "resnet18", *flags.split(), "--out", tmp_path / "run")
+
+
+def test_sides_follow_the_image_size_of_a_resumed_run():
+    """Its recipe gives none, and nobody typed them."""
+    args = detect.parse("--data coco --init scratch --arch resnet18 --recipe small".split())
+    assert (args.image_size, args.smallest, args.longest) == (480, 384, 800)
+    args.image_size, args.given = 800, {"image_size": 800}   # as after --resume --image-size 800
+    args = detect.with_sides(args)
+    assert (args.smallest, args.longest) == (640, 1333)
 
 
 def test_an_evaluation_cannot_be_resumed(capsys, tmp_path):
@@ -1095,17 +1101,18 @@ def test_the_released_recipes():
     and 11; C4: 16 and 22 of 24). The shorter side is 640 to 800, the longer at most 1333."""
     folder = ["--data", "coco", "--init", "scratch"]
     steps = dense.StepPlan(16, 16, 100, 1200, 0, 0)
-    for flags, falls, lr in ((["--arch", "resnet50"], (8, 11), 0.02),
-                             (["--arch", "vit_base"], (9, 11), 3e-4),
-                             (["--arch", "resnet50", "--recipe", "c4_2x"], (8, 11), 0.02)):
+    for flags, epochs, falls, lr in (
+            (["--arch", "resnet50"], 12, (8, 11), 0.02),
+            (["--arch", "vit_base"], 12, (9, 11), 3e-4),
+            (["--arch", "resnet50", "--recipe", "c4_2x"], 24, (8, 11), 0.02)):
         args = detect.parse([*folder, *flags])
-        assert args.lr == lr and args.recipe_batch == args.lr_batch == 16
+        assert args.epochs == epochs and args.lr == lr and args.recipe_batch == args.lr_batch == 16
         first, second = falls
         expected = [lr] * first + [0.1 * lr] * (second - first) + [0.01 * lr] * (12 - second)
         rates = [dense.rate(100 * epoch, steps, lr, args) for epoch in range(12)]
         assert rates == pytest.approx(expected)
     args = detect.parse([*folder, "--arch", "resnet18", "--width", "8"])
-    args.smallest, args.longest, args.amp = 640, 1333, "off"
+    args.amp = "off"
     resize = detector(build_encoder("resnet18"), 81, args, Distributed()).transform
     assert resize.min_size == (640, 672, 704, 736, 768, 800) and resize.max_size == 1333
 
