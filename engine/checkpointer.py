@@ -121,7 +121,7 @@ def default_folder(name: str, resume: bool) -> Path:
 
     newest = 0
     for n in range(1, 1000):
-        if present(numbered(n), (*OF_A_RUN, *RESULTS)):
+        if numbered(n).is_dir() and present(numbered(n), (*OF_A_RUN, *RESULTS)):
             newest = n
     return numbered(max(newest, 1) if resume else newest + 1)
 
