@@ -369,10 +369,11 @@ def check_parameter_groups(asked: dict, before: dict) -> None:
     Parameters with the same weight decay and the same factor on the lr form one group."""
     special = (("token_lr", "--token-lr", 1.0), ("weight_decay", "--weight-decay", 0.0))
     for name, flag, value in special:
-        if (asked[name] == value) != (before[name] == value):
-            raise ValueError(f"{flag} {asked[name]:g}: the run began with {before[name]:g}, and a "
-                             f"change from or to {value:g} would change the optimiser's parameter "
-                             f"groups; leave {flag} out, or begin a new run")
+        old = before.get(name, asked[name])
+        if (asked[name] == value) != (old == value):
+            raise ValueError(f"{flag} {asked[name]:g}: the run began with {old:g}, and a change "
+                             f"from or to {value:g} would change the optimiser's parameter groups; "
+                             f"leave {flag} out, or begin a new run")
 
 
 def open_source(asked: dict, download: bool = False):
