@@ -1,7 +1,7 @@
 """Fine-tuning: what pre-trained weights bring on a labelled set. Also probes and features.
 
     python finetune.py --weights runs/shapes-resnet18/backbone.pt --data shapes --labels 0.05
-    torchrun --nproc_per_node=8 finetune.py --weights FILE --arch resnet50 --data DIR --recipe rsb_a2
+    torchrun --nproc_per_node=8 finetune.py --weights FILE --arch vit_base --data DIR --recipe vit
 
 In the order of this file: the recipes, one training step, the loop, the evaluation, the set-up,
 the flags, the settings. A run writes to --out: args.json, log.jsonl, loss.png, checkpoint.pt (the
