@@ -9,6 +9,7 @@ docs/results.md.
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
@@ -19,27 +20,37 @@ from extras.chart import Panel, charts
 from extras.scores import by_pretraining, difference, mean_and_spread
 
 PRETRAININGS = 3                                             # label seed s has number s mod 3
-# column -> first and last part of the file names, score in the file
+
+
+class Column(NamedTuple):
+    """Of the main table. A file is <kind>-<arm>-<letter><seed><end>.json."""
+    kind: str
+    letter: str                                              # l: label seed, s: pre-training seed
+    end: str
+    keys: tuple[str, ...]                                    # of the score in the file
+
+
 COLUMNS = {
-    "10 % of labels (947)": ("ten", "l", "", "top1"),
-    "1 % (9 of each class)": ("one", "l", "", "top1"),
-    "linear probe, 10 %": ("lin", "s", "", "top1"),
-    "20-NN, all labels": ("knn", "s", "", "top1"),
-    "CamVid, test": ("camvid", "s", "-test", "miou"),
-    "CamVid, val": ("camvid", "s", "", "best_miou"),
+    "10 % of labels (947)": Column("ten", "l", "", ("top1",)),
+    "1 % (9 of each class)": Column("one", "l", "", ("top1",)),
+    "linear probe, 10 %": Column("lin", "s", "", ("top1",)),
+    "20-NN, all labels": Column("knn", "s", "", ("top1",)),
+    "CamVid, test": Column("camvid", "s", "-test", ("miou",)),
+    "CamVid, val": Column("camvid", "s", "", ("best_miou",)),
+    "BCCD, AP": Column("bccd", "s", "", ("box", "AP")),
+    "BCCD, AP50": Column("bccd", "s", "", ("box", "AP50")),
 }
 ARMS = {"a2mim": "A2MIM", "simmim": "SimMIM",
         "scratch": "random weights (probes: random features)"}
 PROBES = ("lin", "knn")
-# one pre-training each, or two: title -> folder, first part of the names, score in the file
+
+# fewer than three pre-trainings: title -> folder, the files of A2MIM and of random weights
 MORE = {
-    "ResNet-50, 10 % of labels": (RESNET50, "ten", ("top1",)),
-    "ResNet-50, linear probe, 10 %": (RESNET50, "lin", ("top1",)),
-    "ResNet-50, 20-NN, all labels": (RESNET50, "knn", ("top1",)),
-    "ResNet-18, all labels": (RESNET18, "all", ("top1",)),
-    "ResNet-18, 10 % of labels, the same compute": (RESNET18, "ten-long", ("top1",)),
-    "BCCD, test, box AP": (RESNET18, "bccd", ("box", "AP")),
-    "BCCD, test, box AP50": (RESNET18, "bccd", ("box", "AP50")),
+    "ResNet-50, 10 % of labels": (RESNET50, "ten-a2mim-l", "ten-scratch-l"),
+    "ResNet-50, linear probe, 10 %": (RESNET50, "lin-a2mim-s", "lin-random-branches-s"),
+    "ResNet-50, 20-NN, all labels": (RESNET50, "knn-a2mim-s", "knn-random-branches-s"),
+    "ResNet-18, all labels": (RESNET18, "all-a2mim-s", "all-scratch-s"),
+    "ResNet-18, 10 % of labels, the same compute": (RESNET18, "ten-a2mim-l", "ten-scratch-long-l"),
 }
 Scores = dict[int, float]                                    # seed -> percent
 
@@ -53,13 +64,14 @@ def percent(file: Path, *keys: str) -> float:
 
 def scores_of(column: str, arm: str) -> Scores:
     """Of the main table."""
-    kind, letter, end, key = COLUMNS[column]
-    if arm == "scratch" and kind in PROBES:
+    about = COLUMNS[column]
+    if arm == "scratch" and about.kind in PROBES:
         arm = "random-branches"
-    return scores_in(RESNET18, f"{kind}-{arm}-{letter}", end, key)
+    return scores_in(RESNET18, f"{about.kind}-{arm}-{about.letter}", about.end, about.keys)
 
 
-def scores_in(folder: Path, start: str, end: str, *keys: str) -> Scores:
+def scores_in(folder: Path, start: str, end: str, keys: tuple[str, ...]) -> Scores:
+    """Of the files <start><seed><end>.json."""
     found = {}
     for seed in range(4):
         file = folder / f"{start}{seed}{end}.json"
@@ -96,7 +108,7 @@ def difference_table() -> list[str]:
         cells = [f"{ARMS[arm]} minus {short}"]
         for column in COLUMNS:
             gain = difference(scores_of(column, arm), scores_of(column, other), PRETRAININGS)
-            mean = f"{gain.mean:+.1f}"
+            mean = f"{round(gain.mean, 1) + 0.0:+.1f}"       # no -0.0
             if gain.low > 0 or gain.high < 0:
                 mean = f"**{mean}**"
             cells.append(f"{mean} ({gain.low:.1f} to {gain.high:.1f})")
@@ -107,17 +119,11 @@ def difference_table() -> list[str]:
 def more_table() -> list[str]:
     """What has fewer than three pre-trainings: each run, and no interval."""
     lines = head(["what", "A2MIM", "random weights, or random features"])
-    for title, (folder, kind, keys) in MORE.items():
+    for title, (folder, *starts) in MORE.items():
         cells = [title]
-        for arm in ("a2mim", "scratch"):
-            start = f"{kind}-{arm}"
-            if kind == "ten-long":                           # A2MIM has its usual length
-                start = "ten-a2mim" if arm == "a2mim" else "ten-scratch-long"
-            elif arm == "scratch" and kind in PROBES:
-                start = f"{kind}-random-branches"
-            found = scores_in(folder, f"{start}-l", "", *keys)
-            found = found or scores_in(folder, f"{start}-s", "", *keys)
-            cells.append(", ".join(f"{score:.1f}" for score in found.values()) or "-")
+        for start in starts:
+            found = scores_in(folder, start, "", ("top1",))
+            cells.append(", ".join(f"{score:.1f}" for score in found.values()))
         lines.append(row(cells))
     return lines
 
@@ -127,11 +133,18 @@ def run_table() -> list[str]:
     lines = head(["file", "labels", "score, percent"])
     for file in sorted(FOLDER.glob("*/*.json")):
         result = json.loads(file.read_text())
-        keys = [key for key in ("top1", "best_miou", "miou") if key in result] or ["box", "AP50"]
-        keys = keys[:1] if keys[0] != "box" else keys
         name = f"{file.parent.name}/{file.stem}"
-        lines.append(row([name, str(result.get("labels", "")), f"{percent(file, *keys):.2f}"]))
+        score = percent(file, *score_keys(result))
+        lines.append(row([name, str(result.get("labels", "")), f"{score:.2f}"]))
     return lines
+
+
+def score_keys(result: dict) -> tuple[str, ...]:
+    """The keys of the score in a result file: top-1, mIoU, or the AP50 of boxes."""
+    for key in ("top1", "best_miou", "miou"):
+        if key in result:
+            return (key,)
+    return ("box", "AP50")
 
 
 def all_tables() -> str:
