@@ -502,6 +502,12 @@ def open_data(asked: dict, world: Distributed) -> tuple:
         size = test_size
         smallest_crop = test_crop**2
 
+    arch = asked["arch"]
+    has_one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
+    if test_size != size and has_one_grid:
+        raise ValueError(f"--test-size of {format_size(test_size)}: the positions of {arch} have "
+                         f"one size; use that of --image-size, {format_size(size)}")
+
     labelled = data in NAMED or asked["recipe"] != "features"
     opened = partial(open_images, data, root=asked["data_root"], labelled=labelled)
     if asked["download"]:                                    # one process fetches for all
@@ -532,23 +538,13 @@ def splits_of(asked: dict) -> tuple[str, str]:
 
 
 def check_data(source, val, asked: dict, world: Distributed) -> None:
-    """Raises ValueError if both parts differ in their classes, if the test size does not suit the
-    net, or if there are too few images."""
-    data, arch = asked["data"], asked["arch"]
+    """Raises ValueError if both parts differ in their classes, or if there are too few images."""
+    data = asked["data"]
     different = sorted(set(source.classes) ^ set(val.classes))
     if different:
         more = ", ..." if len(different) > 3 else ""
         raise ValueError(f"--data {data}: train/ and val/ hold different classes "
                          f"({', '.join(different[:3])}{more})")
-
-    size = height_width(asked["image_size"])
-    test_size = height_width(asked["test_size"] or asked["image_size"])
-    has_one_grid = get_family(arch).name == "vit" or arch.startswith("maxvit")
-    is_trained = trains(asked["recipe"], asked["eval_only"])
-    if test_size != size and has_one_grid and is_trained:
-        raise ValueError(f"--test-size of {format_size(test_size)}: the positions of {arch} have "
-                         f"one size; use that of --image-size, {format_size(size)}")
-
     if len(val) < world.size:
         kind = "" if val is source else "validation "
         is_fifth = isinstance(val, Subset) and asked["split_val"] in (None, "val")

@@ -313,9 +313,8 @@ def save_reconstructions(done: int, settings: Settings, world: Distributed, stat
                          previews: Tensor | None, checkpointer: Checkpointer) -> None:
     """--sheets times in a run, a picture of the same images under the same masks."""
     gaps = max(1, settings.sheets - 1)
-    steps = {round(i / gaps * state.plan.total) for i in range(settings.sheets)}
-    if settings.sheets == 1:
-        steps = {state.plan.total}
+    # from the last step back, so that a single picture is of the end
+    steps = {round((gaps - i) / gaps * state.plan.total) for i in range(settings.sheets)}
     if world.rank or previews is None or done not in steps:
         return
     model = state.model

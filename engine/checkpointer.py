@@ -242,8 +242,7 @@ class Checkpointer:
         self.in_step = False
         self.last_loss = "none yet"
         self.saved_step = None                               # of the last checkpoint of this start
-        self.not_written = {}                                # file -> why its last writing failed
-        self.cures = {}                                      # file -> what to do about it
+        self.not_written = {}                    # file -> (why its last writing failed, the cure)
         # a broken checkpoint.pt must not replace the whole one before it
         self.checkpoint_is_whole = bool(checkpoint) and checkpoint["path"].endswith("checkpoint.pt")
         if checkpoint:                                       # older ones have no means
@@ -342,8 +341,8 @@ class Checkpointer:
             action(*given)
         except OSError as error:
             self.world.print0(f"step {self.done}: {name} not written ({error})")
-            self.not_written[name] = str(error)
-            self.cures[name] = "choose a lower --lr" if str(error) == NOT_FINITE else cure_of(error)
+            cure = "choose a lower --lr" if str(error) == NOT_FINITE else cure_of(error)
+            self.not_written[name] = (str(error), cure)
             return False
         self.not_written.pop(name, None)
         return True
@@ -458,8 +457,8 @@ class Checkpointer:
             path = self.out / name
             is_there = path.is_file() and path.stat().st_size > 0
             if name in self.not_written or not is_there:
-                reason = self.not_written.get(name, f"{path} is not there")
-                cure = self.cures.get(name, "put it back")
+                is_gone = (f"{path} is not there", "put it back")
+                reason, cure = self.not_written.get(name, is_gone)
                 return f"{reason}; {cure}, then go on with --out {self.out} --resume"
         return None
 
@@ -525,10 +524,10 @@ class Checkpointer:
         """The end of a line about a run that stops here."""
         if not (self.out / "checkpoint.pt").exists():
             return "there is no checkpoint yet"
-        reason = self.not_written.get("checkpoint.pt")
         lost = ""
-        if reason:
-            lost = f"its last steps are lost ({reason}); {self.cures['checkpoint.pt']}, and "
+        if "checkpoint.pt" in self.not_written:
+            reason, cure = self.not_written["checkpoint.pt"]
+            lost = f"its last steps are lost ({reason}); {cure}, and "
         return f"{lost}go on with --out {self.out} --resume"
 
     def describe_not_finite(self, streak: int) -> str:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 import pretrain
 from data import seed_for
+from engine.checkpointer import RESULTS
 from engine.command import Distributed, Failed, Signals, Stopped
 from engine.files import printable, read_lines
 from engine.flags import height_width
@@ -110,9 +111,8 @@ def make_run(run: Run, out: Path) -> str | None:
         part.mkdir(parents=True, exist_ok=True)
         (part / "flags.txt").write_text(shlex.join(run.argv))
         resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
-        stale = ["result.json"]                              # of a start that was cut short
-        if not resume:
-            stale += ["log.jsonl", "best.pt", "backbone.pt"]
+        # of a start that was cut short
+        stale = ["result.json"] if resume else ["log.jsonl", *RESULTS]
         for name in stale:
             (part / name).unlink(missing_ok=True)
         with open(printed, "a") as file, contextlib.redirect_stderr(file):
