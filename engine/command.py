@@ -306,8 +306,8 @@ def explain(error: BaseException, world: Distributed) -> tuple[int, str] | None:
         return 2, f"error: {printable(text, None)}"
     of_gloo = isinstance(error, RuntimeError) and "gloo" in text
     if world.size > 1 and (isinstance(error, dist.DistError) or of_gloo):
-        return 1, (f"lost another process, or could not reach it ({printable(first)}); --resume "
-                   f"continues from the checkpoint")
+        return 1, (f"lost another process, or could not reach it ({printable(first)}); give the "
+                   f"command again, a training with --resume")
     if isinstance(error, Failed):
         return 1, printable(text, None)
     if isinstance(error, OSError):
