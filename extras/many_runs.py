@@ -35,7 +35,7 @@ import pretrain
 from data import seed_for
 from engine.checkpointer import RESULTS
 from engine.command import Distributed, Failed, Signals, Stopped
-from engine.files import printable, read_lines
+from engine.files import checkpoints_in, printable, read_lines
 from engine.flags import height_width
 from extras import detect, segment
 from extras.inside import open_residual_branches
@@ -110,7 +110,7 @@ def make_run(run: Run, out: Path) -> str | None:
     try:
         part.mkdir(parents=True, exist_ok=True)
         (part / "flags.txt").write_text(shlex.join(run.argv))
-        resume = ["--resume"] if (part / "checkpoint.pt").exists() else []
+        resume = ["--resume"] if checkpoints_in(part) else []
         # of a start that was cut short
         stale = ["result.json"] if resume else ["log.jsonl", *RESULTS]
         for name in stale:
