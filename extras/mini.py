@@ -1,11 +1,12 @@
 """A2MIM on one page: the whole method for torchvision's ResNet-18, on a CPU, in about a minute.
 
     python extras/mini.py                  drawn shapes
-    python extras/mini.py FOLDER           your images, FOLDER/<any subfolder>/*.jpg
+    python extras/mini.py FOLDER           your images, FOLDER/any-subfolder/*.jpg
 
 The three ideas of the paper are marked 1, 2, 3. The full version starts at ../pretrain.py.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -91,5 +92,17 @@ def main(folder=None):
     print("backbone.pt: for torchvision.models.resnet18(), with strict=False because it has no fc")
 
 
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", help="images in subfolders; none: drawn shapes")
+    folder = parser.parse_args(argv).folder
+    if folder:
+        try:
+            ImageFolder(folder)
+        except OSError:
+            parser.error(f"{folder}: has no images in subfolders, such as {folder}/a/1.jpg")
+    return folder
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(parse())

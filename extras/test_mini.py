@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 from PIL import Image
@@ -58,10 +59,20 @@ def test_it_learns_on_a_folder_and_leaves_a_backbone(tmp_path, monkeypatch, caps
         Image.fromarray(picture.numpy()).save(tmp_path / "photos" / "a" / f"{i}.png")
     monkeypatch.setattr(mini, "STEPS", 12)
     monkeypatch.setattr(mini, "BATCH", 8)
-    mini.main("photos")
+    mini.main(mini.parse(["photos"]))
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert losses[-1] < losses[0]
     state = torch.load(tmp_path / "backbone.pt", weights_only=True)
     found = torchvision.models.resnet18().load_state_dict(state, strict=False)
     assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
+
+
+def test_a_folder_without_images_gets_one_line(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit) as end:
+            mini.parse([str(folder)])
+        assert end.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.endswith(f"error: {folder}: has no images in subfolders, such as "
+                             f"{folder}/a/1.jpg")
