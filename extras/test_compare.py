@@ -102,6 +102,8 @@ def test_the_published_tables_follow_from_the_stored_results():
     rows, gains = tables["score_table"]()[2:], tables["difference_table"]()[2:]
     published = (ROOT / "docs/results.md").read_text().splitlines()
     assert {*rows, *gains, *tables["more_table"]()[2:]} <= {*published}
+    analysis = (ROOT / "docs/analysis.md").read_text().splitlines()
+    assert {*tables["analysis_table"]()} <= {*analysis}
     readme = (ROOT / "README.md").read_text()
     for row in rows:
         start, ten, one, probe, _, camvid, _, _, bccd = row.strip("| ").split(" | ")

@@ -1,4 +1,5 @@
-"""The tables and the curve of docs/results.md, from the result files below this folder.
+"""The tables and the curve of docs/results.md, and a table of docs/analysis.md, from the result
+files below this folder.
 
     python docs/results/tables.py
 
@@ -7,7 +8,9 @@ docs/results.md.
 """
 
 import json
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ RESNET18, RESNET50 = FOLDER / "imagenette96-resnet18", FOLDER / "imagenette96-re
 sys.path.insert(0, str(ROOT))
 
 from extras.chart import Panel, charts
-from extras.scores import by_pretraining, difference, mean_and_spread
+from extras.scores import Difference, by_pretraining, difference, mean_and_spread
 
 PRETRAININGS = 3                                             # label seed s has number s mod 3
 
@@ -53,6 +56,12 @@ MORE = {
     "ResNet-18, 10 % of labels, the same compute": (RESNET18, "ten-a2mim-l", "ten-scratch-long-l"),
 }
 Scores = dict[int, float]                                    # seed -> percent
+
+# of docs/analysis.md: the results.json of extras/analyze.py, <analysis>-s<seed>.json
+ANALYSES = RESNET18 / "analysis"
+NETS = {"supervised": "supervised", "A2MIM": "A2MIM", "random": "untrained"}
+AREAS = {"random patches": "random patches hidden", "salient patches first": "salient first",
+         "the rest first": "the rest first"}
 
 
 def percent(file: Path, *keys: str) -> float:
@@ -101,19 +110,24 @@ def score_table() -> list[str]:
 
 
 def difference_table() -> list[str]:
-    """In points, with 95 % intervals; bold if the interval excludes 0."""
+    """In points, with 95 % intervals."""
     lines = head(["difference", *COLUMNS])
     for arm, other in (("a2mim", "scratch"), ("simmim", "scratch"), ("a2mim", "simmim")):
         short = ARMS[other].split(" (")[0]
         cells = [f"{ARMS[arm]} minus {short}"]
         for column in COLUMNS:
             gain = difference(scores_of(column, arm), scores_of(column, other), PRETRAININGS)
-            mean = f"{round(gain.mean, 1) + 0.0:+.1f}"       # no -0.0
-            if gain.low > 0 or gain.high < 0:
-                mean = f"**{mean}**"
-            cells.append(f"{mean} ({gain.low:.1f} to {gain.high:.1f})")
+            cells.append(with_interval(gain))
         lines.append(row(cells))
     return lines
+
+
+def with_interval(gain: Difference, digits: int = 1) -> str:
+    """The difference and its interval; bold if the interval excludes 0."""
+    mean = f"{round(gain.mean, digits) + 0.0:+.{digits}f}"   # no -0.0
+    if gain.low > 0 or gain.high < 0:
+        mean = f"**{mean}**"
+    return f"{mean} ({gain.low:.{digits}f} to {gain.high:.{digits}f})"
 
 
 def more_table() -> list[str]:
@@ -126,6 +140,42 @@ def more_table() -> list[str]:
             cells.append(", ".join(f"{score:.1f}" for score in found.values()))
         lines.append(row(cells))
     return lines
+
+
+def strength_in_the_middle(seed: int, net: str) -> float:
+    """J, unbiased, the mean over the orders from 0.2 to 0.8, as extras/analyze.py prints it."""
+    found = json.loads((ANALYSES / f"interactions-s{seed}.json").read_text())["found"]
+    points = found["unbiased"][net]                          # (order, J, low, high) each
+    return statistics.mean(j for order, j, *_ in points if 0.15 < order < 0.85)
+
+
+def area_of(seed: int, net: str, kind: str) -> float:
+    """Below the curve of top-1 over the share of hidden patches."""
+    found = json.loads((ANALYSES / f"occlusion-s{seed}.json").read_text())["found"]
+    return found[kind][net]["area"]
+
+
+def analysis_table() -> list[str]:
+    """Interactions and occlusion: mean ± standard deviation over the seeds, and A2MIM less
+    supervised."""
+    measures = {"J in the middle, unbiased": (strength_in_the_middle, 2)}
+    for kind, title in AREAS.items():
+        measures[f"area, {title}"] = (partial(area_of, kind=kind), 1)
+    lines = head(["weights", *measures])
+    values = {}                                              # (measure, net) -> seed -> value
+    for net, title in NETS.items():
+        cells = [title]
+        for name, (measure, digits) in measures.items():
+            found = {seed: measure(seed, net) for seed in range(PRETRAININGS)}
+            values[name, net] = found
+            mean, spread = statistics.mean(found.values()), statistics.stdev(found.values())
+            cells.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
+        lines.append(row(cells))
+    cells = ["A2MIM minus supervised"]
+    for name, (_, digits) in measures.items():
+        gain = difference(values[name, "A2MIM"], values[name, "supervised"], PRETRAININGS)
+        cells.append(with_interval(gain, digits))
+    return [*lines, row(cells)]
 
 
 def run_table() -> list[str]:
@@ -148,7 +198,7 @@ def score_keys(result: dict) -> tuple[str, ...]:
 
 
 def all_tables() -> str:
-    tables = (score_table(), difference_table(), more_table(), run_table())
+    tables = (score_table(), difference_table(), more_table(), analysis_table(), run_table())
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
