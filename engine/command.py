@@ -107,6 +107,7 @@ class Distributed:
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group(self.backend, store=self.rendezvous_store(), rank=self.rank,
                                     world_size=self.size)
+            os.register_at_fork(before=let_threads_finish)
 
     def rendezvous_store(self):
         """The store in which the processes find one another.
@@ -200,6 +201,15 @@ class Distributed:
         parts = [None] * self.size
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts, dim).to(self.device)
+
+
+def let_threads_finish() -> None:
+    """Lets gloo's threads release the tensors of the last collective, for which they need the GIL.
+
+    Before a fork: in Python before 3.11.10 a loader worker hangs for ever in its first lines if one
+    of them begins to wait for the GIL at that moment (CPython's gh-112275). Before the end: DDP may
+    hold the GIL while it waits for these threads."""
+    time.sleep(0.05)
 
 
 # ---- the end of a run ----
@@ -360,6 +370,7 @@ def command_line(program: str, parse, train, argv: list[str] | None) -> None:
         # not by sys.exit, which may wait for the others; torchrun ends them
         os._exit(code)
     if dist.is_initialized():
+        let_threads_finish()
         dist.destroy_process_group()
         # DDP still holds the group, whose threads must end before Python does
         gc.collect()

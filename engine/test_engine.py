@@ -6,15 +6,18 @@ Runs and their faults are in test_runs.py, weights and images in test_files.py.
 import ast
 import json
 import math
+import os
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision.models as tv
 from PIL import Image, ImageColor
 from torch import nn
@@ -245,6 +248,35 @@ def test_errors_of_memory_disk_and_gloo_are_told_apart():
     assert code == 1 and line.startswith("lost another process")
     # an evaluation has no checkpoint, so "--resume" alone would be no help
     assert line.endswith("give the command again, a training with --resume")
+
+
+def test_a_thread_that_waits_for_the_gil_gets_it_before_a_worker_is_forked(monkeypatch):
+    before_fork = []
+    monkeypatch.setattr(os, "register_at_fork", lambda before: before_fork.append(before))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    world = command.Distributed(size=2)
+    monkeypatch.setattr(world, "rendezvous_store", lambda: None)
+    world.join()
+
+    collective, released = threading.Lock(), threading.Event()
+    collective.acquire()
+
+    def thread_of_gloo():
+        with collective:
+            released.set()
+    thread = threading.Thread(target=thread_of_gloo)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)                                # seconds: nobody takes it from us
+    try:
+        thread.start()
+        collective.release()
+        was_released = released.is_set()
+        for hook in before_fork:
+            hook()
+        assert not was_released and released.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def test_a_mistake_has_exit_code_2_though_stderr_is_closed(monkeypatch):

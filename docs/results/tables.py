@@ -59,9 +59,7 @@ Scores = dict[int, float]                                    # seed -> percent
 
 # of docs/analysis.md: the results.json of extras/analyze.py, <analysis>-s<seed>.json
 ANALYSES = RESNET18 / "analysis"
-NETS = {"supervised": "supervised", "A2MIM": "A2MIM", "random": "untrained"}
-AREAS = {"random patches": "random patches hidden", "salient patches first": "salient first",
-         "the rest first": "the rest first"}
+NETS = ("supervised", "A2MIM", "random")
 
 
 def percent(file: Path, *keys: str) -> float:
@@ -142,38 +140,55 @@ def more_table() -> list[str]:
     return lines
 
 
-def strength_in_the_middle(seed: int, net: str) -> float:
-    """J, unbiased, the mean over the orders from 0.2 to 0.8, as extras/analyze.py prints it."""
+def strength_in_the_middle(version: str, seed: int, net: str) -> float:
+    """J, the mean over the orders from 0.2 to 0.8, as extras/analyze.py prints it."""
     found = json.loads((ANALYSES / f"interactions-s{seed}.json").read_text())["found"]
-    points = found["unbiased"][net]                          # (order, J, low, high) each
+    points = found[version][net]                             # (order, J, low, high) each
     return statistics.mean(j for order, j, *_ in points if 0.15 < order < 0.85)
 
 
-def area_of(seed: int, net: str, kind: str) -> float:
-    """Below the curve of top-1 over the share of hidden patches."""
+def top1_of_whole_images(seed: int, net: str) -> float:
     found = json.loads((ANALYSES / f"occlusion-s{seed}.json").read_text())["found"]
-    return found[kind][net]["area"]
+    return found["random patches"][net]["top1"][0]
+
+
+def relative_area(order: str, seed: int, net: str) -> float:
+    """Below the curve of top-1 over the share of hidden patches, relative to whole images."""
+    found = json.loads((ANALYSES / f"occlusion-s{seed}.json").read_text())["found"]
+    return found[order][net]["area"] / top1_of_whole_images(seed, net)
+
+
+MEASURES = {                                                 # title -> (function, digits)
+    "J in the middle, unbiased": (partial(strength_in_the_middle, "unbiased"), 2),
+    "J in the middle, as released": (partial(strength_in_the_middle, "as released"), 2),
+    "top-1, nothing hidden": (top1_of_whole_images, 1),
+    "relative area, random patches": (partial(relative_area, "random patches"), 2),
+    "salient first": (partial(relative_area, "salient patches first"), 2),
+    "the rest first": (partial(relative_area, "the rest first"), 2),
+}
 
 
 def analysis_table() -> list[str]:
     """Interactions and occlusion: mean ± standard deviation over the seeds, and A2MIM less
-    supervised."""
-    measures = {"J in the middle, unbiased": (strength_in_the_middle, 2)}
-    for kind, title in AREAS.items():
-        measures[f"area, {title}"] = (partial(area_of, kind=kind), 1)
-    lines = head(["weights", *measures])
-    values = {}                                              # (measure, net) -> seed -> value
-    for net, title in NETS.items():
-        cells = [title]
-        for name, (measure, digits) in measures.items():
-            found = {seed: measure(seed, net) for seed in range(PRETRAININGS)}
-            values[name, net] = found
-            mean, spread = statistics.mean(found.values()), statistics.stdev(found.values())
-            cells.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
+    supervised. The untrained net is the same for all seeds, so it has no deviation."""
+    values = {}                                              # (title, net) -> seed -> value
+    for title, (measure, _) in MEASURES.items():
+        for net in NETS:
+            values[title, net] = {seed: measure(seed, net) for seed in range(PRETRAININGS)}
+
+    lines = head(["weights", *MEASURES])
+    for net in NETS:
+        cells = ["untrained" if net == "random" else net]
+        for title, (_, digits) in MEASURES.items():
+            found = values[title, net].values()
+            text = f"{statistics.mean(found):.{digits}f}"
+            if net != "random":
+                text += f" ± {statistics.stdev(found):.{digits}f}"
+            cells.append(text)
         lines.append(row(cells))
     cells = ["A2MIM minus supervised"]
-    for name, (_, digits) in measures.items():
-        gain = difference(values[name, "A2MIM"], values[name, "supervised"], PRETRAININGS)
+    for title, (_, digits) in MEASURES.items():
+        gain = difference(values[title, "A2MIM"], values[title, "supervised"], PRETRAININGS)
         cells.append(with_interval(gain, digits))
     return [*lines, row(cells)]
 
