@@ -36,6 +36,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "10 % of labels (947)": Column("ten", "l", "", ("top1",)),
     "1 % (9 of each class)": Column("one", "l", "", ("top1",)),
+    "all labels": Column("all", "s", "", ("top1",)),
     "linear probe, 10 %": Column("lin", "s", "", ("top1",)),
     "20-NN, all labels": Column("knn", "s", "", ("top1",)),
     "CamVid, test": Column("camvid", "s", "-test", ("miou",)),
@@ -47,13 +48,17 @@ ARMS = {"a2mim": "A2MIM", "simmim": "SimMIM",
         "scratch": "random weights (probes: random features)"}
 PROBES = ("lin", "knn")
 
-# fewer than three pre-trainings: title -> folder, the files of A2MIM and of random weights
-MORE = {
-    "ResNet-50, 10 % of labels": (RESNET50, "ten-a2mim-l", "ten-scratch-l"),
-    "ResNet-50, linear probe, 10 %": (RESNET50, "lin-a2mim-s", "lin-random-branches-s"),
-    "ResNet-50, 20-NN, all labels": (RESNET50, "knn-a2mim-s", "knn-random-branches-s"),
-    "ResNet-18, all labels": (RESNET18, "all-a2mim-s", "all-scratch-s"),
-    "ResNet-18, 10 % of labels, the same compute": (RESNET18, "ten-a2mim-l", "ten-scratch-long-l"),
+# of the ResNet-50, with one pre-training: title -> the files of A2MIM and of random weights
+LARGER = {
+    "10 % of labels": ("ten-a2mim-l", "ten-scratch-l"),
+    "linear probe, 10 %": ("lin-a2mim-s", "lin-random-branches-s"),
+    "20-NN, all labels": ("knn-a2mim-s", "knn-random-branches-s"),
+}
+# on the same draws of labels: title -> files
+SAME_COMPUTE = {
+    "random weights, 60 epochs": "ten-scratch-l",
+    "A2MIM, 60 epochs": "ten-a2mim-l",
+    "random weights, 660 epochs": "ten-scratch-long-l",
 }
 Scores = dict[int, float]                                    # seed -> percent
 
@@ -128,14 +133,31 @@ def with_interval(gain: Difference, digits: int = 1) -> str:
     return f"{mean} ({gain.low:.{digits}f} to {gain.high:.{digits}f})"
 
 
-def more_table() -> list[str]:
-    """What has fewer than three pre-trainings: each run, and no interval."""
-    lines = head(["what", "A2MIM", "random weights, or random features"])
-    for title, (folder, *starts) in MORE.items():
+def larger_table() -> list[str]:
+    """The ResNet-50: each run, and no interval."""
+    lines = head(["ResNet-50", "A2MIM", "random weights, or random features"])
+    for title, starts in LARGER.items():
         cells = [title]
         for start in starts:
-            found = scores_in(folder, start, "", ("top1",))
+            found = scores_in(RESNET50, start, "", ("top1",))
             cells.append(", ".join(f"{score:.1f}" for score in found.values()))
+        lines.append(row(cells))
+    return lines
+
+
+def compute_table() -> list[str]:
+    """Training from random weights with the compute of both stages: a column for each draw of
+    labels, and the difference to A2MIM."""
+    scores = {}                                              # title -> draw -> percent
+    for title, start in SAME_COMPUTE.items():
+        found = scores_in(RESNET18, start, "", ("top1",))
+        scores[title] = {draw: found[draw] for draw in range(3)}
+    lines = head(["start, fine-tuning", "draw 0", "draw 1", "draw 2", "minus A2MIM"])
+    for title, found in scores.items():
+        gain = difference(found, scores["A2MIM, 60 epochs"], PRETRAININGS)
+        is_a2mim = title.startswith("A2MIM")
+        cells = [title, *(f"{score:.1f}" for score in found.values())]
+        cells.append("" if is_a2mim else with_interval(gain))
         lines.append(row(cells))
     return lines
 
@@ -213,16 +235,19 @@ def score_keys(result: dict) -> tuple[str, ...]:
 
 
 def all_tables() -> str:
-    tables = (score_table(), difference_table(), more_table(), analysis_table(), run_table())
+    tables = (score_table(), difference_table(), compute_table(), larger_table(),
+              analysis_table(), run_table())
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
 def curve(kind: str, start: str, end: str, key: str = "top1") -> list[tuple[int, float]]:
     """(epochs of pre-training, percent). start: the file of random weights."""
-    names = {0: start, 60: f"{kind}-a2mim-{end}"}
-    for epochs in (5, 15, 30):
-        names[epochs] = f"{kind}-a2mim-e{epochs}-{end}"
-    return [(epochs, percent(RESNET18 / f"{names[epochs]}.json", key)) for epochs in sorted(names)]
+    files = {0: RESNET18 / f"{start}.json"}
+    for epochs in (5, 15, 30, 60):
+        files[epochs] = RESNET18 / f"{kind}-a2mim-e{epochs}-{end}.json"
+    if not files[60].exists():                               # the run of the main table
+        files[60] = RESNET18 / f"{kind}-a2mim-{end}.json"
+    return [(epochs, percent(file, key)) for epochs, file in files.items()]
 
 
 def draw_schedules(file: Path) -> None:
@@ -231,8 +256,8 @@ def draw_schedules(file: Path) -> None:
     few["1 %"] = curve("one", "one-scratch-l0", "l0")
     frozen = {"linear probe": curve("lin", "lin-random-branches-s0", "s0"),
               "20-NN": curve("knn", "knn-random-branches-s0", "s0")}
-    camvid = {"val": curve("camvid", "camvid-scratch-s0", "s0", "best_miou"),
-              "test": curve("camvid", "camvid-scratch-s0-test", "s0-test", "miou")}
+    camvid = {"val": curve("camvid", "camvid-scratch-e0-s0", "s0", "best_miou"),
+              "test": curve("camvid", "camvid-scratch-e0-s0-test", "s0-test", "miou")}
     x = "epochs of pre-training"
     panels = [Panel("Imagenette, fine-tuning", x, "top-1 (%)", few),
               Panel("frozen features", x, "top-1 (%)", frozen),
