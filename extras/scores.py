@@ -50,10 +50,10 @@ def by_pretraining(scores: dict[int, float], pretrain_seeds: int) -> list[float]
     return [statistics.mean(groups[seed]) for seed in sorted(groups)]
 
 
-def mean_and_spread(means: list[float]) -> str:
-    """The mean ± standard deviation, as text."""
-    spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.1f}{spread}"
+def mean_and_spread(means: list[float], digits: int = 1) -> str:
+    """The mean ± standard deviation, as text; a single value has no deviation."""
+    spread = f" ± {statistics.stdev(means):.{digits}f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.{digits}f}{spread}"
 
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom. With more than 10 seeds the last

@@ -162,22 +162,24 @@ def compute_table() -> list[str]:
     return lines
 
 
+def found_by(analysis: str, seed: int) -> dict:
+    return json.loads((ANALYSES / f"{analysis}-s{seed}.json").read_text())["found"]
+
+
 def strength_in_the_middle(version: str, seed: int, net: str) -> float:
     """J, the mean over the orders from 0.2 to 0.8, as extras/analyze.py prints it."""
-    found = json.loads((ANALYSES / f"interactions-s{seed}.json").read_text())["found"]
-    points = found[version][net]                             # (order, J, low, high) each
+    points = found_by("interactions", seed)[version][net]    # (order, J, low, high) each
     return statistics.mean(j for order, j, *_ in points if 0.15 < order < 0.85)
 
 
 def top1_of_whole_images(seed: int, net: str) -> float:
-    found = json.loads((ANALYSES / f"occlusion-s{seed}.json").read_text())["found"]
-    return found["random patches"][net]["top1"][0]
+    return found_by("occlusion", seed)["random patches"][net]["top1"][0]
 
 
 def relative_area(order: str, seed: int, net: str) -> float:
     """Below the curve of top-1 over the share of hidden patches, relative to whole images."""
-    found = json.loads((ANALYSES / f"occlusion-s{seed}.json").read_text())["found"]
-    return found[order][net]["area"] / top1_of_whole_images(seed, net)
+    found = found_by("occlusion", seed)[order][net]
+    return found["area"] / found["top1"][0]
 
 
 MEASURES = {                                                 # title -> (function, digits)
@@ -202,11 +204,10 @@ def analysis_table() -> list[str]:
     for net in NETS:
         cells = ["untrained" if net == "random" else net]
         for title, (_, digits) in MEASURES.items():
-            found = values[title, net].values()
-            text = f"{statistics.mean(found):.{digits}f}"
-            if net != "random":
-                text += f" ± {statistics.stdev(found):.{digits}f}"
-            cells.append(text)
+            found = list(values[title, net].values())
+            if net == "random":
+                found = [statistics.mean(found)]
+            cells.append(mean_and_spread(found, digits))
         lines.append(row(cells))
     cells = ["A2MIM minus supervised"]
     for title, (_, digits) in MEASURES.items():
